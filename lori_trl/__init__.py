@@ -1,0 +1,31 @@
+"""Train, share, merge and grow LoRI adapters with TRL and PEFT."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .adapter import load_lori_adapter
+    from .config import LoriArguments, LoriSFTConfig
+    from .masks import LoriMasks
+    from .trainer import LoriSFTTrainer, LoriTrainerMixin
+
+_MODULES = {
+    "LoriArguments": "config",
+    "LoriMasks": "masks",
+    "LoriSFTConfig": "config",
+    "LoriSFTTrainer": "trainer",
+    "LoriTrainerMixin": "trainer",
+    "load_lori_adapter": "adapter",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

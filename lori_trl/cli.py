@@ -1,0 +1,273 @@
+"""The command line: `lori sft | recipes`, and `lori-sft`. Everything that prints is here."""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .recipes import find_recipe, list_recipes, nearest, read_recipe, validate_recipe
+
+_SFT_EXAMPLE = """
+example:
+  lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8
+  accelerate launch -m lori_trl.cli sft --recipe code_lori_s.yaml --output_dir code-lori-s
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `lori`. Returns the exit code: 0; 2 for a wrong call."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["sft"]:
+        return sft(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="lori",
+        description="Train LoRI adapters.",
+        epilog="example:\n  lori recipes list",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("sft", add_help=False, help="train an adapter (the same as lori-sft)")
+    recipes = commands.add_parser(
+        "recipes",
+        help="the shipped recipes",
+        epilog="example:\n  lori recipes copy code_lori_s.yaml my_recipe.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = recipes.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="list the shipped recipes")
+    for action, what in (("show", "print a recipe"), ("validate", "check a recipe, all faults at once")):
+        actions.add_parser(action, help=what).add_argument("recipe", help="a YAML file or a shipped recipe's name")
+    copy = actions.add_parser("copy", help="copy a shipped recipe, to change it")
+    copy.add_argument("recipe", help="a shipped recipe's name")
+    copy.add_argument("target", type=Path, help="the new file")
+    options = parser.parse_args(arguments)
+    with _bad_input("lori"):
+        _recipes(options)
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    if options.action == "list":
+        table = Table("recipe", "what it is")
+        for file in list_recipes():
+            table.add_row(file.name, file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# "))
+        Console().print(table)
+        return
+    file = find_recipe(options.recipe)
+    if options.action == "show":
+        print(file.read_text(encoding="utf-8"), end="")
+    elif options.action == "validate":
+        validate_recipe(file, _sft_parser())
+        print(f"{file.name}: no faults")
+    elif options.target.exists():
+        raise FileExistsError(
+            f"`{options.target}` exists. A copy goes to a new file. Choose another name or delete it."
+        )
+    else:
+        shutil.copyfile(file, options.target)
+
+
+def sft(arguments: list[str] | None = None) -> int:
+    """Run `lori-sft`. Returns the exit code: 0; 2 for a wrong call; a failed run raises."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
+    with _bad_input("lori-sft"):
+        parser = _sft_parser()
+        script, args, model_args, recipe = _parse_sft(parser, arguments)
+        if script.dry_run:
+            _dry_run(script, args, model_args)
+            return 0
+        trainer = _build_trainer(script, args, model_args)
+    trainer.recipe = recipe
+    with _bad_input("lori-sft", (ValueError,)):
+        output = trainer.train(args.resume_from_checkpoint)
+    trainer.save_model()
+    metrics = output.metrics
+    if trainer.eval_dataset is not None:
+        evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        metrics |= trainer.evaluate()
+        metrics["initial_eval_loss"] = [*evaluations, metrics["eval_loss"]][0]
+    trainer.save_metrics("all", metrics, combined=False)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if trainer.is_world_process_zero():
+        _print_outcome(trainer, metrics)
+    trainer.end()
+    return 0
+
+
+def _sft_parser():
+    from trl import ModelConfig, TrlParser
+
+    from .config import LoriSFTConfig
+    from .tasks import LoriScriptArguments
+
+    class Parser(TrlParser):
+        def error(self, message: str):  # argparse would print pages of usage first
+            raise ValueError(f"{message}. `lori-sft --help` lists what is allowed. Correct the call.")
+
+    parser = Parser(
+        (LoriScriptArguments, LoriSFTConfig, ModelConfig),
+        prog="lori-sft",
+        allow_abbrev=False,
+        description="Train a LoRI adapter: calibrate, select the mask, adapt.",
+        epilog=_SFT_EXAMPLE,
+        formatter_class=_HelpFormatter,
+    )
+    parser.set_defaults(use_peft=True, lora_target_modules="all-linear", bf16=_default_bf16())
+    return parser
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def _default_bf16() -> bool | None:
+    """TRL trains in bfloat16 by default. On a CPU that is some hundred times slower than float32, so not there."""
+    import torch
+
+    return None if torch.accelerator.is_available() else False
+
+
+def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Parse recipe and command line. Returns the three configurations and the recipe as it is run."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    name = finder.parse_known_args(arguments)[0].recipe
+    recipe = {}
+    if name is not None:
+        file = find_recipe(name)
+        validate_recipe(file, parser)
+        recipe = read_recipe(file)
+        arguments = ["--config", str(file), *arguments]
+    *configs, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(
+            f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help` lists all. Correct it."
+        )
+    script, args, model_args = configs
+    if model_args.model_name_or_path is None:
+        raise ValueError(
+            "`model_name_or_path` is missing. It names the base model, on the Hub or in a folder. Pass e.g. "
+            "`--model_name_or_path meta-llama/Meta-Llama-3-8B`, or a `--recipe` that does."
+        )
+    given = {
+        argument.lstrip("-").partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"
+    }
+    for config in configs:
+        recipe |= {key: value for key, value in vars(config).items() if key in given}
+    for secret_or_ours in ("hub_token", "env", "recipe", "dry_run"):
+        recipe.pop(secret_or_ours, None)
+    script.recipe = str(file) if name is not None else None
+    return script, args, model_args, recipe
+
+
+def _dry_run(script, args, model_args) -> None:
+    from peft import PeftConfig
+    from transformers import AutoConfig
+    from trl import get_peft_config
+
+    from .report import count_parameters
+
+    peft_config = get_peft_config(model_args)
+    if script.adapter_name_or_path is not None:
+        peft_config = PeftConfig.from_pretrained(script.adapter_name_or_path)
+    config = AutoConfig.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    Console().print(count_parameters(config, peft_config, args.sparsity).table())
+
+
+def _build_trainer(script, args, model_args):
+    from transformers import AutoTokenizer
+    from trl import get_peft_config, get_quantization_config
+    from trl.trainer.utils import create_model_from_path
+
+    from .adapter import load_lori_adapter
+    from .tasks import data_name, load_training_data
+    from .trainer import LoriSFTTrainer
+
+    data = load_training_data(script)
+    evaluated = args.eval_strategy != "no"
+    if evaluated and script.dataset_test_split not in data:
+        raise ValueError(
+            f"`eval_strategy={args.eval_strategy.value}` needs the split {script.dataset_test_split!r}, and the data "
+            f"have {', '.join(data)}. Pass one of these as `dataset_test_split`, or `--eval_strategy no`."
+        )
+    if args.task_name is None:
+        args.task_name = data_name(script)
+    _check_writable(args.output_dir)
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+        **(args.model_init_kwargs or {}),
+    }
+    args.model_init_kwargs = None
+    model = create_model_from_path(model_args.model_name_or_path, **model_init_kwargs)
+    peft_config = get_peft_config(model_args)
+    if script.adapter_name_or_path is not None:
+        model = load_lori_adapter(model, script.adapter_name_or_path, is_trainable=True)
+        peft_config = None
+    return LoriSFTTrainer(
+        model,
+        args,
+        train_dataset=data[script.dataset_train_split],
+        eval_dataset=data[script.dataset_test_split] if evaluated else None,
+        processing_class=AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        ),
+        peft_config=peft_config,
+    )
+
+
+def _check_writable(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"`output_dir={folder}` cannot be written: {error.strerror}. A folder is needed in which files can be "
+            "made. Pass another `--output_dir`."
+        ) from error
+
+
+def _print_outcome(trainer, metrics: dict[str, float]) -> None:
+    masks, counts = trainer.masks, trainer.lori_config["counts"]
+    table = Table(show_header=False, title=f"{trainer.lori_config['variant']} adapter {trainer.task_name!r}")
+    table.add_row("plain LoRA would train", f"{counts['lora']:,}")
+    table.add_row(
+        "LoRI trained", f"{counts['selected']:,} ({100 * counts['selected'] / counts['lora']:.2f} % of LoRA)"
+    )
+    table.add_row("density", f"{masks.num_selected:,} / {masks.numel:,} = {masks.density:.8f}")
+    if "eval_loss" in metrics:
+        table.add_row("held-out loss, first evaluation", f"{metrics['initial_eval_loss']:.4f}")
+        table.add_row("held-out loss, at the end", f"{metrics['eval_loss']:.4f}")
+    table.add_row("saved to", trainer.args.output_dir)
+    Console().print(table)
+
+
+@contextmanager
+def _bad_input(program: str, errors: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError)):
+    """Turn an error about the input into one message and exit code 2."""
+    try:
+        yield
+    except errors as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The projection A: drawn from a seed, frozen for good, and recognised by its fingerprint."""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import _register_frozen_peft_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+PROJECTION_INITS = ("gaussian", "kaiming_uniform")
+
+# Name parts that wrappers put between a module and its parent: torch.compile, FSDP1, activation checkpointing.
+_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def module_path(name: str) -> str:
+    """
+    Reduce a module or parameter name to the module's path in the base model.
+
+    Args:
+        name (`str`):
+            A name as `named_modules`, `named_parameters` or a state dict gives it, with any DDP, FSDP, compile,
+            checkpoint or PEFT prefix and with or without `lora_A`/`lora_B` and an adapter name behind it.
+
+    ```python
+    >>> module_path("module.base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight")
+    'model.layers.0.self_attn.q_proj'
+
+    ```
+    """
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+    name = name.removeprefix("module.").removeprefix("base_model.model.")
+    return re.sub(r"\.lora_[AB](\..*)?$", "", name)
+
+
+def lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """
+    Find the LoRA layers of one adapter.
+
+    Returns:
+        `dict[str, LoraLayer]`: module path in the base model -> PEFT's layer, sorted by path.
+
+    Raises:
+        `ValueError`: the adapter sits on something other than linear layers (embeddings, convolutions, the fused
+            parameters of mixture-of-experts blocks): LoRI masks are defined on `lora_B` `(out_features, rank)`.
+    """
+    layers, unsupported = {}, []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter_name in module.lora_A and isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
+            layers[module_path(name)] = module
+        elif adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
+            unsupported.append(f"{module_path(name)} ({type(module.get_base_layer()).__name__})")
+    if unsupported:
+        raise ValueError(
+            f"The adapter targets {len(unsupported)} modules that are not linear layers: "
+            f"{', '.join(unsupported[:3])}{', ...' if len(unsupported) > 3 else ''}. LoRI trains `lora_B` of "
+            "linear layers. Name those in `target_modules`, e.g. `target_modules='all-linear'`, and leave "
+            "`target_parameters` unset."
+        )
+    return dict(sorted(layers.items()))
+
+
+def derive_projection_seed(seed: int, task_name: str) -> int:
+    """
+    Derive the seed of a task's projections, so that two tasks get independent A and one task always the same.
+
+    Args:
+        seed (`int`): the run's seed (`TrainingArguments.seed`).
+        task_name (`str`): the task.
+
+    Returns:
+        `int`: the first 48 bits of SHA-256 (JSON readers that keep numbers as doubles can hold them).
+
+    Source: paper section 2.2, which needs independent A; deriving them from the task's name is ours.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}/{task_name}".encode()).digest()[:6], "big")
+
+
+def draw_projection(path: str, rank: int, in_features: int, *, seed: int, init: str = "gaussian") -> Tensor:
+    """
+    Draw one module's A from its own CPU generator, which depends on `(seed, path)` alone.
+
+    The numbers come from a 53-bit integer stream through float64 arithmetic and are rounded to float32 at the end, so
+    that another platform's last-digit differences in `log` and `cos` practically never show.
+
+    Args:
+        path (`str`): the module's path in the base model.
+        rank (`int`): rows of A.
+        in_features (`int`): columns of A.
+        seed (`int`): the projection seed.
+        init (`str`, *optional*, defaults to `"gaussian"`):
+            `"gaussian"` is N(0, 1/(3 in_features)); `"kaiming_uniform"` is uniform within 1/sqrt(in_features) of 0,
+            which has the same variance.
+
+    Returns:
+        `Tensor`: `(rank, in_features)`, float32.
+
+    Source: Algorithm 1, line 3, draws N(0, sigma^2) and leaves sigma open. The authors' code uses PEFT's Kaiming
+    uniform, whose variance is taken here, so that the paper's learning rates carry over.
+    """
+    key = hashlib.sha256(f"{seed}/{path}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:4], "big"))  # mt19937 takes 32 bits of seed
+    if init == "kaiming_uniform":
+        uniform = torch.rand(rank, in_features, generator=generator, dtype=torch.float64)
+        return ((2 * uniform - 1) / math.sqrt(in_features)).float()
+    u, v = torch.rand(2, rank, in_features, generator=generator, dtype=torch.float64)
+    normal = (-2 * torch.log1p(-u)).sqrt() * torch.cos(2 * math.pi * v)  # Box-Muller; 1 - u is never 0
+    return (normal / math.sqrt(3 * in_features)).float()
+
+
+@torch.no_grad()
+def init_projections(model: PeftModel, adapter_name: str, *, seed: int, init: str = "gaussian") -> None:
+    """Draw every A of an adapter again, in place, and freeze it. See [`draw_projection`]."""
+    for path, layer in lora_layers(model, adapter_name).items():
+        weight = layer.lora_A[adapter_name].weight
+        weight.copy_(draw_projection(path, *weight.shape, seed=seed, init=init))
+    freeze_projections(model, adapter_name)
+
+
+def freeze_projections(model: PeftModel, adapter_name: str) -> None:
+    """
+    Freeze A through PEFT's registry of frozen weights.
+
+    `requires_grad = False` by hand would be undone by the next `set_adapter()`; the registry is consulted there.
+    The registry's function is private in PEFT 0.21; this is the one place that calls it.
+    """
+    for layer in lora_layers(model, adapter_name).values():
+        _register_frozen_peft_weight(layer, adapter_name, "lora_A")
+
+
+def projections(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Return every A of an adapter: module path -> `(rank, in_features)`."""
+    return {
+        path: layer.lora_A[adapter_name].weight.detach() for path, layer in lora_layers(model, adapter_name).items()
+    }
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """
+    Fingerprint a set of projections: SHA-256 over sorted paths, shapes and float32 values.
+
+    The same for any adapter name, order and device, and for a bfloat16 tensor and its float32 copy.
+
+    Args:
+        tensors (`Mapping[str, Tensor]`): module path -> A `(rank, in_features)`.
+
+    Returns:
+        `str`: `"sha256:"` and 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(tensors):
+        tensor = tensors[path].detach().float().cpu().contiguous()
+        digest.update(f"{path} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
+    return f"sha256:{digest.hexdigest()}"

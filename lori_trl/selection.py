@@ -1,0 +1,118 @@
+"""Exact selection of the largest entries over many tensors: pure tensor arithmetic, no sort, no concatenation.
+
+The bit pattern of a non-negative float32 grows with its value. So the K-th largest magnitude is found by counting bit
+patterns: one histogram of the upper 16 bits over all tensors says in which bin it lies, a second one of the lower 16
+bits within that bin says which value it is. bfloat16 and float16 become float32 exactly.
+"""
+
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 18  # entries looked at in one go: bounds the temporaries to a few MB
+_INFINITY = 0x7F80  # upper 16 bits of +inf; those of NaN lie above or are the same
+
+
+def num_to_select(sparsity: float, numel: int) -> int:
+    """
+    Count the entries that stay trainable: K = floor((1 - sparsity) * numel), in decimal arithmetic.
+
+    ```python
+    >>> num_to_select(0.9, 1000)  # int((1 - 0.9) * 1000) is 99
+    100
+
+    ```
+    """
+    return int((1 - Decimal(str(sparsity))) * numel)
+
+
+def select_largest(
+    tensors: Mapping[str, Tensor], k: int, exclude: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], float]:
+    """
+    Select the `k` entries of largest magnitude over all tensors together.
+
+    Ties go to the lowest position in sorted order of the names. Zeros are never selected, so fewer than `k` entries
+    come back where fewer are nonzero.
+
+    Args:
+        tensors (`Mapping[str, Tensor]`): name -> tensor of any shape, float32, bfloat16 or float16, on any device.
+        k (`int`): how many entries to select.
+        exclude (`Mapping[str, Tensor]`, *optional*): name -> bool tensor; its True entries are not candidates.
+
+    Returns:
+        `tuple[dict[str, Tensor], float]`: bool tensors of the same shapes and devices, and the smallest selected
+        magnitude (0.0 where nothing is selected).
+
+    Raises:
+        `ValueError`: a tensor holds NaN or infinity.
+
+    Source: paper eq. 2 and Algorithm 1, line 13. There a threshold keeps all ties; here K is exact.
+    """
+    exclude = exclude or {}
+    names = sorted(tensors)
+    kth, ties = _kth_largest(tensors, exclude, names, k)
+    masks = {}
+    for name in names:
+        mask = torch.zeros(tensors[name].numel(), dtype=torch.bool, device=tensors[name].device)
+        if kth > 0:
+            for start, bits in _magnitude_bits(tensors[name], exclude.get(name)):
+                torch.gt(bits, kth, out=mask[start : start + bits.numel()])
+                if ties > 0:
+                    positions = (bits == kth).nonzero().flatten()[:ties]
+                    mask[start + positions] = True
+                    ties -= positions.numel()
+        masks[name] = mask.view(tensors[name].shape)
+    return masks, torch.tensor(kth, dtype=torch.int32).view(torch.float32).item()
+
+
+def _kth_largest(
+    tensors: Mapping[str, Tensor], exclude: Mapping[str, Tensor], names: list[str], k: int
+) -> tuple[int, int]:
+    """Return the bit pattern of the K-th largest magnitude (0: nothing to select) and how many of its ties to take."""
+    zeros = 0
+    upper = torch.zeros(1 << 15, dtype=torch.int64)
+    for name in names:
+        for _, bits in _magnitude_bits(tensors[name], exclude.get(name)):
+            zeros += bits.numel() - bits.count_nonzero().item()
+            upper += torch.bincount(bits >> 16, minlength=1 << 15).cpu()
+    if upper[_INFINITY:].any():
+        broken = [name for name in names if not torch.isfinite(tensors[name]).all()]
+        raise ValueError(
+            f"The saliency holds NaN or infinity in {len(broken)} tensors: {', '.join(broken[:3])}"
+            f"{', ...' if len(broken) > 3 else ''}. Ranking needs finite numbers: the calibration diverged. Lower "
+            "`calibration_learning_rate`."
+        )
+    upper[0] -= zeros
+    k = min(k, int(upper.sum()))
+    if k <= 0:
+        return 0, 0
+    high, above = _bin_of_kth(upper, k)
+
+    lower = torch.zeros(1 << 16, dtype=torch.int64)
+    for name in names:
+        for _, bits in _magnitude_bits(tensors[name], exclude.get(name)):
+            lower += torch.bincount(bits[(bits >> 16) == high] & 0xFFFF, minlength=1 << 16).cpu()
+    if high == 0:
+        lower[0] = 0
+    low, above_within = _bin_of_kth(lower, k - above)
+    return high << 16 | low, k - above - above_within
+
+
+def _bin_of_kth(histogram: Tensor, k: int) -> tuple[int, int]:
+    """Return the bin that holds the K-th largest entry (k >= 1), and how many entries lie in the bins above it."""
+    from_top = histogram.flip(0).cumsum(0)
+    bins_above = int(torch.searchsorted(from_top, k))
+    return histogram.numel() - 1 - bins_above, int(from_top[bins_above - 1]) if bins_above else 0
+
+
+def _magnitude_bits(tensor: Tensor, excluded: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """Yield (start, bit patterns of |tensor| as int32) chunk by chunk; excluded entries read as 0."""
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        bits = flat[start : start + _CHUNK].float().view(torch.int32) & 0x7FFFFFFF
+        if excluded is not None:
+            bits.masked_fill_(excluded.reshape(-1)[start : start + _CHUNK].to(bits.device), 0)
+        yield start, bits

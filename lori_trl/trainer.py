@@ -1,0 +1,461 @@
+"""The method: calibrate all of B, select the entries that matter, set B back, adapt on those alone."""
+
+import hashlib
+import json
+import re
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
+from trl import SFTTrainer
+
+from .adapter import FORMAT_VERSION, read_lori_config, save_lori_adapter
+from .config import LoriArguments, LoriSFTConfig
+from .masks import LoriMasks
+from .model_card import render_model_card
+from .projections import (
+    derive_projection_seed,
+    fingerprint,
+    freeze_projections,
+    init_projections,
+    lora_layers,
+    projections,
+)
+from .sparse import mask_gradients
+
+logger = get_logger(__name__)
+
+# What `load_dataset` calls data that came from files: no name of a task.
+_FILE_BUILDERS = {"json", "csv", "parquet", "arrow", "text", "pandas", "generator", "webdataset"}
+
+
+class LoriTrainerMixin:
+    """
+    Train LoRI adapters with any TRL trainer: `class LoriDPOTrainer(LoriTrainerMixin, DPOTrainer)`.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            The base model, or one with an adapter to continue: its A is kept, its B is where training starts, and
+            every entry outside the new mask stays as it is.
+        args ([`LoriArguments`]):
+            The trainer's configuration with the LoRI fields, e.g. [`LoriSFTConfig`].
+        peft_config (`LoraConfig`, *optional*):
+            The adapter to make on a base model.
+        **kwargs:
+            The trainer's own arguments.
+
+    Attributes:
+        masks ([`LoriMasks`] or `None`): which entries of B are trained; `None` before calibration.
+        phase (`str`): `"calibration"` or `"adaptation"`.
+        recipe (`dict` or `None`): saved beside the adapter as `recipe.yaml`; set by the command line.
+
+    Raises:
+        `ValueError`: the adapter is no plain LoRA, nothing of it can be trained, the data set is empty, or given masks
+            do not fit.
+        `TypeError`: `args` has no LoRI fields.
+
+    Source: paper section 2.1 and Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: LoriArguments,
+        *,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, LoriArguments):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}, which has no LoRI fields. Pass a `LoriSFTConfig`, or a config "
+                "class that mixes in `LoriArguments`."
+            )
+        if kwargs.get("optimizers", (None, None))[0] is not None:
+            raise ValueError(
+                "`optimizers` holds an optimizer. Each phase needs a fresh one, so only a class is allowed. Pass "
+                "`optimizer_cls_and_kwargs` instead."
+            )
+        _check_adapter(model, peft_config)
+        self.task_name = args.task_name or _name_of_data(kwargs.get("train_dataset"))
+        given_masks = LoriMasks.from_pretrained(args.mask_name_or_path) if args.mask_name_or_path else None
+
+        super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+
+        self.phase = "adaptation"
+        self.recipe: dict[str, Any] | None = None
+        self.calibration: dict[str, Any] | None = None
+        self.adapter_name = self.model.active_adapters[0]
+        self.lora_layers = lora_layers(self.model, self.adapter_name)
+        self.earlier_masks: dict[str, LoriMasks] = dict(vars(self.model).get("lori_masks", {}))
+        self.projection = self._init_projection(given_masks) if peft_config is not None else self._keep_projection()
+        if not any(weight.requires_grad for weight in self.weights.values()):
+            raise ValueError(
+                f"Nothing of adapter {self.adapter_name!r} can be trained: every lora_B is frozen. LoRI trains B. "
+                "Load the adapter with `is_trainable=True`."
+            )
+        self.initial_weights = {path: weight.detach().clone() for path, weight in self.weights.items()}
+
+        self.masks: LoriMasks | None = None
+        if given_masks is not None:
+            self.masks = self._adopt(given_masks)
+        elif self.args.sparsity == 0:
+            everything = {path: torch.ones_like(weight, dtype=torch.bool) for path, weight in self.weights.items()}
+            self.masks = LoriMasks(everything, task=self.task_name, sparsity=0.0, projection=self.projection)
+        # First in line, so that the callbacks that print or report see the phase's names.
+        self.callback_handler.callbacks.insert(0, _PhaseCallback(self))
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """B: module path -> lora_B's weight `(out_features, rank)`."""
+        return {path: layer.lora_B[self.adapter_name].weight for path, layer in self.lora_layers.items()}
+
+    # ---- the phases --------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """
+        Train the adapter: calibrate unless there is a mask already, then adapt on the mask.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint of either phase, or `True` for the last complete one in `output_dir`. A finished
+                calibration is never run again.
+            **kwargs:
+                Other arguments of the trainer's `train`.
+
+        Returns:
+            `TrainOutput`: of the adaptation; the calibration's metrics are in it with the prefix `calibration_`.
+
+        Raises:
+            `ValueError`: the calibration moved nothing, or the checkpoint belongs to another run.
+            `RuntimeError`: the optimizer moved frozen entries.
+        """
+        phase, checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
+        set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
+        handles = mask_gradients(self.weights, self.masks)
+        try:
+            output = super().train(checkpoint if phase == "adaptation" else None, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._check_frozen_entries()
+        output.metrics.update(metrics)
+        return output
+
+    def calibrate(self, resume_from_checkpoint: str | None = None) -> dict[str, float]:
+        """
+        Train all of B, select the mask by |B - B0|, and set B back to B0.
+
+        Args:
+            resume_from_checkpoint (`str`, *optional*): a checkpoint of the calibration.
+
+        Returns:
+            `dict[str, float]`: the calibration's metrics, prefixed with `calibration_`.
+
+        Source: Algorithm 1, lines 6 to 15. B0 is zero for a fresh adapter, and the saliency then the paper's |B|.
+        """
+        set_seed(self.args.seed)
+        with self._calibration():
+            output = super().train(resume_from_checkpoint)
+            self.calibration = {
+                "learning_rate": self.args.learning_rate,
+                "steps": output.global_step,
+                "samples": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+                "loss": output.training_loss,
+            }
+        saliency = {path: weight.detach() - self.initial_weights[path] for path, weight in self.weights.items()}
+        self._reset_weights()
+        if not any(change.any() for change in saliency.values()):
+            raise ValueError(
+                f"The calibration moved nothing in {self.calibration['steps']} steps at `calibration_learning_rate="
+                f"{self.calibration['learning_rate']}`. A mask is selected by how far B moved. Raise the rate or the "
+                "number of steps, and check that the rows have completions to learn from."
+            )
+        self.masks = LoriMasks.select(saliency, self.args.sparsity, task=self.task_name, projection=self.projection)
+        self.save_model(self.args.for_calibration().output_dir, _internal_call=True)
+        return output.metrics  # named calibration_... by _PhaseCallback when they were logged
+
+    @contextmanager
+    def _calibration(self):
+        """Swap in the calibration's arguments and rows, and start the next phase with a fresh optimizer."""
+        args, rows = self.args, self.train_dataset
+        early_stopping = self.pop_callback(EarlyStoppingCallback)  # it needs evaluations
+        self.phase, self.args = "calibration", args.for_calibration()
+        if args.calibration_fraction < 1:
+            count = max(1, int(args.calibration_fraction * len(rows)))
+            self.train_dataset = rows.shuffle(seed=args.seed).select(range(count))
+        try:
+            yield
+        finally:
+            self.phase, self.args, self.train_dataset = "adaptation", args, rows
+            self.optimizer = self.lr_scheduler = None
+            if early_stopping is not None:
+                self.add_callback(early_stopping)
+
+    @torch.no_grad()
+    def _reset_weights(self) -> None:
+        for path, weight in self.weights.items():
+            weight.copy_(self.initial_weights[path])
+
+    def _check_frozen_entries(self) -> None:
+        """Raise if an entry outside the mask, or A, is not what it was: the method's promise, checked on every run."""
+        moved = [
+            path
+            for path, weight in self.weights.items()
+            if not torch.equal(weight[~self.masks[path]], self.initial_weights[path][~self.masks[path]])
+        ]
+        if moved or fingerprint(projections(self.model, self.adapter_name)) != self.projection["fingerprint"]:
+            raise RuntimeError(
+                f"`optim={self.args.optim}` moved frozen entries of {', '.join(moved[:3]) or 'A'}. LoRI needs an "
+                "optimizer that leaves entries without a gradient alone. Use e.g. `optim='adamw_torch'`."
+            )
+
+    # ---- the adapter -------------------------------------------------------------------------------------------
+
+    def _init_projection(self, masks: LoriMasks | None) -> dict[str, Any]:
+        """Draw A anew for a fresh adapter: the one that given masks were calibrated on, or the task's own."""
+        known = (masks.projection if masks is not None else None) or {}
+        init = known.get("init") or self.args.projection_init
+        seed = self.args.projection_seed
+        if seed is None:
+            seed = known.get("seed")
+        if seed is None:
+            seed = derive_projection_seed(self.args.seed, self.task_name)
+        init_projections(self.model, self.adapter_name, seed=seed, init=init)
+        return {"init": init, "seed": seed, "fingerprint": self._fingerprint()}
+
+    def _keep_projection(self) -> dict[str, Any]:
+        """Keep the A of an adapter that is continued; where it came from is known if `lori_trl` loaded it."""
+        freeze_projections(self.model, self.adapter_name)
+        found = self._fingerprint()
+        for masks in self.earlier_masks.values():
+            if masks.projection is not None and masks.projection["fingerprint"] == found:
+                return masks.projection
+        return {"init": None, "seed": None, "fingerprint": found}
+
+    def _fingerprint(self) -> str:
+        return fingerprint(projections(self.model, self.adapter_name))
+
+    def _adopt(self, masks: LoriMasks) -> LoriMasks:
+        """Take masks from a file as this task's."""
+        masks.check_shapes({path: weight.shape for path, weight in self.weights.items()})
+        if masks.projection is None or masks.projection["fingerprint"] != self.projection["fingerprint"]:
+            logger.warning(
+                "The masks were not calibrated on this adapter's A, so their entries stand for other random "
+                "directions. To calibrate on this adapter, leave `mask_name_or_path` unset; for a fresh adapter, "
+                "leave `projection_seed` unset, which takes the masks' own A."
+            )
+        return LoriMasks(
+            {path: mask.to(self.weights[path].device) for path, mask in masks.items()},
+            task=self.task_name,
+            sparsity=masks.sparsity,
+            granularity=masks.granularity,
+            threshold=masks.threshold,
+            projection=masks.projection,
+        )
+
+    @property
+    def lori_config(self) -> dict[str, Any]:
+        """What `lori_config.json` says of this run so far."""
+        lora_B = sum(weight.numel() for weight in self.weights.values())
+        lora_A = sum(layer.lora_A[self.adapter_name].weight.numel() for layer in self.lora_layers.values())
+        masks = self._all_masks()
+        sparsity = self.args.sparsity if self.masks is None else self.masks.sparsity
+        return {
+            "format_version": FORMAT_VERSION,
+            "task": self.task_name,
+            "phase": self.phase,
+            "variant": "LoRI-D" if sparsity == 0 else "LoRI-S",
+            "sparsity": sparsity,
+            "granularity": "model" if self.masks is None else self.masks.granularity,
+            "threshold": None if self.masks is None else self.masks.threshold,
+            "projection": self.projection,
+            "calibration": self.calibration,
+            "counts": {
+                "lora": lora_A + lora_B,
+                "lora_B": lora_B,
+                "selected": None if self.masks is None else self.masks.num_selected,
+            },
+            "tasks": [{"task": task, "selected": task_masks.num_selected} for task, task_masks in masks.items()],
+            "versions": {name: version(name) for name in ("lori_trl", "trl", "peft", "transformers", "torch")},
+        }
+
+    def _all_masks(self) -> dict[str, LoriMasks]:
+        own = {} if self.masks is None else {self.task_name: self.masks}
+        return {**self.earlier_masks, **own}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save the adapter whole or not at all. The arguments are not pickled beside it: they may hold a token."""
+        if self.args.should_save:
+            save_lori_adapter(
+                output_dir or self.args.output_dir,
+                self.accelerator.unwrap_model(self.model),
+                self.adapter_name,
+                lori_config=self.lori_config,
+                masks=self._all_masks(),
+                state_dict=state_dict,
+                processing_class=self.processing_class,
+                recipe=self.recipe,
+            )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write LoRI's card in place of TRL's. Its facts come from the run, so TRL's arguments are not looked at."""
+        if self.args.should_save:
+            base_model = self.model.peft_config[self.adapter_name].base_model_name_or_path
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.joinpath("README.md").write_text(render_model_card(self.lori_config, base_model), encoding="utf-8")
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> tuple[str | None, str | None]:
+        """Find where to resume: (phase, checkpoint). Takes over the masks of a calibration that is done."""
+        if not resume_from_checkpoint:
+            return None, None
+        calibration = Path(self.args.for_calibration().output_dir)
+        if resume_from_checkpoint is not True:
+            found = Path(resume_from_checkpoint)
+        else:
+            found = _last_complete_checkpoint(Path(self.args.output_dir))
+            if found is None and (calibration / "masks" / f"{self.task_name}.safetensors").is_file():
+                self._resume_masks(calibration)  # killed between the calibration's end and the first checkpoint
+                return None, None
+            found = found or _last_complete_checkpoint(calibration)
+        if found is None:
+            raise ValueError(
+                f"`resume_from_checkpoint=True`, but `output_dir={self.args.output_dir}` holds no complete "
+                "checkpoint. Allowed is a folder that an earlier run saved to. Leave it unset to start anew."
+            )
+        phase = read_lori_config(found)["phase"]
+        if phase == "adaptation":
+            self._resume_masks(found)
+        return phase, str(found)
+
+    def _resume_masks(self, folder: Path) -> None:
+        config = read_lori_config(folder)
+        for what, mine in (("sparsity", self.args.sparsity), ("projection", self.projection)):
+            if config[what] != mine and self.masks is None:
+                raise ValueError(
+                    f"`{folder}` was trained with {what} {config[what]}, this run has {mine}. A run resumes with the "
+                    "base model, task, seed and sparsity that it began with. Correct these, or start anew in another "
+                    "`output_dir`."
+                )
+        self.calibration = config["calibration"]
+        self.masks = self._adopt(LoriMasks.from_pretrained(folder, task=self.task_name))
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        freeze_projections(self.model, self.adapter_name)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        freeze_projections(self.model, self.adapter_name)
+
+
+class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):
+    """
+    Supervised fine-tuning of LoRI adapters: [`LoriTrainerMixin`] on TRL's [`~trl.SFTTrainer`].
+
+    ```python
+    from datasets import load_dataset
+    from lori_trl import LoriSFTConfig, LoriSFTTrainer
+    from peft import LoraConfig
+
+    trainer = LoriSFTTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=LoriSFTConfig(task_name="code", sparsity=0.9),
+        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "sft", "lori"]
+
+    def __init__(self, model: str | PreTrainedModel | PeftModel, args: LoriSFTConfig | None = None, **kwargs: Any):
+        super().__init__(model, args or LoriSFTConfig(), **kwargs)
+
+
+class _PhaseCallback(TrainerCallback):
+    """Name the phase on the progress bar, and log the calibration's figures under names of its own."""
+
+    def __init__(self, trainer: LoriTrainerMixin):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_description(self.trainer.phase)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.trainer.phase == "calibration":
+            for name in list(logs):
+                logs[f"calibration_{name}"] = logs.pop(name)
+
+
+def _check_adapter(model: str | PreTrainedModel | PeftModel, peft_config: LoraConfig | None) -> None:
+    """Refuse adapters that LoRI is not defined for."""
+    fresh = peft_config is not None
+    if not fresh and not isinstance(model, PeftModel):
+        raise ValueError(
+            "`peft_config` is missing. LoRI trains an adapter: pass e.g. `peft_config=LoraConfig(r=32, lora_alpha=64, "
+            "target_modules='all-linear')`, or a `PeftModel` as `model` to continue its adapter."
+        )
+    if not fresh and len(model.active_adapters) != 1:
+        raise ValueError(
+            f"The model has {len(model.active_adapters)} active adapters: {', '.join(model.active_adapters)}. LoRI "
+            "trains one. Choose it with `model.set_adapter(name)`."
+        )
+    config = peft_config if fresh else model.peft_config[model.active_adapters[0]]
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"The adapter's config is a {type(config).__name__}. LoRI is a kind of LoRA: pass a `LoraConfig`."
+        )
+    for name, allowed, why in (
+        ("use_dora", (False,), "DoRA trains a magnitude besides B"),
+        ("bias", ("none",), "biases would be trained outside the mask"),
+        ("lora_bias", (False,), "biases would be trained outside the mask"),
+        ("init_lora_weights", (True, "gaussian") if fresh else None, "LoRI draws A itself and starts B at zero"),
+    ):
+        if allowed is not None and getattr(config, name) not in allowed:
+            raise ValueError(
+                f"`{name}={getattr(config, name)!r}` is not possible with LoRI: {why}. Allowed is "
+                f"{' or '.join(map(repr, allowed))}. Change it in the `LoraConfig`."
+            )
+
+
+def _name_of_data(rows: Dataset | IterableDataset | None) -> str:
+    """Name a task after its data set, or after the contents of its first rows where that has no name."""
+    if rows is None:
+        raise ValueError("`train_dataset` is missing. Pass a `datasets.Dataset` with at least one row.")
+    name = rows.info.dataset_name
+    if name is not None and name not in _FILE_BUILDERS:
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:96]
+    first_rows = json.dumps(list(islice(rows, 100)), sort_keys=True, default=str)
+    name = f"data-{hashlib.sha256(first_rows.encode()).hexdigest()[:8]}"
+    logger.warning(f"`task_name` is not given and the data set has no name: the task is called {name!r}.")
+    return name
+
+
+def _last_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the last checkpoint of a folder that was written to its end; the Trainer's state is written last."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for checkpoint in sorted(checkpoints, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        try:
+            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            read_lori_config(checkpoint)
+            return checkpoint
+        except (OSError, ValueError) as error:
+            logger.warning(f"Passing over the half-written checkpoint {checkpoint}: {error}")
+    return None
