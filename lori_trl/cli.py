@@ -7,11 +7,9 @@ import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from .recipes import find_recipe, list_recipes, nearest, read_recipe, validate_recipe
 
@@ -56,10 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _recipes(options: argparse.Namespace) -> None:
     if options.action == "list":
-        table = Table("recipe", "what it is")
         for file in list_recipes():
-            table.add_row(file.name, file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# "))
-        Console().print(table)
+            print(f"{file.name:32} {file.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}")
         return
     file = find_recipe(options.recipe)
     if options.action == "show":
@@ -87,8 +83,9 @@ def sft(arguments: list[str] | None = None) -> int:
             return 0
         trainer = _build_trainer(script, args, model_args)
     trainer.recipe = recipe
-    with _bad_input("lori-sft", (ValueError,)):
-        output = trainer.train(args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint
+    with _bad_input("lori-sft", (ValueError, FileNotFoundError)):
+        output = trainer.train(True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     metrics = output.metrics
     if trainer.eval_dataset is not None:
@@ -122,19 +119,12 @@ def _sft_parser():
         epilog=_SFT_EXAMPLE,
         formatter_class=_HelpFormatter,
     )
-    parser.set_defaults(use_peft=True, lora_target_modules="all-linear", bf16=_default_bf16())
+    parser.set_defaults(use_peft=True, lora_target_modules="all-linear")
     return parser
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
-
-
-def _default_bf16() -> bool | None:
-    """TRL trains in bfloat16 by default. On a CPU that is some hundred times slower than float32, so not there."""
-    import torch
-
-    return None if torch.accelerator.is_available() else False
 
 
 def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -164,7 +154,8 @@ def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, A
         argument.lstrip("-").partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"
     }
     for config in configs:
-        recipe |= {key: value for key, value in vars(config).items() if key in given}
+        set_here = {key: value for key, value in vars(config).items() if key in given}
+        recipe |= {key: value.value if isinstance(value, Enum) else value for key, value in set_here.items()}
     for secret_or_ours in ("hub_token", "env", "recipe", "dry_run"):
         recipe.pop(secret_or_ours, None)
     script.recipe = str(file) if name is not None else None
@@ -173,6 +164,7 @@ def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, A
 
 def _dry_run(script, args, model_args) -> None:
     from peft import PeftConfig
+    from rich.console import Console
     from transformers import AutoConfig
     from trl import get_peft_config
 
@@ -197,11 +189,12 @@ def _build_trainer(script, args, model_args):
     from .trainer import LoriSFTTrainer
 
     data = load_training_data(script)
-    evaluated = args.eval_strategy != "no"
+    evaluated = args.eval_strategy != "no" or args.eval_on_start
     if evaluated and script.dataset_test_split not in data:
         raise ValueError(
-            f"`eval_strategy={args.eval_strategy.value}` needs the split {script.dataset_test_split!r}, and the data "
-            f"have {', '.join(data)}. Pass one of these as `dataset_test_split`, or `--eval_strategy no`."
+            f"`eval_strategy={args.eval_strategy.value}`, `eval_on_start={args.eval_on_start}`: the split "
+            f"{script.dataset_test_split!r} is needed, and the data have {', '.join(data)}. Pass one of these as "
+            "`dataset_test_split`, or evaluate nothing."
         )
     if args.task_name is None:
         args.task_name = data_name(script)
@@ -245,6 +238,9 @@ def _check_writable(folder: str) -> None:
 
 
 def _print_outcome(trainer, metrics: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     masks, counts = trainer.masks, trainer.lori_config["counts"]
     table = Table(show_header=False, title=f"{trainer.lori_config['variant']} adapter {trainer.task_name!r}")
     table.add_row("plain LoRA would train", f"{counts['lora']:,}")

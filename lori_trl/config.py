@@ -4,6 +4,7 @@ import copy
 import os
 from dataclasses import dataclass, field
 
+import torch
 from trl import SFTConfig
 
 from .masks import check_sparsity, check_task_name
@@ -94,6 +95,8 @@ class LoriArguments:
     )
 
     def __post_init__(self):
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False
         super().__post_init__()
         check_sparsity(self.sparsity)
         if self.task_name is not None:
@@ -133,6 +136,7 @@ class LoriSFTConfig(LoriArguments, SFTConfig):
     > These parameters have default values different from `SFTConfig`:
     > - `learning_rate`: Defaults to `5e-4` instead of `2e-5` (the paper's LoRI-S, r = 32).
     > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"` (the paper's: no decay).
+    > - `bf16`: Defaults to `False` instead of `True` where there is no accelerator: CPUs are slow at it or refuse.
     """
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the adaptation, on the mask."})

@@ -86,7 +86,12 @@ class LoriTrainerMixin:
                 "`optimizer_cls_and_kwargs` instead."
             )
         _check_adapter(model, peft_config)
-        self.task_name = args.task_name or _name_of_data(kwargs.get("train_dataset"))
+        rows = kwargs.get("train_dataset")
+        if rows is None or next(iter(rows), None) is None:
+            raise ValueError(
+                "`train_dataset` has no rows. At least one is needed. Pass a `datasets.Dataset` with rows."
+            )
+        self.task_name = args.task_name or _name_of_data(rows)
         given_masks = LoriMasks.from_pretrained(args.mask_name_or_path) if args.mask_name_or_path else None
 
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
@@ -202,6 +207,10 @@ class LoriTrainerMixin:
             if early_stopping is not None:
                 self.add_callback(early_stopping)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Exempt B from weight decay: it would pull the entries outside the mask towards zero."""
+        return [name for name in super().get_decay_parameter_names(model) if ".lora_B." not in name]
+
     @torch.no_grad()
     def _reset_weights(self) -> None:
         for path, weight in self.weights.items():
@@ -216,8 +225,8 @@ class LoriTrainerMixin:
         ]
         if moved or fingerprint(projections(self.model, self.adapter_name)) != self.projection["fingerprint"]:
             raise RuntimeError(
-                f"`optim={self.args.optim}` moved frozen entries of {', '.join(moved[:3]) or 'A'}. LoRI needs an "
-                "optimizer that leaves entries without a gradient alone. Use e.g. `optim='adamw_torch'`."
+                f"`optim={self.args.optim.value}` moved frozen entries of {', '.join(moved[:3]) or 'A'}. LoRI needs "
+                "an optimizer that leaves entries without a gradient alone. Use e.g. `optim='adamw_torch'`."
             )
 
     # ---- the adapter -------------------------------------------------------------------------------------------
@@ -435,10 +444,8 @@ def _check_adapter(model: str | PreTrainedModel | PeftModel, peft_config: LoraCo
             )
 
 
-def _name_of_data(rows: Dataset | IterableDataset | None) -> str:
+def _name_of_data(rows: Dataset | IterableDataset) -> str:
     """Name a task after its data set, or after the contents of its first rows where that has no name."""
-    if rows is None:
-        raise ValueError("`train_dataset` is missing. Pass a `datasets.Dataset` with at least one row.")
     name = rows.info.dataset_name
     if name is not None and name not in _FILE_BUILDERS:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:96]
