@@ -122,7 +122,7 @@ def fails(arguments, capsys, *parts):
         (["--dataset_train_split", "validation"], ["not in `my_task`, which has test, train"]),
         (
             ["--eval_strategy", "epoch", "--dataset_test_split", "dev"],
-            ["the split 'dev' is needed, and the data have test, train"],
+            ["the split 'dev' is needed, and the data have"],
         ),
         (["--use_dora"], ["`use_dora=True` is not possible with LoRI"]),
         (["--mask_name_or_path", "nowhere"], ["`nowhere` holds no masks"]),
