@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from .masks import check_sparsity, check_task_name
 from .projections import PROJECTION_INITS
+from .sparse import SPARSE_BACKENDS
 
 
 @dataclass
@@ -52,6 +53,13 @@ class LoriArguments:
         projection_seed (`int`, *optional*):
             Seed of A. Defaults to one derived from `seed` and `task_name` by SHA-256.
 
+        > Parameters that control the training
+
+        sparse_backend (`str`, *optional*, defaults to `"packed"`):
+            `"packed"` keeps the trained entries of a matrix in one 1-D parameter, so that gradients and optimizer
+            state are a tenth of B's; `"hook"` keeps B dense and zeroes its gradient outside the mask, as the paper
+            does. Both train the same entries to the same values.
+
     Source: paper section 2.1 and Algorithm 1; defaults from Tables 4 to 7.
     """
 
@@ -93,6 +101,14 @@ class LoriArguments:
     projection_seed: int | None = field(
         default=None, metadata={"help": "Seed of A. Defaults to one derived from `seed` and `task_name`."}
     )
+    sparse_backend: str = field(
+        default="packed",
+        metadata={
+            "help": "How B is trained on the mask: 'packed' keeps gradients and optimizer state for the trained "
+            "entries alone, 'hook' for all of B.",
+            "choices": list(SPARSE_BACKENDS),
+        },
+    )
 
     def __post_init__(self):
         if self.bf16 is None and not torch.accelerator.is_available():
@@ -106,11 +122,12 @@ class LoriArguments:
                 f"`calibration_fraction={self.calibration_fraction}` is outside (0, 1]. Pass a fraction, e.g. "
                 "`calibration_fraction=0.1` to calibrate on a tenth of the rows."
             )
-        if self.projection_init not in PROJECTION_INITS:
-            raise ValueError(
-                f"`projection_init={self.projection_init!r}` is not known. Allowed are {', '.join(PROJECTION_INITS)}. "
-                "Leave it unset for 'gaussian'."
-            )
+        for name, allowed in (("projection_init", PROJECTION_INITS), ("sparse_backend", SPARSE_BACKENDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is not known. Allowed are {', '.join(allowed)}. Leave it unset "
+                    f"for {allowed[0]!r}."
+                )
 
     def for_calibration(self):
         """Return a copy for the calibration phase: its own rate, length and folder; no evaluation, no push."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from .projections import (
     lora_layers,
     projections,
 )
-from .sparse import mask_gradients
+from .sparse import VALUES, refresh_values, sparse_training
 
 logger = get_logger(__name__)
 
@@ -147,12 +147,8 @@ class LoriTrainerMixin:
         phase, checkpoint = self._find_checkpoint(resume_from_checkpoint)
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
-        handles = mask_gradients(self.weights, self.masks)
-        try:
+        with self._sparse_training(self.masks):
             output = super().train(checkpoint if phase == "adaptation" else None, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
         self._check_frozen_entries()
         output.metrics.update(metrics)
         return output
@@ -170,7 +166,7 @@ class LoriTrainerMixin:
         Source: Algorithm 1, lines 6 to 15. B0 is zero for a fresh adapter, and the saliency then the paper's |B|.
         """
         set_seed(self.args.seed)
-        with self._calibration():
+        with self._calibration(), self._sparse_training(None):
             output = super().train(resume_from_checkpoint)
             self.calibration = {
                 "learning_rate": self.args.learning_rate,
@@ -190,9 +186,15 @@ class LoriTrainerMixin:
         self.save_model(self.args.for_calibration().output_dir, _internal_call=True)
         return output.metrics  # named calibration_... by _PhaseCallback when they were logged
 
+    def _sparse_training(self, masks: LoriMasks | None) -> AbstractContextManager[None]:
+        """Restrict training to a mask, with an optimizer and a wrapping of the model that know the new parameters."""
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        return sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend)
+
     @contextmanager
     def _calibration(self):
-        """Swap in the calibration's arguments and rows, and start the next phase with a fresh optimizer."""
+        """Swap in the calibration's arguments and rows."""
         args, rows = self.args, self.train_dataset
         early_stopping = self.pop_callback(EarlyStoppingCallback)  # it needs evaluations
         self.phase, self.args = "calibration", args.for_calibration()
@@ -203,13 +205,13 @@ class LoriTrainerMixin:
             yield
         finally:
             self.phase, self.args, self.train_dataset = "adaptation", args, rows
-            self.optimizer = self.lr_scheduler = None
             if early_stopping is not None:
                 self.add_callback(early_stopping)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Exempt B from weight decay: it would pull the entries outside the mask towards zero."""
-        return [name for name in super().get_decay_parameter_names(model) if ".lora_B." not in name]
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if ".lora_B." not in name and f".{VALUES}." not in name]
 
     @torch.no_grad()
     def _reset_weights(self) -> None:
@@ -365,10 +367,12 @@ class LoriTrainerMixin:
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
         freeze_projections(self.model, self.adapter_name)
+        refresh_values(self.model, self.adapter_name)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         freeze_projections(self.model, self.adapter_name)
+        refresh_values(self.model, self.adapter_name)
 
 
 class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):

@@ -72,13 +72,15 @@ def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer):
     return calibration, masks, train(batches["adaptation"], rates[1], masks), {name: B[name].detach() for name in B}
 
 
+@pytest.mark.parametrize("backend", ["packed", "hook"])
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
-def test_follows_algorithm_1(make_trainer, llama, optim):
+def test_follows_algorithm_1(make_trainer, llama, optim, backend):
     losses = Losses()
     trainer = make_trainer(
         trainer_class=RecordingTrainer,
         callbacks=[losses],
         optim=optim,
+        sparse_backend=backend,
         max_grad_norm=0.0,
         learning_rate=0.5 if optim == "sgd" else 1e-2,
         calibration_learning_rate=0.25 if optim == "sgd" else 5e-3,
@@ -134,8 +136,9 @@ def nonzero_adapter(llama, **changes) -> PeftModel:
     return model
 
 
+@pytest.mark.parametrize("backend", ["packed", "hook"])
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "adagrad", "rmsprop"])
-def test_entries_outside_the_mask_never_change(make_trainer, llama, optim):
+def test_entries_outside_the_mask_never_change(make_trainer, llama, optim, backend):
     """From a nonzero B, with weight decay, momentum, clipping and accumulation."""
     model = nonzero_adapter(llama)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -167,7 +170,7 @@ def test_an_optimizer_that_moves_frozen_entries_is_found_out(make_trainer, llama
                 for parameter in group["params"]:
                     parameter.data += 1e-3
 
-    trainer = make_trainer()
+    trainer = make_trainer(sparse_backend="hook")
     trainer.optimizer_cls_and_kwargs = (Drifting, {"lr": 1e-2})
     with pytest.raises(RuntimeError, match="moved frozen entries of model.layers.0"):
         trainer.train()
