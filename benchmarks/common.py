@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 

@@ -18,7 +18,6 @@ from lori_trl import LoriMasks
 from lori_trl.projections import init_projections, lora_layers
 from lori_trl.sparse import sparse_training
 
-
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig
 
-from .masks import check_sparsity, check_task_name
+from .masks import GRANULARITIES, check_sparsity, check_task_name
 from .projections import PROJECTION_INITS
 from .sparse import SPARSE_BACKENDS
 
@@ -28,6 +28,9 @@ class LoriArguments:
             Share of B's entries that stay untouched, a fraction in [0, 1). The default is the paper's LoRI-S; `0` is
             LoRI-D: no calibration, all of B is trained. Higher: fewer trained parameters, less interference with other
             tasks, and a higher learning rate needed.
+        mask_granularity (`str`, *optional*, defaults to `"model"`):
+            Over what the entries of B compete: `"model"`, `"module"` (attention, MLP), `"projection"`, `"layer"` or
+            `"matrix"`. The paper finds the whole model best.
         mask_name_or_path (`str`, *optional*):
             Folder or file of masks to use instead of calibrating. A fresh adapter then draws the A that these masks
             were calibrated on.
@@ -44,6 +47,9 @@ class LoriArguments:
             `max_steps` where `calibration_num_train_epochs` is unset.
         calibration_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`.
+        calibration_sparsities (`list[float]`, *optional*):
+            More sparsities to select masks for from the same calibration. They are saved in
+            `calibration/masks/<task>-<sparsity>.safetensors`, for `mask_name_or_path` of later runs.
 
         > Parameters that control the projection A
 
@@ -77,6 +83,10 @@ class LoriArguments:
             "of B is trained."
         },
     )
+    mask_granularity: str = field(
+        default="model",
+        metadata={"help": "Over what the entries of B compete for the mask.", "choices": list(GRANULARITIES)},
+    )
     mask_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or file of masks to use instead of calibrating."}
     )
@@ -93,6 +103,10 @@ class LoriArguments:
     calibration_fraction: float = field(
         default=1.0,
         metadata={"help": "Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`."},
+    )
+    calibration_sparsities: list[float] | None = field(
+        default=None,
+        metadata={"help": "More sparsities to select and save masks for, from the same calibration."},
     )
     projection_init: str = field(
         default="gaussian",
@@ -122,7 +136,13 @@ class LoriArguments:
                 f"`calibration_fraction={self.calibration_fraction}` is outside (0, 1]. Pass a fraction, e.g. "
                 "`calibration_fraction=0.1` to calibrate on a tenth of the rows."
             )
-        for name, allowed in (("projection_init", PROJECTION_INITS), ("sparse_backend", SPARSE_BACKENDS)):
+        for sparsity in self.calibration_sparsities or ():
+            check_sparsity(sparsity)
+        for name, allowed in (
+            ("mask_granularity", list(GRANULARITIES)),
+            ("projection_init", PROJECTION_INITS),
+            ("sparse_backend", SPARSE_BACKENDS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` is not known. Allowed are {', '.join(allowed)}. Leave it unset "

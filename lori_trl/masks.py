@@ -21,6 +21,30 @@ FORMAT_VERSION = 1
 MASKS_FOLDER = "masks"
 
 
+def _layer(path: str) -> str:
+    number = re.search(r"\.(\d+)\.", f".{path}.")
+    return number.group(1) if number else "-1"
+
+
+def _module(path: str) -> str:
+    name = re.search(r"\.\d+\.(\w+)", f".{path}")
+    return name.group(1) if name else path
+
+
+def _projection(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+# What makes a pool of entries that compete with each other: module path -> the pool's name (paper section 3.5).
+GRANULARITIES: dict[str, Callable[[str], str]] = {
+    "model": lambda path: "model",
+    "module": _module,
+    "projection": _projection,
+    "layer": _layer,
+    "matrix": lambda path: path,
+}
+
+
 class LoriMasks(Mapping):
     """
     The masks of one task: module path in the base model -> bool tensor `(out_features, rank)`.
@@ -37,7 +61,7 @@ class LoriMasks(Mapping):
         granularity (`str`, *optional*, defaults to `"model"`):
             Over what the entries competed.
         threshold (`float`, *optional*):
-            The smallest selected saliency.
+            The smallest selected saliency (over all pools).
         projection (`dict[str, Any]`, *optional*):
             `init`, `seed` and `fingerprint` of the A that the masks were calibrated on. A mask's second index counts
             A's random directions, so a mask means nothing for another A.
@@ -93,7 +117,8 @@ class LoriMasks(Mapping):
         **metadata: Any,
     ) -> "LoriMasks":
         """
-        Select the entries of largest saliency: exactly K = floor((1 - sparsity) * N), or all nonzero ones if fewer.
+        Select the entries of largest saliency: exactly K = floor((1 - sparsity) * N) of every pool of N entries, or
+        all nonzero ones if these are fewer.
 
         Args:
             saliency (`Mapping[str, Tensor]`):
@@ -101,7 +126,8 @@ class LoriMasks(Mapping):
             sparsity (`float`):
                 The share of B that stays untouched, a fraction in [0, 1).
             granularity (`str`, *optional*, defaults to `"model"`):
-                Over what the entries compete. `"model"`: over all modules together.
+                Over what the entries compete, each a pool of its own: the whole `"model"`; every kind of `"module"`
+                (attention, MLP) or of `"projection"` (`q_proj`, ...), every `"layer"`, or every `"matrix"`.
             exclude (`Mapping[str, Tensor]`, *optional*):
                 Module path -> bool tensor of entries that are out of the race.
             **metadata:
@@ -113,18 +139,29 @@ class LoriMasks(Mapping):
         Source: paper eq. 2; granularities: section 3.5.
         """
         check_sparsity(sparsity)
-        if granularity != "model":
+        if granularity not in GRANULARITIES:
             raise ValueError(
-                f"`granularity={granularity!r}` is not known. The entries compete over the whole model: pass 'model'."
+                f"`granularity={granularity!r}` is not known. Allowed are {', '.join(GRANULARITIES)}. Leave it unset "
+                "for 'model'."
             )
         saliency = {module_path(name): tensor for name, tensor in saliency.items()}
-        numel = sum(tensor.numel() for tensor in saliency.values())
-        masks, threshold = select_largest(saliency, num_to_select(sparsity, numel), exclude)
+        pools: dict[str, list[str]] = {}
+        for path in saliency:
+            pools.setdefault(GRANULARITIES[granularity](path), []).append(path)
+        masks, thresholds = {}, []
+        for paths in pools.values():
+            pool = {path: saliency[path] for path in paths}
+            k = num_to_select(sparsity, sum(tensor.numel() for tensor in pool.values()))
+            outside = {path: exclude[path] for path in paths if path in exclude} if exclude is not None else None
+            chosen, threshold = select_largest(pool, k, outside)
+            masks |= chosen
+            thresholds += [threshold] if threshold > 0 else []
+        threshold = min(thresholds, default=0.0)
         selected = cls(masks, sparsity=sparsity, granularity=granularity, threshold=threshold, **metadata)
         if selected.num_selected == 0:
             raise ValueError(
-                f"Nothing was selected: of {numel} entries at `sparsity={sparsity}`, none has a saliency above 0. "
-                "At least one entry must stay trainable: lower `sparsity`, or calibrate longer or with a higher "
+                f"Nothing was selected: of {selected.numel} entries at `sparsity={sparsity}`, none has a saliency above "
+                "0. At least one entry must stay trainable: lower `sparsity`, or calibrate longer or with a higher "
                 "`calibration_learning_rate`."
             )
         return selected
@@ -204,16 +241,11 @@ class LoriMasks(Mapping):
 
     def by_layer(self) -> dict[int, float]:
         """Return the density of every layer (the first number in a module path; -1 where there is none)."""
-
-        def layer(path: str) -> int:
-            number = re.search(r"\.(\d+)\.", f".{path}.")
-            return int(number.group(1)) if number else -1
-
-        return self._density_by(layer)
+        return self._density_by(lambda path: int(_layer(path)))
 
     def by_projection(self) -> dict[str, float]:
         """Return the density of every projection type (the last part of a module path), e.g. `q_proj`."""
-        return self._density_by(lambda path: path.rpartition(".")[2])
+        return self._density_by(_projection)
 
     def _density_by(self, key: Callable[[str], Any]) -> dict[Any, float]:
         groups: dict[Any, list[Tensor]] = {}

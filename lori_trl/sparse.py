@@ -8,6 +8,7 @@ values are folded into B before B is read, so that whoever looks at B (saving, m
 trained.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -85,17 +86,28 @@ def _pack(layer: LoraLayer, adapter_name: str, mask: Tensor | None) -> Callable[
     if variant.indices.numel():
         getattr(layer, VALUES)[adapter_name] = nn.Parameter(weight.detach().flatten()[variant.indices])
     layer.adapter_layer_names = (*type(layer).adapter_layer_names, VALUES)  # `set_adapter()` freezes and thaws it
-    hook = layer.register_state_dict_pre_hook(lambda *_: variant.fold(layer, adapter_name))
+    hooks = [
+        layer.register_state_dict_pre_hook(lambda *_: variant.fold(layer, adapter_name)),
+        layer.register_state_dict_post_hook(_leave_out_values),
+    ]
 
     def restore() -> None:
-        variant.fold(layer, adapter_name)
-        hook.remove()
-        del layer.adapter_layer_names, layer.lora_variant[adapter_name]
+        for hook in hooks:
+            hook.remove()
+        del layer.adapter_layer_names
+        if layer.lora_variant.pop(adapter_name, None) is variant:  # else the adapter was deleted
+            variant.fold(layer, adapter_name)
+            layer.frozen_peft_weight_names = frozen_before
+            weight.requires_grad_(adapter_name in layer.active_adapters)
         delattr(layer, VALUES)
-        layer.frozen_peft_weight_names = frozen_before
-        weight.requires_grad_(adapter_name in layer.active_adapters)
 
     return restore
+
+
+def _leave_out_values(layer: LoraLayer, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    # A state dict is plain PEFT's: the values are in B.
+    for name in [name for name in state_dict if name.startswith(f"{prefix}{VALUES}.")]:
+        del state_dict[name]
 
 
 class SparseLora(LoraVariant):
@@ -163,7 +175,7 @@ class _SparseBranch(torch.autograd.Function):
     """
     result + scaling * dropout(x) A^T B^T, written into `result`.
 
-    For the backward pass it keeps x A^T (rank wide) and one byte an entry of x where there is dropout; x itself is not
+    For the backward pass it keeps x A^T (rank wide) and the positions that dropout zeroed; x itself is not
     needed, since A is frozen. B is the gradient's receiver if `values` is `None`, else `values` is.
     """
 
@@ -182,13 +194,13 @@ class _SparseBranch(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if values is not None:
                 _fold(B, indices, values)
-            rows, drop = x.reshape(-1, x.shape[-1]), None
+            rows, dropped = x.reshape(-1, x.shape[-1]), None
             if drop_share > 0:
-                drop, kept_share = _draw_dropped(rows, drop_share)
-                rows = rows.masked_fill(drop, 0)
-                scaling = scaling / kept_share
+                dropped = _draw_dropped(x.numel(), drop_share, x.device)
+                rows = rows.flatten().index_fill(0, dropped, 0).view(rows.shape)
+                scaling = scaling / (1 - drop_share)
             h = rows @ A.to(rows.dtype).T
-            ctx.save_for_backward(h, A, B, values, indices, drop)
+            ctx.save_for_backward(h, A, B, values, indices, dropped)
             ctx.scaling, ctx.input_dtype, ctx.input_shape = scaling, x.dtype, x.shape
             if result.dtype == h.dtype and result.is_contiguous():
                 ctx.mark_dirty(result)
@@ -199,15 +211,15 @@ class _SparseBranch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        h, A, B, values, indices, drop = ctx.saved_tensors
+        h, A, B, values, indices, dropped = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1]).to(h.dtype)
         d_x = d_B = d_values = None
         if ctx.needs_input_grad[0]:
             if values is not None:
                 _fold(B, indices, values)  # FSDP gathers B anew for the backward pass
             d_x = (rows @ B.to(h.dtype)).mul_(ctx.scaling) @ A.to(h.dtype)
-            if drop is not None:
-                d_x.masked_fill_(drop, 0)
+            if dropped is not None:
+                d_x.view(-1).index_fill_(0, dropped, 0)
             d_x = d_x.view(ctx.input_shape)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             d_B = rows.T @ h
@@ -219,15 +231,19 @@ class _SparseBranch(torch.autograd.Function):
         return d_x, gradient, d_B, d_values, None, None, None, None
 
 
-def _draw_dropped(rows: Tensor, drop_share: float) -> tuple[Tensor, float]:
+def _draw_dropped(numel: int, drop_share: float, device: torch.device) -> Tensor:
     """
-    Draw which entries of the input are dropped, four from one 64-bit random number.
+    Draw which of `numel` entries are dropped: each with probability `drop_share`, independently.
+
+    Instead of one random number an entry it draws one a dropped entry, the gap to the next one, which is geometrically
+    distributed. On a CPU most of the time that dropout takes goes into random numbers.
 
     Returns:
-        `tuple[Tensor, float]`: a bool tensor of the rows' shape, and the exact share that is kept: `1 - drop_share`
-        rounded to a multiple of 2**-16.
+        `Tensor`: flat positions, int64, rising; some positions stand there more than once.
     """
-    threshold = round(drop_share * 65536)
-    bits = torch.empty(-(-rows.numel() // 4), dtype=torch.int64, device=rows.device).random_(-(2**63), None)
-    drop = bits.view(torch.int16)[: rows.numel()].view(rows.shape) < threshold - 32768
-    return drop, 1 - threshold / 65536
+    expected = numel * drop_share
+    count = int(expected + 6 * math.sqrt(expected) + 10)  # so that they reach the end, but for once in 1e9
+    gaps = torch.rand(count, device=device).neg_().log1p_().div_(math.log1p(-drop_share)).long()
+    positions = gaps.add_(1).cumsum(0).sub_(1)
+    # Those beyond the end repeat the first one: no data-dependent shape, so that a GPU need not be waited for.
+    return torch.where(positions < numel, positions, positions[0].clamp(max=numel - 1))

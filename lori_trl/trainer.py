@@ -182,8 +182,18 @@ class LoriTrainerMixin:
                 f"{self.calibration['learning_rate']}`. A mask is selected by how far B moved. Raise the rate or the "
                 "number of steps, and check that the rows have completions to learn from."
             )
-        self.masks = LoriMasks.select(saliency, self.args.sparsity, task=self.task_name, projection=self.projection)
-        self.save_model(self.args.for_calibration().output_dir, _internal_call=True)
+
+        def select(sparsity: float, task: str) -> LoriMasks:
+            granularity = self.args.mask_granularity
+            return LoriMasks.select(saliency, sparsity, granularity, task=task, projection=self.projection)
+
+        self.masks = select(self.args.sparsity, self.task_name)
+        folder = self.args.for_calibration().output_dir
+        self.save_model(folder, _internal_call=True)
+        for sparsity in self.args.calibration_sparsities or ():
+            more = select(sparsity, f"{self.task_name}-{sparsity}")
+            if self.args.should_save:
+                more.save_pretrained(folder)
         return output.metrics  # named calibration_... by _PhaseCallback when they were logged
 
     def _sparse_training(self, masks: LoriMasks | None) -> AbstractContextManager[None]:
@@ -288,7 +298,7 @@ class LoriTrainerMixin:
             "phase": self.phase,
             "variant": "LoRI-D" if sparsity == 0 else "LoRI-S",
             "sparsity": sparsity,
-            "granularity": "model" if self.masks is None else self.masks.granularity,
+            "granularity": self.args.mask_granularity if self.masks is None else self.masks.granularity,
             "threshold": None if self.masks is None else self.masks.threshold,
             "projection": self.projection,
             "calibration": self.calibration,
@@ -354,7 +364,12 @@ class LoriTrainerMixin:
 
     def _resume_masks(self, folder: Path) -> None:
         config = read_lori_config(folder)
-        for what, mine in (("sparsity", self.args.sparsity), ("projection", self.projection)):
+        this_run = {
+            "sparsity": self.args.sparsity,
+            "granularity": self.args.mask_granularity,
+            "projection": self.projection,
+        }
+        for what, mine in this_run.items():
             if config[what] != mine and self.masks is None:
                 raise ValueError(
                     f"`{folder}` was trained with {what} {config[what]}, this run has {mine}. A run resumes with the "

@@ -35,6 +35,47 @@ def test_select_trains_exactly_k():
     assert masks.threshold == min(saliency[path][masks[path]].abs().min().item() for path in PATHS)
 
 
+@pytest.mark.parametrize(
+    ("granularity", "pools"), [("model", 1), ("module", 2), ("projection", 3), ("layer", 2), ("matrix", 6)]
+)
+def test_every_pool_of_a_granularity_gets_its_share(granularity, pools):
+    torch.manual_seed(0)
+    paths = [
+        f"model.layers.{layer}.{name}"
+        for layer in (0, 10)
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
+    ]
+    saliency = {path: torch.rand(10, 5) * (1 + index) for index, path in enumerate(paths)}
+    masks = LoriMasks.select(saliency, 0.8, granularity)
+    keys = {
+        "model": lambda path: 0,
+        "module": lambda path: path.split(".")[3],
+        "projection": lambda path: path.split(".")[4],
+        "layer": lambda path: path.split(".")[2],
+        "matrix": lambda path: path,
+    }
+    groups = {}
+    for path in paths:
+        groups.setdefault(keys[granularity](path), []).append(path)
+    assert len(groups) == pools
+    for members in groups.values():
+        flat = torch.cat([saliency[path].flatten() for path in sorted(members)])
+        chosen = torch.cat([masks[path].flatten() for path in sorted(members)])
+        assert chosen.sum() == flat.numel() // 5 and flat[chosen].min() > flat[~chosen].max()
+
+
+def test_unknown_granularity():
+    with pytest.raises(ValueError, match="Allowed are model, module, projection, layer, matrix"):
+        LoriMasks.select({"a": torch.ones(2, 2)}, 0.5, "block")
+
+
+def test_excluded_entries_are_no_candidates():
+    saliency = {path: torch.rand(8, 4) for path in PATHS}
+    taken = LoriMasks.select(saliency, 0.75)
+    next_masks = LoriMasks.select(saliency, 0.75, exclude=taken)
+    assert next_masks.num_selected == taken.num_selected and taken.overlap(next_masks) == 0
+
+
 @pytest.mark.parametrize(("sparsity", "error"), [(1.0, ValueError), (-0.1, ValueError), ("0.9", TypeError)])
 def test_sparsity_outside_the_range_is_refused(sparsity, error):
     with pytest.raises(error, match=r"Pass a fraction"):

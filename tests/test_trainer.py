@@ -227,6 +227,19 @@ def test_calibration_has_its_own_length_rate_and_rows(make_trainer):
     assert trainer.calibration["samples"] == 8
 
 
+def test_several_sparsities_from_one_calibration(make_trainer, tmp_path):
+    trainer = make_trainer(calibration_sparsities=[0.5, 0.99], mask_granularity="layer")
+    trainer.train()
+    half, few = (LoriMasks.from_pretrained(tmp_path / "out" / "calibration", task=f"code-{s}") for s in (0.5, 0.99))
+    assert half.sparsity == 0.5 and half.num_selected == half.numel // 2
+    assert few.overlap(trainer.masks) == trainer.masks.overlap(half) == 1.0
+    assert trainer.masks.granularity == "layer"
+    densities = trainer.masks.by_layer()
+    assert densities[0] == pytest.approx(densities[1], abs=1e-3)
+    again = make_trainer(mask_name_or_path=str(tmp_path / "out" / "calibration" / "masks" / "code-0.5.safetensors"))
+    assert again.masks == half and again.projection == trainer.projection
+
+
 def test_calibration_defaults_to_the_length_of_the_adaptation(make_trainer):
     assert make_trainer(calibration_max_steps=-1, max_steps=7).args.for_calibration().max_steps == 7
 
