@@ -38,6 +38,8 @@ def staged(folder: str | Path):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for left_by_a_killed_save in folder.glob(".saving-*"):
+        shutil.rmtree(left_by_a_killed_save, ignore_errors=True)
     stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         yield stage

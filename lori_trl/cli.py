@@ -14,10 +14,13 @@ from typing import Any
 from .recipes import find_recipe, list_recipes, nearest, read_recipe, validate_recipe
 
 _SFT_EXAMPLE = """
+several processes: --accelerate_config single | ddp | fsdp2 | zero3 | FILE, and --num_processes N
+
 example:
   lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8
-  accelerate launch -m lori_trl.cli sft --recipe code_lori_s.yaml --output_dir code-lori-s
+  lori-sft --accelerate_config ddp --num_processes 8 --recipe code_lori_s.yaml --output_dir code-lori-s
 """
+_LAUNCH_FILES = {"single": "single_gpu", "ddp": "multi_gpu", "fsdp2": "fsdp2", "zero3": "zero3"}  # TRL's names
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,6 +77,8 @@ def _recipes(options: argparse.Namespace) -> None:
 def sft(arguments: list[str] | None = None) -> int:
     """Run `lori-sft`. Returns the exit code: 0; 2 for a wrong call; a failed run raises."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "--accelerate_config" in arguments:
+        return _launch(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
     with _bad_input("lori-sft"):
         parser = _sft_parser()
@@ -98,6 +103,29 @@ def sft(arguments: list[str] | None = None) -> int:
     if trainer.is_world_process_zero():
         _print_outcome(trainer, metrics)
     trainer.end()
+    return 0
+
+
+def _launch(arguments: list[str]) -> int:
+    """Start `lori-sft` on several processes, with one of the launch files that TRL ships or a file of one's own."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--accelerate_config")
+    finder.add_argument("--num_processes")
+    options, rest = finder.parse_known_args(arguments)
+    with _bad_input("lori-sft"):
+        name = _LAUNCH_FILES.get(options.accelerate_config, options.accelerate_config)
+        if not Path(name).is_file() and name not in _LAUNCH_FILES.values():
+            raise FileNotFoundError(
+                f"`--accelerate_config {name}` is neither a file nor a shipped launch file. Shipped are "
+                f"{', '.join(_LAUNCH_FILES)}. Pass one of these, or a file that `accelerate config` wrote."
+            )
+    launch = resolve_accelerate_config_argument(["--accelerate_config", name])
+    if options.num_processes is not None:
+        launch += ["--num_processes", options.num_processes]
+    launch_command(launch_command_parser().parse_args([*launch, "--module", "lori_trl.cli", "sft", *rest]))
     return 0
 
 
@@ -176,7 +204,16 @@ def _dry_run(script, args, model_args) -> None:
     config = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    Console().print(count_parameters(config, peft_config, args.sparsity).table())
+    counts = count_parameters(config, peft_config, args.sparsity)
+    Console().print(counts.table(), counts.memory_table(_bytes_of_base(model_args)))
+
+
+def _bytes_of_base(model_args) -> float:
+    if model_args.load_in_4bit:
+        return 0.56  # NF4: half a byte, and a float32 scale every 64 entries
+    if model_args.load_in_8bit:
+        return 1.0
+    return {"bfloat16": 2.0, "float16": 2.0}.get(model_args.dtype, 4.0)
 
 
 def _build_trainer(script, args, model_args):

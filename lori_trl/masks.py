@@ -160,9 +160,9 @@ class LoriMasks(Mapping):
         selected = cls(masks, sparsity=sparsity, granularity=granularity, threshold=threshold, **metadata)
         if selected.num_selected == 0:
             raise ValueError(
-                f"Nothing was selected: of {selected.numel} entries at `sparsity={sparsity}`, none has a saliency above "
-                "0. At least one entry must stay trainable: lower `sparsity`, or calibrate longer or with a higher "
-                "`calibration_learning_rate`."
+                f"Nothing was selected: of {selected.numel} entries at `sparsity={sparsity}`, none has a saliency "
+                "above 0. At least one entry must stay trainable: lower `sparsity`, or calibrate longer or with a "
+                "higher `calibration_learning_rate`."
             )
         return selected
 

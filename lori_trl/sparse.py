@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.lora.variants import _register_frozen_peft_weight
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.distributed.tensor import DTensor
 
 from .projections import lora_layers
 
@@ -143,16 +144,28 @@ class SparseLora(LoraVariant):
 
     @torch.no_grad()
     def fold(self, module: LoraLayer, adapter_name: str) -> None:
-        """Write the values into B."""
-        if self.packed:
-            _fold(module.lora_B[adapter_name].weight, self.indices, getattr(module, VALUES)[adapter_name])
+        """Write the values into B. Where FSDP has sharded them, every rank must call this."""
+        if not self.packed:
+            return
+        B, indices, values = module.lora_B[adapter_name].weight, self.indices, getattr(module, VALUES)[adapter_name]
+        if isinstance(B, DTensor):
+            start, end = _flat_range(B)
+            mine = (indices >= start) & (indices < end)
+            B, indices, values = B.to_local(), indices[mine] - start, values.full_tensor()[mine]
+        _fold(B, indices, values)
 
     @torch.no_grad()
     def read(self, module: LoraLayer, adapter_name: str) -> None:
-        """Read the values from B."""
-        if self.packed:
-            values = getattr(module, VALUES)[adapter_name]
-            values.copy_(module.lora_B[adapter_name].weight.flatten()[self.indices])
+        """Read the values from B. Where FSDP has sharded them, every rank must call this."""
+        if not self.packed:
+            return
+        B, values = module.lora_B[adapter_name].weight, getattr(module, VALUES)[adapter_name]
+        if isinstance(B, DTensor):
+            start, end = _flat_range(values)
+            B, values, indices = B.full_tensor(), values.to_local(), self.indices[start:end]
+        else:
+            indices = self.indices
+        values.copy_(B.flatten()[indices])
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         self.fold(module, active_adapter)
@@ -164,6 +177,14 @@ class SparseLora(LoraVariant):
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+def _flat_range(sharded: DTensor) -> tuple[int, int]:
+    """Return which flat positions of a tensor sharded by rows this rank holds. Rows are dealt out as by `chunk`."""
+    rows, ranks = sharded.shape[0], sharded.device_mesh.size()
+    row_size = sharded.numel() // rows
+    first = min(-(-rows // ranks) * sharded.device_mesh.get_local_rank(), rows)
+    return first * row_size, first * row_size + sharded.to_local().numel()
 
 
 def _fold(B: Tensor, indices: Tensor, values: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import TrainerState
@@ -108,13 +109,13 @@ class LoriTrainerMixin:
                 f"Nothing of adapter {self.adapter_name!r} can be trained: every lora_B is frozen. LoRI trains B. "
                 "Load the adapter with `is_trainable=True`."
             )
-        self.initial_weights = {path: weight.detach().clone() for path, weight in self.weights.items()}
+        self.initial_weights = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
 
         self.masks: LoriMasks | None = None
         if given_masks is not None:
             self.masks = self._adopt(given_masks)
         elif self.args.sparsity == 0:
-            everything = {path: torch.ones_like(weight, dtype=torch.bool) for path, weight in self.weights.items()}
+            everything = {path: torch.ones(weight.shape, dtype=torch.bool) for path, weight in self.weights.items()}
             self.masks = LoriMasks(everything, task=self.task_name, sparsity=0.0, projection=self.projection)
         # First in line, so that the callbacks that print or report see the phase's names.
         self.callback_handler.callbacks.insert(0, _PhaseCallback(self))
@@ -174,7 +175,7 @@ class LoriTrainerMixin:
                 "samples": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
                 "loss": output.training_loss,
             }
-        saliency = {path: weight.detach() - self.initial_weights[path] for path, weight in self.weights.items()}
+        saliency = {path: weight.detach().cpu() - self.initial_weights[path] for path, weight in self.weights.items()}
         self._reset_weights()
         if not any(change.any() for change in saliency.values()):
             raise ValueError(
@@ -233,7 +234,7 @@ class LoriTrainerMixin:
         moved = [
             path
             for path, weight in self.weights.items()
-            if not torch.equal(weight[~self.masks[path]], self.initial_weights[path][~self.masks[path]])
+            if (weight.detach().cpu() != self.initial_weights[path])[~self.masks[path]].any()
         ]
         if moved or fingerprint(projections(self.model, self.adapter_name)) != self.projection["fingerprint"]:
             raise RuntimeError(
@@ -277,7 +278,7 @@ class LoriTrainerMixin:
                 "leave `projection_seed` unset, which takes the masks' own A."
             )
         return LoriMasks(
-            {path: mask.to(self.weights[path].device) for path, mask in masks.items()},
+            masks,
             task=self.task_name,
             sparsity=masks.sparsity,
             granularity=masks.granularity,
@@ -481,7 +482,8 @@ def _last_complete_checkpoint(folder: Path) -> Path | None:
         try:
             TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             read_lori_config(checkpoint)
-            return checkpoint
-        except (OSError, ValueError) as error:
+            with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
+                return checkpoint
+        except (OSError, ValueError, SafetensorError) as error:
             logger.warning(f"Passing over the half-written checkpoint {checkpoint}: {error}")
     return None

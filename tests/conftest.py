@@ -16,8 +16,7 @@ from lori_trl import LoriSFTConfig, LoriSFTTrainer
 torch.set_num_threads(1)  # tiny matrices are slower on more
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(97)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -26,8 +25,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session")
-def llama() -> LlamaForCausalLM:
+def make_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=100,
@@ -48,14 +46,18 @@ def model(llama) -> LlamaForCausalLM:
     return copy.deepcopy(llama)
 
 
-@pytest.fixture(scope="session")
-def rows() -> Dataset:
+def make_rows() -> Dataset:
     """32 rows whose completions repeat the prompt's first words: something that can be learnt."""
     draw = random.Random(0)
     prompts = [[f"w{draw.randrange(97)}" for _ in range(5)] for _ in range(32)]
     return Dataset.from_list(
         [{"prompt": " ".join(words), "completion": " " + " ".join(words[:2] * 2)} for words in prompts]
     )
+
+
+tokenizer = pytest.fixture(scope="session", name="tokenizer")(make_tokenizer)
+llama = pytest.fixture(scope="session", name="llama")(make_llama)
+rows = pytest.fixture(scope="session", name="rows")(make_rows)
 
 
 @pytest.fixture(scope="session")
