@@ -188,3 +188,23 @@ def test_help_ends_in_an_example(command):
     program = Path(sys.executable).with_name(command[0])
     text = subprocess.check_output([program, *command[1:]], text=True)
     assert "example:\n  lori" in text
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "zero3"])
+def test_launch_files_by_name(name, monkeypatch, tmp_path):
+    launched = {}
+    launch = "accelerate.commands.launch.launch_command"
+    monkeypatch.setattr(launch, lambda arguments: launched.update(vars(arguments)))
+    assert sft(["--accelerate_config", name, "--num_processes", "3", "--recipe", "quickstart.yaml"]) == 0
+    assert launched["num_processes"] == 3 and launched["module"]
+    assert launched["training_script"] == "lori_trl.cli"
+    assert launched["training_script_args"] == ["sft", "--recipe", "quickstart.yaml"]
+    kind = yaml.safe_load(open(launched["config_file"]))["distributed_type"]
+    assert kind == {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[name]
+
+
+def test_an_unknown_launch_file(capsys):
+    fails(["--accelerate_config", "tpu"], capsys, "neither a file nor a shipped", "single, ddp, fsdp2, zero3")
