@@ -27,8 +27,10 @@ class LoriArguments:
             LoRI-D: no calibration, all of B is trained. Higher: fewer trained parameters, less interference with other
             tasks, and a higher learning rate needed.
         mask_name_or_path (`str`, *optional*):
-            Folder or file of masks to use instead of calibrating. A fresh adapter then draws the A that these masks
-            were calibrated on.
+            Masks to use instead of calibrating: a folder, a file or a repository on the Hub. A fresh adapter then
+            draws the A that these masks were calibrated on.
+        mask_revision (`str`, *optional*):
+            Branch, tag or commit of the masks' repository on the Hub; by default the head of `main`.
 
         > Parameters that control the calibration
 
@@ -69,7 +71,11 @@ class LoriArguments:
         },
     )
     mask_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or file of masks to use instead of calibrating."}
+        default=None,
+        metadata={"help": "Masks to use instead of calibrating: a folder, a file or a repository on the Hub."},
+    )
+    mask_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the masks' repository on the Hub."}
     )
     calibration_learning_rate: float = field(
         default=5e-5, metadata={"help": "Learning rate while calibrating, when all of B is trained."}
