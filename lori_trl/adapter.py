@@ -7,6 +7,7 @@ README.md  recipe.yaml                              the card; the recipe as it w
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ from .masks import LoriMasks, check_header, check_task_name
 from .model_card import CARD_NAME, EVAL_RESULTS_NAME, write_model_card
 from .projections import fingerprint, freeze_projections, lora_layers, projections
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_NAME = "lori_config.json"
@@ -117,8 +117,8 @@ def read_lori_config(folder: str | Path) -> dict[str, Any]:
         )
     if file.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(
-            f"`{file}` has {file.stat().st_size / 1e6:.0f} MB. An adapter's has at most {MAX_JSON_BYTES / 1e6:.0f} MB. "
-            "Do not use it; fetch it again."
+            f"`{file}` has {file.stat().st_size / 1e6:.0f} MB. An adapter's has at most {MAX_JSON_BYTES / 1e6:.0f} "
+            "MB. Do not use it; fetch it again."
         )
     try:
         return checked_lori_config(json.loads(file.read_text(encoding="utf-8")), file)

@@ -15,6 +15,7 @@ Tensors of the file, all modules in sorted order of their paths:
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,7 +31,7 @@ from .adapter import CONFIG_NAME, PEFT_FILES, RECIPE_NAME, checked_lori_config, 
 from .masks import COMPACT_FORMAT, LoriMasks, check_header
 from .projections import draw_projection, fingerprint, module_path
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 COMPACT_NAME = "adapter_compact.safetensors"
 FORMAT_VERSION = 1
@@ -177,8 +177,12 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         sizes = [rows * rank + rank * columns for rows, rank, columns in metadata["modules"].values()]
         if min(sizes, default=0) < 0 or sum(sizes) > _MAX_ENTRIES:
             raise SafetensorError(f"an adapter of {sum(sizes):,} entries is not believable")
-        union = [_union(sets) for sets in zip(*(
-            _decode(tensors, name, metadata["modules"]) for name in _names_of_sets(metadata)), strict=True)]
+        union = [
+            _union(sets)
+            for sets in zip(
+                *(_decode(tensors, name, metadata["modules"]) for name in _names_of_sets(metadata)), strict=True
+            )
+        ]
         if sum(map(len, union)) != tensors["values"].numel():
             raise SafetensorError("the values are not as many as the positions")
         if not {*metadata["dtypes"].values()} <= {"float32", "bfloat16", "float16"}:

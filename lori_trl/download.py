@@ -2,14 +2,14 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from accelerate.logging import get_logger
 from huggingface_hub import HfApi, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import httpx
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 WAITS = (1, 2, 4)  # seconds between the attempts of a request that the Hub could not answer
 MAX_JSON_BYTES = 10_000_000  # an adapter's JSON has some kB; a parser would build gigabytes from 100 MB
@@ -107,9 +107,9 @@ def is_transient(error: BaseException) -> bool:
     return error.__cause__ is not None and is_transient(error.__cause__)
 
 
-def patiently(request: Callable[[], Answer]) -> Answer:
-    """Make a request that changes nothing, again after each of [`WAITS`] as long as it fails for a passing reason."""
-    for seconds in WAITS:
+def patiently(request: Callable[[], Answer], waits: Sequence[float] | None = None) -> Answer:
+    """Make a request that changes nothing, again after each of `waits` as long as it fails for a passing reason."""
+    for seconds in WAITS if waits is None else waits:
         try:
             return request()
         except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, ValueError) as error:
@@ -169,9 +169,9 @@ def _fetch(repo_id: str, sibling: RepoSibling, commit: str, token: str | None, r
             return hf_hub_download(repo_id, name, revision=revision, token=token, force_download=again)
 
         try:
-            file = Path(patiently(download))
+            file = Path(patiently(download, WAITS[:1]))  # the client itself has tried for half a minute
         except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, ValueError) as error:
-            if not is_transient(error):
+            if isinstance(error, HfHubHTTPError) and not is_transient(error):
                 raise _explained(repo_id, revision, error) from None
             raise ConnectionError(
                 f"`{name}` of `{repo_id}` cannot be fetched ({describe(error, token)}). All files must come from "

@@ -1,6 +1,7 @@
 """The Hub: an adapter's files up in one commit, which arrives whole or not at all."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from accelerate.logging import get_logger
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
@@ -28,7 +28,7 @@ from .model_card import CARD_NAME, EVAL_RESULTS_NAME, PICTURE_NAME
 if TYPE_CHECKING:
     from .trainer import LoriTrainerMixin
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 FORMS = ("peft", "compact")
 MEMORY = Path(".cache", "lori_trl", "pushed.json")  # in the adapter's folder: which commits are its own
@@ -326,9 +326,7 @@ class _Memory:
 
     def note(self, head: _Head, push: _Push) -> None:
         """Note what is about to be sent."""
-        hashes = {
-            name: [hash_file(file, lfs=True), hash_file(file, lfs=False)] for name, file in push.files.items()
-        }
+        hashes = {name: [hash_file(file, lfs=True), hash_file(file, lfs=False)] for name, file in push.files.items()}
         self._write({"commit": head.commit, "sent": hashes})
 
     def keep(self, commit: str) -> None:
@@ -373,7 +371,9 @@ def _commit(push: _Push, head: _Head) -> CommitInfo:
             raise _conflict(push, now)
         if seconds is not None:
             time.sleep(seconds)
-    raise _explained(push.repo_id, push.token, failure, f"{len(WAITS) + 1} attempts were made, and the branch is as it was.") from None
+    raise _explained(
+        push.repo_id, push.token, failure, f"{len(WAITS) + 1} attempts were made, and the branch is as it was."
+    ) from None
 
 
 def _make(api: HfApi, repo_id: str, private: bool | None) -> str:

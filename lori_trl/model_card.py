@@ -302,10 +302,9 @@ def _checked_results(eval_results: Mapping[str, Any] | None) -> list[dict[str, A
             for result in eval_results["results"]
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        form = {"format_version": 1, "results": [{"task": "gsm8k", "metric": "accuracy", "value": 0.5}]}
         raise ValueError(
-            f"`{EVAL_RESULTS_NAME}` is not of its form ({error!r}). It is "
-            f"{json.dumps({'format_version': 1, 'results': [{'task': 'gsm8k', 'metric': 'accuracy', 'value': 0.5}]})}. "
-            "Correct or delete it."
+            f"`{EVAL_RESULTS_NAME}` is not of its form ({error!r}). It is e.g. {json.dumps(form)}. Correct it."
         ) from error
     return results
 

@@ -141,6 +141,8 @@ def client_of(hub: HubServer, home, monkeypatch, token: str | None = TOKEN):
     from huggingface_hub import close_session, constants
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -194,15 +196,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(_error(int(what), message="injected"))
         try:
             with self.hub.lock:
-                self._route(url.path)
-        except _Answer as answer:
-            if what == "lost":
-                return self._hang_up()
-            if what.endswith("-after"):
-                answer = _error(int(what.removesuffix("-after")), message="injected")
-            if what == "corrupt":
-                answer.body = answer.body[:-1] + bytes([answer.body[-1] ^ 1])
-            self._send(answer, cut=what == "cut")
+                answer = self._route(url.path)
+        except _Answer as refusal:
+            answer = refusal
+        if what == "lost":
+            return self._hang_up()
+        if what.endswith("-after"):
+            answer = _error(int(what.removesuffix("-after")), message="injected")
+        if what == "corrupt":
+            answer.body = answer.body[:-1] + bytes([answer.body[-1] ^ 1])
+        self._send(answer, cut=what == "cut")
 
     def _hang_up(self) -> None:
         self.close_connection = True
@@ -222,12 +225,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ---- routes ------------------------------------------------------------------------------------------------
 
-    def _route(self, path: str) -> None:
+    def _route(self, path: str) -> _Answer:
         for method, pattern, handle in _ROUTES:
             found = re.fullmatch(pattern, path)
             if found and self.command in method:
-                handle(self, **{name: unquote(value or "") for name, value in found.groupdict().items()})
-        raise _error(404)
+                return handle(self, **{name: unquote(value or "") for name, value in found.groupdict().items()})
+        return _error(404)
 
     def _token(self) -> str | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
@@ -250,22 +253,22 @@ class _Handler(BaseHTTPRequestHandler):
             raise _error(404, "RevisionNotFound", "Invalid rev id")
         return commit
 
-    def whoami(self) -> None:
+    def whoami(self) -> _Answer:
         if self._token() is None:
             raise _error(401)
-        raise _Answer(200, {"type": "user", "name": USER, "auth": {}})
+        return _Answer(200, {"type": "user", "name": USER, "auth": {}})
 
-    def create(self) -> None:
+    def create(self) -> _Answer:
         if self._token() != TOKEN:
             raise _error(403 if self._token() else 401)
         asked = json.loads(self.sent)
         repo_id = f"{asked['organization'] or USER}/{asked['name']}"
         if repo_id in self.hub.repos:
-            raise _Answer(409, {"error": "exists", "url": f"{self.hub.url}/{repo_id}"})
+            return _Answer(409, {"error": "exists", "url": f"{self.hub.url}/{repo_id}"})
         self.hub.create(repo_id, private=asked.get("visibility") == "private")
-        raise _Answer(200, {"url": f"{self.hub.url}/{repo_id}"})
+        return _Answer(200, {"url": f"{self.hub.url}/{repo_id}"})
 
-    def validate_yaml(self) -> None:
+    def validate_yaml(self) -> _Answer:
         content = json.loads(self.sent)["content"]
         header = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
         faults = []
@@ -275,9 +278,9 @@ class _Handler(BaseHTTPRequestHandler):
         except yaml.YAMLError as error:
             faults.append(str(error))
         answer = {"errors": [{"message": fault} for fault in faults], "warnings": []}
-        raise _Answer(400 if faults else 200, answer)
+        return _Answer(400 if faults else 200, answer)
 
-    def info(self, repo: str, revision: str = "") -> None:
+    def info(self, repo: str, revision: str = "") -> _Answer:
         found = self._repo(repo)
         commit = self._revision(found, revision)
         siblings = []
@@ -291,9 +294,9 @@ class _Handler(BaseHTTPRequestHandler):
                 }
             siblings.append(sibling if "blobs" in self.query else {"rfilename": name})
         siblings += [{"rfilename": name, "size": 1, "blobId": "0" * 40} for name in found.names]
-        raise _Answer(200, {"id": repo, "sha": commit.sha, "private": found.private, "siblings": siblings})
+        return _Answer(200, {"id": repo, "sha": commit.sha, "private": found.private, "siblings": siblings})
 
-    def preupload(self, repo: str, revision: str) -> None:
+    def preupload(self, repo: str, revision: str) -> _Answer:
         found = self._repo(repo, write=True)
         commit = self._revision(found, revision)
         files = []
@@ -311,9 +314,9 @@ class _Handler(BaseHTTPRequestHandler):
                     "oid": oid,
                 }
             )
-        raise _Answer(200, {"files": files})
+        return _Answer(200, {"files": files})
 
-    def batch(self, repo: str) -> None:
+    def batch(self, repo: str) -> _Answer:
         self._repo(repo, write=True)
         objects = []
         for item in json.loads(self.sent)["objects"]:
@@ -323,20 +326,20 @@ class _Handler(BaseHTTPRequestHandler):
                     "verify": {"href": f"{self.hub.url}/lfs-verify"},
                 }
             objects.append(item)
-        raise _Answer(200, {"transfer": "basic", "objects": objects})
+        return _Answer(200, {"transfer": "basic", "objects": objects})
 
-    def upload(self, oid: str) -> None:
+    def upload(self, oid: str) -> _Answer:
         if hashlib.sha256(self.sent).hexdigest() != oid:
             raise _error(400)
         self.hub.objects[oid] = self.sent
-        raise _Answer(200)
+        return _Answer(200)
 
-    def verify(self) -> None:
+    def verify(self) -> _Answer:
         asked = json.loads(self.sent)
         content = self.hub.objects.get(asked["oid"])
-        raise _Answer(200, {}) if content is not None and len(content) == asked["size"] else _error(404)
+        return _Answer(200, {}) if content is not None and len(content) == asked["size"] else _error(404)
 
-    def commit(self, repo: str, revision: str) -> None:
+    def commit(self, repo: str, revision: str) -> _Answer:
         found = self._repo(repo, write=True)
         parent = self._revision(found, revision)
         lines = [json.loads(line) for line in self.sent.splitlines()]
@@ -371,16 +374,16 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if create_pr:
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{number}"
-        raise _Answer(200, answer)
+        return _Answer(200, answer)
 
-    def branch(self, repo: str, branch: str) -> None:
+    def branch(self, repo: str, branch: str) -> _Answer:
         found = self._repo(repo, write=True)
         if branch in found.branches:
             raise _error(409)
         found.branches[branch] = found.branches["main"]
-        raise _Answer(200, {})
+        return _Answer(200, {})
 
-    def discussions(self, repo: str) -> None:
+    def discussions(self, repo: str) -> _Answer:
         wanted = self.query.get("status", ["open"])[0]
         discussions = [
             {
@@ -393,9 +396,9 @@ class _Handler(BaseHTTPRequestHandler):
             for pull in self._repo(repo).pulls
             if pull["status"] == wanted
         ]
-        raise _Answer(200, {"count": len(discussions), "start": 0, "discussions": discussions})
+        return _Answer(200, {"count": len(discussions), "start": 0, "discussions": discussions})
 
-    def resolve(self, repo: str, revision: str, path: str) -> None:
+    def resolve(self, repo: str, revision: str, path: str) -> _Answer:
         found = self._repo(repo)
         commit = self._revision(found, revision)
         if path not in commit.files:
@@ -406,26 +409,27 @@ class _Handler(BaseHTTPRequestHandler):
         if path in found.lfs:
             sha256 = hashlib.sha256(content).hexdigest()
             self.hub.objects.setdefault(sha256, content)
-            raise _Answer(
+            return _Answer(
                 302,
                 X_Repo_Commit=commit.sha,
                 X_Linked_ETag=f'"{sha256}"',
                 X_Linked_Size=str(len(content)),
                 ETag=f'"{git_sha(content)}"',
-                Location=f"{self.hub.url}/cdn/{sha256}",
+                # Under another name, as on the Hub: the client asks the first server for metadata only.
+                Location=f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{sha256}",
             )
-        self._content(content, X_Repo_Commit=commit.sha, ETag=f'"{git_sha(content)}"')
+        return self._content(content, X_Repo_Commit=commit.sha, ETag=f'"{git_sha(content)}"')
 
-    def cdn(self, oid: str) -> None:
-        self._content(self.hub.objects[oid], ETag=f'"{oid}"')
+    def cdn(self, oid: str) -> _Answer:
+        return self._content(self.hub.objects[oid], ETag=f'"{oid}"')
 
-    def _content(self, content: bytes, **headers: str) -> None:
+    def _content(self, content: bytes, **headers: str) -> _Answer:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
-            raise _Answer(200, content, Accept_Ranges="bytes", **headers)
+            return _Answer(200, content, Accept_Ranges="bytes", **headers)
         start, end = int(wanted[1]), int(wanted[2] or len(content) - 1)
         headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
-        raise _Answer(206, content[start : end + 1], **headers)
+        return _Answer(206, content[start : end + 1], **headers)
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
