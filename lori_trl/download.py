@@ -127,13 +127,14 @@ def without_token(text: object, token: str | None = None) -> str:
     return text
 
 
-def describe(error: Exception, token: str | None = None) -> str:
+def describe(error: BaseException, token: str | None = None) -> str:
     """Say in one line what a request met."""
     if isinstance(error, HfHubHTTPError):
         lines = [error.server_message] if error.server_message else []
         return without_token(": ".join([f"HTTP {error.response.status_code}", *lines]), token)
-    cause = error.__cause__ if error.__cause__ is not None else error
-    return without_token(f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}", token)
+    if error.__cause__ is not None:
+        return describe(error.__cause__, token)
+    return without_token(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", token)
 
 
 def _checked_names(repo_id: str, names: list[str], choose: Callable[[list[str]], list[str]]) -> list[str]:

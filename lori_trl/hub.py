@@ -357,8 +357,7 @@ def _commit(push: _Push, head: _Head) -> CommitInfo:
             return push.send(head)
         except _FAILURES as error:
             failure = error
-        conflict = isinstance(failure, HfHubHTTPError) and failure.response.status_code == 412
-        if not conflict and not is_transient(failure):
+        if not _is_conflict(failure) and not is_transient(failure):
             raise _explained(push.repo_id, push.token, failure, "The branch is as it was.") from None
         try:
             now = _look(push.api, push.repo_id, push.revision)
@@ -408,6 +407,10 @@ def _look(api: HfApi, repo_id: str, revision: str | None) -> _Head:
     return _Head(info.sha, {sibling.rfilename: sibling for sibling in info.siblings})
 
 
+def _is_conflict(error: Exception) -> bool:
+    return isinstance(error, HfHubHTTPError) and error.response.status_code == 412
+
+
 def _is_ours(name: str) -> bool:
     return name in _OUR_FILES or re.fullmatch(rf"{MASKS_FOLDER}/[\w.-]+\.safetensors", name) is not None
 
@@ -435,7 +438,7 @@ def _explained(repo_id: str, token: str | None, error: Exception, state: str) ->
     """Say what happened, how things stand, and what to do."""
     met = describe(error, token)
     what = f"The push to `{repo_id}` failed ({met}). {state}"
-    if is_transient(error):
+    if is_transient(error) or _is_conflict(error):
         return RuntimeError(
             f"{what} The Hub must be reachable and not be limiting your requests. Push again in a few minutes: files "
             "that it has already are not sent again."
