@@ -24,7 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .download import MAX_JSON_BYTES, fetch_from_hub, is_repo_id
 from .masks import LoriMasks, check_header, check_task_name
-from .model_card import CARD_NAME, EVAL_RESULTS_NAME, write_model_card
+from .model_card import (
+    CARD_NAME,
+    EVAL_RESULTS_NAME,
+    GENERATED,
+    PICTURE_NAME,
+    draw_density,
+    render_model_card,
+)
 from .projections import fingerprint, freeze_projections, lora_layers, projections
 
 logger = logging.getLogger(__name__)
@@ -95,9 +102,11 @@ def save_lori_adapter(
             (stage / RECIPE_NAME).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         (stage / CONFIG_NAME).write_text(json.dumps(lori_config, indent=2) + "\n", encoding="utf-8")
         (stage / CARD_NAME).unlink(missing_ok=True)  # PEFT's, which names local paths
+        (Path(folder) / PICTURE_NAME).unlink(missing_ok=True)  # that of masks before these
         try:
-            write_card(stage, stage, beside=Path(folder))
-        except Exception as error:  # noqa: BLE001 - the weights are worth more than their card
+            draw_density(masks, stage / PICTURE_NAME)
+            write_card(stage, stage, beside=folder)
+        except Exception as error:  # the weights are worth more than their card
             logger.warning(f"The card of {folder} was not written: {error}")
 
 
@@ -156,34 +165,45 @@ def write_card(
     folder: str | Path,
     target: str | Path,
     *,
-    beside: Path | None = None,
+    beside: str | Path | None = None,
     repo_id: str | None = None,
     forms: Sequence[str] = ("peft",),
-) -> list[Path]:
+) -> Path:
     """
-    Write the card of an adapter's folder. See [`~model_card.write_model_card`].
+    Write the card of an adapter's folder. One that was edited by hand is kept.
 
     Args:
         folder (`str` or `Path`): the adapter's folder.
-        target (`str` or `Path`): where to write the card and its picture.
-        beside (`Path`, *optional*): where the evaluation results and an edited card are; by default in `folder`.
+        target (`str` or `Path`): the folder to write the card into.
+        beside (`str` or `Path`, *optional*): where evaluation results and an edited card are; by default `folder`.
         repo_id (`str`, *optional*): where the adapter is on the Hub.
         forms (`Sequence[str]`, *optional*, defaults to `("peft",)`): what is there: `"peft"`, `"compact"` or both.
+
+    Returns:
+        `Path`: the card's file.
+
+    Raises:
+        `ValueError`: a file of the folder or the evaluation results are not of their form.
     """
-    folder = Path(folder)
-    beside = beside or folder
-    config = read_lori_config(folder)
-    card, results = beside / CARD_NAME, beside / EVAL_RESULTS_NAME
-    return write_model_card(
-        target,
-        config,
-        json.loads((folder / PEFT_FILES[0]).read_text(encoding="utf-8")),
-        {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]},
-        eval_results=json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None,
-        repo_id=repo_id,
-        forms=forms,
-        existing=card.read_text(encoding="utf-8") if card.is_file() else None,
-    )
+    folder, beside = Path(folder), Path(beside or folder)
+    existing, results = beside / CARD_NAME, beside / EVAL_RESULTS_NAME
+    if existing.is_file() and GENERATED not in existing.read_text(encoding="utf-8"):
+        card = existing.read_text(encoding="utf-8")
+    else:
+        config = read_lori_config(folder)
+        card = render_model_card(
+            config,
+            json.loads((folder / PEFT_FILES[0]).read_text(encoding="utf-8")),
+            {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]},
+            eval_results=json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None,
+            repo_id=repo_id,
+            forms=forms,
+            recipe=(folder / RECIPE_NAME).is_file(),
+            picture=(folder / PICTURE_NAME).is_file(),
+        )
+    file = Path(target, CARD_NAME)
+    file.write_text(card, encoding="utf-8")
+    return file
 
 
 def load_lori_adapter(

@@ -160,7 +160,7 @@ def adapter_files(folder: str | Path, repo_id: str, include: Sequence[str] = ("p
     """
     Yield what a push of an adapter's folder consists of: name in the repository -> file.
 
-    The card is written anew for the repository's name, unless its first lines say that it was edited by hand.
+    The card is written anew, with the repository's name and the evaluation results, unless it was edited by hand.
 
     Raises:
         `FileNotFoundError`: a file is missing.
@@ -181,13 +181,12 @@ def adapter_files(folder: str | Path, repo_id: str, include: Sequence[str] = ("p
             "that `save_model()` wrote."
         )
     names = [CONFIG_NAME, *(needed if "peft" in include else ())]
-    names += [name for name in (RECIPE_NAME, EVAL_RESULTS_NAME) if (folder / name).is_file()]
+    names += [name for name in (RECIPE_NAME, EVAL_RESULTS_NAME, PICTURE_NAME) if (folder / name).is_file()]
     with tempfile.TemporaryDirectory() as stage:
         files = {name: folder / name for name in names}
         if "compact" in include:
             files[COMPACT_NAME] = export_compact(folder, Path(stage, COMPACT_NAME))
-        for file in write_card(folder, stage, repo_id=repo_id, forms=tuple(include)):
-            files[file.name] = file
+        files[CARD_NAME] = write_card(folder, stage, repo_id=repo_id, forms=include)
         _refuse_tokens(files)
         yield dict(sorted(files.items()))
 

@@ -26,7 +26,7 @@ CARD_NAME = "README.md"
 PICTURE_NAME = "density.png"
 EVAL_RESULTS_NAME = "eval_results.json"
 
-_GENERATED = "<!-- Written by lori_trl. Delete this line to keep changes of your own. -->"
+GENERATED = "<!-- Written by lori_trl. Delete this line to keep changes of your own. -->"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _MAX_LOSSES = 20  # rows of the card's table
 
@@ -86,59 +86,6 @@ class CardFacts(TrainerCallback):
             self.facts["dataset"]["id"] = dataset_name
 
 
-def write_model_card(
-    target: str | Path,
-    lori_config: Mapping[str, Any],
-    adapter_config: Mapping[str, Any],
-    masks: Mapping[str, LoriMasks],
-    *,
-    eval_results: Mapping[str, Any] | None = None,
-    repo_id: str | None = None,
-    forms: Sequence[str] = ("peft",),
-    existing: str | None = None,
-) -> list[Path]:
-    """
-    Write an adapter's card, and the picture of its masks where matplotlib is installed (`lori-trl[plots]`).
-
-    Args:
-        target (`str` or `Path`): the folder to write into.
-        lori_config (`Mapping[str, Any]`): the contents of `lori_config.json`.
-        adapter_config (`Mapping[str, Any]`): the contents of PEFT's `adapter_config.json`.
-        masks (`Mapping[str, LoriMasks]`): task -> its masks, oldest first.
-        eval_results (`Mapping[str, Any]`, *optional*): the contents of `eval_results.json`:
-            `{"format_version": 1, "results": [{"task": "gsm8k", "metric": "accuracy", "value": 0.63}]}`; a result may
-            also have `stderr`, in the value's unit, and `dataset`, a Hub name.
-        repo_id (`str`, *optional*): where the adapter is on the Hub.
-        forms (`Sequence[str]`, *optional*, defaults to `("peft",)`): what is there: `"peft"`, `"compact"` or both.
-        existing (`str`, *optional*): the card that is there. It is kept if it was edited by hand.
-
-    Returns:
-        `list[Path]`: the files written.
-
-    Raises:
-        `ValueError`: a result or a fact is not of its form.
-    """
-    files = []
-    if existing is not None and _GENERATED not in existing:
-        card = existing
-    else:
-        picture = Path(target, PICTURE_NAME)
-        if draw_density(masks, picture):
-            files.append(picture)
-        card = render_model_card(
-            lori_config,
-            adapter_config,
-            masks,
-            eval_results=eval_results,
-            repo_id=repo_id,
-            forms=forms,
-            picture=PICTURE_NAME if files else None,
-        )
-    file = Path(target, CARD_NAME)
-    file.write_text(card, encoding="utf-8")
-    return [*files, file]
-
-
 def render_model_card(
     lori_config: Mapping[str, Any],
     adapter_config: Mapping[str, Any],
@@ -147,13 +94,29 @@ def render_model_card(
     eval_results: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
     forms: Sequence[str] = ("peft",),
-    picture: str | None = None,
+    recipe: bool = False,
+    picture: bool = False,
 ) -> str:
     """
-    Render the card. Arguments as in [`write_model_card`]; `picture` is the name of the picture beside it.
+    Render an adapter's card.
+
+    Args:
+        lori_config (`Mapping[str, Any]`): the contents of `lori_config.json`.
+        adapter_config (`Mapping[str, Any]`): the contents of PEFT's `adapter_config.json`.
+        masks (`Mapping[str, LoriMasks]`): task -> its masks, oldest first.
+        eval_results (`Mapping[str, Any]`, *optional*): the contents of `eval_results.json`:
+            `{"format_version": 1, "results": [{"task": "gsm8k", "metric": "accuracy", "value": 0.63}]}`; a result may
+            also have `stderr`, in the value's unit, and `dataset`, a Hub name.
+        repo_id (`str`, *optional*): where the adapter is on the Hub.
+        forms (`Sequence[str]`, *optional*, defaults to `("peft",)`): what is there: `"peft"`, `"compact"` or both.
+        recipe (`bool`, *optional*, defaults to `False`): whether there is a `recipe.yaml` beside it.
+        picture (`bool`, *optional*, defaults to `False`): whether there is a picture beside it.
 
     Returns:
         `str`: the card, with metadata that the Hub accepts. Names from outside reach it only as plain text.
+
+    Raises:
+        `ValueError`: a result or a fact is not of its form.
     """
     facts = {"base_model": None, "dataset": None, "license": None, "losses": [], **(lori_config.get("training") or {})}
     base_model = (facts["base_model"] or {}).get("id") or _hub_id(adapter_config.get("base_model_name_or_path"))
@@ -177,11 +140,12 @@ def render_model_card(
     card = ModelCard.from_template(
         data,
         template_path=shipped_folder("model_cards") / "lori_adapter.md.jinja",
-        generated=_GENERATED,
+        generated=GENERATED,
         base_model=base_model,
         repo_id=repo_id,
         forms=list(forms),
-        picture=picture,
+        recipe=recipe,
+        picture=PICTURE_NAME if picture else None,
         results=_plain(results),
         facts=_plain(facts),
         lora=_plain(dict(adapter_config)),
@@ -193,10 +157,11 @@ def render_model_card(
 
 def draw_density(masks: Mapping[str, LoriMasks], file: Path) -> bool:
     """
-    Draw the density of the newest task's mask by layer and projection.
+    Draw the density of the newest task's mask by layer and projection, where matplotlib is installed
+    (`lori-trl[plots]`).
 
     Returns:
-        `bool`: whether there is a picture: matplotlib is installed, and the mask is a mask and not all of B.
+        `bool`: whether it was drawn: without matplotlib, or for all of B, there is nothing to see.
 
     Source: paper Figure 6.
     """

@@ -170,6 +170,8 @@ def _error(status: int, code: str | None = None, message: str = "refused") -> _A
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every small answer waits 40 ms
+    wbufsize = -1
 
     def log_message(self, *args) -> None:
         pass

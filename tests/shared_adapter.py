@@ -17,7 +17,9 @@ from lori_trl import LoriSFTConfig, LoriSFTTrainer
 def base_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, pad_token_id=0, eos_token_id=1, **shape))
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=100, num_key_value_heads=2, pad_token_id=0, eos_token_id=1, **shape)
+    )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
