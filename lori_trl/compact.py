@@ -7,9 +7,9 @@ of each matrix: at density 0.1 it takes 4.76 bits an entry, 1.4 % above the entr
 Tensors of the file, all modules in sorted order of their paths:
 
     values                      the entries of B, at the union of all positions
-    <task>.unary, .remainder    the gaps of a task's mask, bits; for entries outside every mask the task is "rest"
-    <task>.counts               entries per module (int64)
-    <task>.parameters           Rice parameter per module (uint8)
+    task.<task>.unary, .remainder   the gaps of a task's mask, bits; "rest" has the entries outside every mask
+    task.<task>.counts          coded entries per module (int64)
+    task.<task>.parameters      Rice parameter per module (uint8); 128 more where the mask's complement is coded
     samples                     16 entries of A per module, to compare with where another platform draws A
     tensors.<name>              every other tensor of the adapter as it is; A itself, where it has no seed
 """
@@ -39,7 +39,7 @@ FORMAT_VERSION = 1
 _REST = "rest"  # no task's name may be confused with it: tasks are stored as task.<name>
 _SAMPLES = 16
 _TOLERANCE = 1e-6
-_MAX_ENTRIES = 1 << 33  # of A and B together: 100 times those of Llama-3-8B at rank 32
+_MAX_ENTRIES = 1 << 31  # of A and B together: 25 times those of Llama-3-8B at rank 32
 
 
 def export_compact(folder: str | Path, file: str | Path, *, dtype: torch.dtype | None = None) -> Path:
@@ -83,7 +83,8 @@ def export_compact(folder: str | Path, file: str | Path, *, dtype: torch.dtype |
 
     tensors = {f"tensors.{name}": tensor.contiguous() for name, tensor in state.items()}
     for name, sets in positions.items():
-        tensors |= {f"{name}.{part}": torch.from_numpy(array) for part, array in _encode(sets).items()}
+        coded = _encode(sets, [weight.numel() for weight in B.values()])
+        tensors |= {f"{name}.{part}": torch.from_numpy(array) for part, array in coded.items()}
     values = [weight.flatten()[torch.from_numpy(where)] for weight, where in zip(B.values(), union, strict=True)]
     tensors["values"] = torch.cat(values).to(dtype or values[0].dtype)
     tensors["samples"] = torch.stack([_sample(A[path]) for path in B])
@@ -185,6 +186,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ]
         if sum(map(len, union)) != tensors["values"].numel():
             raise SafetensorError("the values are not as many as the positions")
+        if tensors["samples"].shape != (len(metadata["modules"]), _SAMPLES):
+            raise SafetensorError(f"samples of shape {tuple(tensors['samples'].shape)}")
         if not {*metadata["dtypes"].values()} <= {"float32", "bfloat16", "float16"}:
             raise SafetensorError(f"dtypes {metadata['dtypes']}")
     except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
@@ -242,6 +245,7 @@ def _check_samples(file: str | Path, A: Mapping[str, Tensor], samples: Tensor) -
 # ---- positions -------------------------------------------------------------------------------------------------
 
 _NONE = np.empty(0, dtype=np.int64)
+_INVERTED = 128  # added to a module's parameter
 
 
 def _bits(weight: Tensor) -> Tensor:
@@ -260,15 +264,18 @@ def _names_of_sets(metadata: Mapping[str, Any]) -> list[str]:
     return [*(f"task.{task}" for task in metadata["masks"]), _REST]
 
 
-def _encode(sets: list[np.ndarray]) -> dict[str, np.ndarray]:
+def _encode(sets: list[np.ndarray], sizes: list[int]) -> dict[str, np.ndarray]:
     """
     Code sorted positions, module by module: a gap g is g >> k ones and a zero, and the k lowest bits of g.
 
-    k is the one that makes a module shortest of those near log2 of its mean gap.
+    k is the one that makes a module shortest of those near log2 of its mean gap. Of a module that has more than half
+    of its entries, the others are coded.
     """
-    unary, remainder, parameters = [], [], []
-    for positions in sets:
-        gaps = np.diff(positions, prepend=-1) - 1
+    unary, remainder, counts, parameters = [], [], [], []
+    for positions, size in zip(sets, sizes, strict=True):
+        inverted = 2 * len(positions) > size
+        coded = np.setdiff1d(np.arange(size), positions) if inverted else positions
+        gaps = np.diff(coded, prepend=-1) - 1
         guess = int(math.log2(gaps.mean() + 1)) if len(gaps) else 0
         candidates = range(max(guess - 1, 0), guess + 2)
         k = min(candidates, key=lambda k: int((gaps >> k).sum()) + len(gaps) * k)
@@ -277,11 +284,12 @@ def _encode(sets: list[np.ndarray]) -> dict[str, np.ndarray]:
         ones[ends - 1] = False
         unary.append(ones)
         remainder.append((gaps[:, None] >> np.arange(k) & 1).astype(bool).ravel())
-        parameters.append(k)
+        counts.append(len(coded))
+        parameters.append(k | _INVERTED * inverted)
     return {
         "unary": np.packbits(np.concatenate(unary)),
         "remainder": np.packbits(np.concatenate(remainder)),
-        "counts": np.array([len(positions) for positions in sets], dtype=np.int64),
+        "counts": np.array(counts, dtype=np.int64),
         "parameters": np.array(parameters, dtype=np.uint8),
     }
 
@@ -293,16 +301,17 @@ def _decode(tensors: Mapping[str, Tensor], name: str, modules: Mapping[str, list
     ends = np.flatnonzero(np.unpackbits(unary) == 0)
     remainder = np.unpackbits(remainder)
     sets, entries, bits, start = [], 0, 0, 0
-    for (rows, rank, _), count, k in zip(modules.values(), counts.tolist(), parameters.tolist(), strict=True):
-        if not 0 <= count <= rows * rank or entries + count > len(ends) or k > 40:
+    for (rows, rank, _), count, parameter in zip(modules.values(), counts.tolist(), parameters.tolist(), strict=True):
+        size, k = rows * rank, parameter & ~_INVERTED
+        if not 0 <= count <= size or entries + count > len(ends) or k > 40:
             raise SafetensorError(f"the positions of {name} are altered")
         stops = ends[entries : entries + count]
         gaps = (np.diff(stops, prepend=start - 1) - 1) << k
         low = remainder[bits : bits + count * k].reshape(count, k).astype(np.int64)
         positions = np.cumsum(gaps + (low << np.arange(k)).sum(axis=1) + 1) - 1
-        if count and positions[-1] >= rows * rank:
+        if count and positions[-1] >= size:
             raise SafetensorError(f"the positions of {name} lie outside their matrix")
-        sets.append(positions)
+        sets.append(np.setdiff1d(np.arange(size), positions) if parameter & _INVERTED else positions)
         start = stops[-1] + 1 if count else start
         entries, bits = entries + count, bits + count * k
     return sets

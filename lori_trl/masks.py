@@ -428,8 +428,8 @@ def check_header(file: Path) -> None:
         size = int.from_bytes(opened.read(8), "little")
     if size > _MAX_HEADER_BYTES:
         raise ValueError(
-            f"`{file}` announces {size / 1e6:.0f} MB of metadata. An adapter's have at most "
-            f"{_MAX_HEADER_BYTES / 1e6:.0f} MB. Do not use this file; fetch or save it again."
+            f"`{file}` announces {size / 1e6:,.0f} MB of metadata, or is no safetensors file. An adapter's have at "
+            f"most {_MAX_HEADER_BYTES / 1e6:.0f} MB. Do not use this file; fetch or save it again."
         )
 
 
