@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .download import MAX_JSON_BYTES, fetch_from_hub, is_repo_id
-from .masks import LoriMasks, check_header, check_task_name
+from .masks import COMPACT_NAME, LoriMasks, check_header, check_task_name, choose_mask_files
 from .model_card import (
     CARD_NAME,
     EVAL_RESULTS_NAME,
@@ -261,7 +261,7 @@ def load_lori_adapter(
 @contextmanager
 def _plain_folder(folder_or_repo: str | Path, revision: str | None, token: str | None) -> Iterator[Path]:
     """Yield a folder with the plain PEFT files: the given one, the Hub's in the cache, or an unpacked compact one."""
-    from .compact import COMPACT_NAME, expand  # the compact form is built on this module
+    from .compact import expand  # the compact form is built on this module
 
     path = Path(folder_or_repo)
     if is_repo_id(folder_or_repo):
@@ -278,13 +278,10 @@ def _plain_folder(folder_or_repo: str | Path, revision: str | None, token: str |
 
 def _choose_adapter_files(names: list[str]) -> list[str]:
     """Choose what to fetch of a repository: the plain files if they are there, else the compact one."""
-    compact = "adapter_compact.safetensors"
-    if compact in names and PEFT_FILES[1] not in names:
-        return [compact]
-    masks = [name for name in names if re.fullmatch(r"masks/[\w.-]+\.safetensors|masks/0\.9_mask\.pt", name, re.ASCII)]
-    if not masks or not {*PEFT_FILES} <= {*names}:
-        return []
-    return [*(name for name in names if name == CONFIG_NAME), *PEFT_FILES, *masks]
+    if not {*PEFT_FILES} <= {*names}:
+        return [name for name in names if name == COMPACT_NAME]
+    masks = choose_mask_files(names)
+    return [*masks, *PEFT_FILES] if masks else []
 
 
 def _load_peft(model: PreTrainedModel, folder: Path, adapter_name: str, is_trainable: bool) -> PeftModel:

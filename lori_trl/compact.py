@@ -33,7 +33,6 @@ from .projections import draw_projection, fingerprint, module_path
 
 logger = logging.getLogger(__name__)
 
-COMPACT_NAME = "adapter_compact.safetensors"
 FORMAT_VERSION = 1
 
 _REST = "rest"  # no task's name may be confused with it: tasks are stored as task.<name>

@@ -20,9 +20,9 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import HFValidationError, httpx, validate_repo_id
 
 from .adapter import CONFIG_NAME, PEFT_FILES, RECIPE_NAME, read_lori_config, write_card
-from .compact import COMPACT_NAME, export_compact
+from .compact import export_compact
 from .download import WAITS, describe, hash_file, is_same, is_transient, patiently
-from .masks import MASKS_FOLDER
+from .masks import COMPACT_NAME, MASKS_FOLDER
 from .model_card import CARD_NAME, EVAL_RESULTS_NAME, PICTURE_NAME
 
 if TYPE_CHECKING:

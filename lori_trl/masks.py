@@ -24,7 +24,7 @@ from .selection import num_to_select, select_largest
 FORMAT = "lori_masks"
 FORMAT_VERSION = 1
 MASKS_FOLDER = "masks"
-COMPACT_FORMAT = "lori_compact"
+COMPACT_NAME, COMPACT_FORMAT = "adapter_compact.safetensors", "lori_compact"
 
 _TASK_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _AUTHORS_FILE = re.compile(r"(0\.\d+)_mask\.pt")
@@ -347,7 +347,7 @@ class LoriMasks(Mapping):
             check_task_name(task)
         path = Path(folder_file_or_repo)
         if is_repo_id(folder_file_or_repo):
-            path = fetch_from_hub(str(folder_file_or_repo), _choose_mask_files, revision=revision, token=token)
+            path = fetch_from_hub(str(folder_file_or_repo), choose_mask_files, revision=revision, token=token)
         file = _find_mask_file(path, task)
         if file.suffix == ".pt":
             return cls._read_authors(file, task)
@@ -444,10 +444,10 @@ def _metadata(file: Path) -> dict[str, str]:
         ) from error
 
 
-def _choose_mask_files(names: list[str]) -> list[str]:
+def choose_mask_files(names: list[str]) -> list[str]:
     """Choose what to fetch of a repository: our masks, else the compact form, else the authors' masks."""
     ours = [name for name in names if re.fullmatch(rf"{MASKS_FOLDER}/{_TASK_NAME}\.safetensors", name)]
-    ours += [name for name in names if name == "adapter_compact.safetensors" and not ours]
+    ours += [name for name in names if name == COMPACT_NAME and not ours]
     if ours:
         return [*(name for name in names if name == "lori_config.json"), *ours]
     theirs = [name for name in names if re.fullmatch(rf"{MASKS_FOLDER}/{_AUTHORS_FILE.pattern}", name)]
@@ -459,7 +459,7 @@ def _find_mask_file(path: Path, task: str | None) -> Path:
         return path
     folder = path / MASKS_FOLDER if (path / MASKS_FOLDER).is_dir() else path
     files = {file.stem: file for file in sorted(folder.glob("*.safetensors")) if not file.stem.startswith("adapter_")}
-    compact, theirs = path / "adapter_compact.safetensors", sorted(folder.glob("*_mask.pt"))
+    compact, theirs = path / COMPACT_NAME, sorted(folder.glob("*_mask.pt"))
     if not files and compact.is_file():
         return compact
     if not files and theirs:

@@ -59,6 +59,7 @@ class CardFacts(TrainerCallback):
             "base_model": _base_model_facts(trainer.model.get_base_model()),
             "dataset": _dataset_facts(rows),
             "license": None,
+            "tags": [tag for tag in trainer._tag_names if tag not in ("trl", "lori")],
         }
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -82,7 +83,7 @@ class CardFacts(TrainerCallback):
 
     def name_dataset(self, dataset_name: str | None) -> None:
         """Note the data set's Hub name, as TRL's `push_to_hub(dataset_name=...)` gives it."""
-        if dataset_name is not None and _REPO_ID.fullmatch(dataset_name) and not Path(dataset_name).exists():
+        if _hub_id(dataset_name) is not None:
             self.facts["dataset"]["id"] = dataset_name
 
 
@@ -118,19 +119,28 @@ def render_model_card(
     Raises:
         `ValueError`: a result or a fact is not of its form.
     """
-    facts = {"base_model": None, "dataset": None, "license": None, "losses": [], **(lori_config.get("training") or {})}
-    base_model = (facts["base_model"] or {}).get("id") or _hub_id(adapter_config.get("base_model_name_or_path"))
-    dataset = (facts["dataset"] or {}).get("id")
-    license = facts["license"] if re.fullmatch(r"[a-z0-9.-]+", facts["license"] or "") else None
+    unknown = {"base_model": None, "dataset": None, "license": None, "tags": [], "losses": []}
+    facts = {**unknown, **(lori_config.get("training") or {})}
+    known = facts["base_model"] or {}
+    base_model = _valid(known.get("id")) if known else _hub_id(adapter_config.get("base_model_name_or_path"))
+    dataset = _valid((facts["dataset"] or {}).get("id"))
+    license = facts["license"] if re.fullmatch(r"[a-z0-9.-]+", str(facts["license"])) else None
     results = _checked_results(eval_results)
     data = ModelCardData(
         base_model=base_model,
         base_model_relation="adapter" if base_model else None,
-        datasets=[dataset] if dataset and _REPO_ID.fullmatch(dataset) else None,
+        datasets=[dataset] if dataset else None,
         library_name="peft",
         license=license,
         pipeline_tag="text-generation",
-        tags=["lori", "lora", "peft", "trl", "sft", *(["merged"] if lori_config.get("merge") else [])],
+        tags=[
+            "lori",
+            "lora",
+            "peft",
+            "trl",
+            *_plain(facts["tags"]),
+            *(["merged"] if lori_config.get("merge") else []),
+        ],
         model_name=repo_id or lori_config["task"],
         eval_results=[_model_index_entry(result) for result in results] or None,
     )
@@ -142,6 +152,7 @@ def render_model_card(
         template_path=shipped_folder("model_cards") / "lori_adapter.md.jinja",
         generated=GENERATED,
         base_model=base_model,
+        dataset=dataset,
         repo_id=repo_id,
         forms=list(forms),
         recipe=recipe,
@@ -149,10 +160,11 @@ def render_model_card(
         results=_plain(results),
         facts=_plain(facts),
         lora=_plain(dict(adapter_config)),
+        targets=_plain(_target_names(adapter_config["target_modules"])),
         by_projection=_plain(main_mask.by_projection()) if main_mask is not None else {},
         **_plain({"merge": None, "calibration": None, **lori_config}),
     )
-    return str(card)
+    return f"{str(card).rstrip()}\n"
 
 
 def draw_density(masks: Mapping[str, LoriMasks], file: Path) -> bool:
@@ -198,11 +210,20 @@ def _plain(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def _valid(repo_id: str | None) -> str | None:
+    return repo_id if isinstance(repo_id, str) and _REPO_ID.fullmatch(repo_id) else None
+
+
 def _hub_id(name: str | None) -> str | None:
     """Return a base model's Hub name; None for a local folder and for a model made in memory."""
-    if not name or not _REPO_ID.fullmatch(name) or Path(name).exists():
-        return None
-    return name
+    return None if not name or Path(name).exists() else _valid(name)
+
+
+def _target_names(target_modules: str | Sequence[str]) -> str:
+    """Name the target modules by the last parts of their paths."""
+    if isinstance(target_modules, str):
+        return target_modules
+    return ", ".join(sorted({name.rpartition(".")[2] for name in target_modules}))
 
 
 def _base_model_facts(model: torch.nn.Module) -> dict[str, Any]:
@@ -275,10 +296,9 @@ def _checked_results(eval_results: Mapping[str, Any] | None) -> list[dict[str, A
 
 
 def _model_index_entry(result: Mapping[str, Any]) -> EvalResult:
-    dataset = result["dataset"] if _REPO_ID.fullmatch(result["dataset"] or "") else None
     return EvalResult(
         task_type="text-generation",
-        dataset_type=dataset or _plain(result["task"]),
+        dataset_type=_valid(result["dataset"]) or _plain(result["task"]),
         dataset_name=_plain(result["task"]),
         metric_type=_plain(result["metric"]),
         metric_value=result["value"],
