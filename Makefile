@@ -9,7 +9,7 @@ BIN := .venv/bin
 quickstart: .venv/installed .venv/smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
 
-test: .venv/installed
+test: .venv/installed .venv/smollm2
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest
 
 lint: .venv/installed

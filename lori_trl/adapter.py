@@ -51,6 +51,8 @@ def staged(folder: str | Path):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for left_by_a_killed_save in folder.glob(".saving-*"):
+        shutil.rmtree(left_by_a_killed_save, ignore_errors=True)
     stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         yield stage
@@ -102,12 +104,14 @@ def save_lori_adapter(
             (stage / RECIPE_NAME).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         (stage / CONFIG_NAME).write_text(json.dumps(lori_config, indent=2) + "\n", encoding="utf-8")
         (stage / CARD_NAME).unlink(missing_ok=True)  # PEFT's, which names local paths
-        (Path(folder) / PICTURE_NAME).unlink(missing_ok=True)  # that of masks before these
         try:
             draw_density(masks, stage / PICTURE_NAME)
             write_card(stage, stage, beside=folder)
         except Exception as error:  # the weights are worth more than their card
             logger.warning(f"The card of {folder} was not written: {error}")
+        drawn = (stage / PICTURE_NAME).is_file()
+    if not drawn:
+        (Path(folder) / PICTURE_NAME).unlink(missing_ok=True)  # that of masks before these
 
 
 def read_lori_config(folder: str | Path) -> dict[str, Any]:

@@ -7,19 +7,20 @@ import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from .recipes import find_recipe, list_recipes, nearest, read_recipe, validate_recipe
 
 _SFT_EXAMPLE = """
+several processes: --accelerate_config single | ddp | fsdp2 | zero3 | FILE, and --num_processes N
+
 example:
   lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8
-  accelerate launch -m lori_trl.cli sft --recipe code_lori_s.yaml --output_dir code-lori-s
+  lori-sft --accelerate_config ddp --num_processes 8 --recipe code_lori_s.yaml --output_dir code-lori-s
 """
+_LAUNCH_FILES = {"single": "single_gpu", "ddp": "multi_gpu", "fsdp2": "fsdp2", "zero3": "zero3"}  # TRL's names
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,6 +99,9 @@ def _add_hub_commands(commands) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     from .hub import adapter_files, push_lori_to_hub
 
     if options.dry_run:
@@ -138,10 +142,8 @@ def _expand(options: argparse.Namespace) -> None:
 
 def _recipes(options: argparse.Namespace) -> None:
     if options.action == "list":
-        table = Table("recipe", "what it is")
         for file in list_recipes():
-            table.add_row(file.name, file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# "))
-        Console().print(table)
+            print(f"{file.name:32} {file.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}")
         return
     file = find_recipe(options.recipe)
     if options.action == "show":
@@ -160,6 +162,8 @@ def _recipes(options: argparse.Namespace) -> None:
 def sft(arguments: list[str] | None = None) -> int:
     """Run `lori-sft`. Returns the exit code: 0; 2 for a wrong call; a failed run raises."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "--accelerate_config" in arguments:
+        return _launch(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
     with _bad_input("lori-sft"):
         parser = _sft_parser()
@@ -169,8 +173,9 @@ def sft(arguments: list[str] | None = None) -> int:
             return 0
         trainer = _build_trainer(script, args, model_args)
     trainer.recipe = recipe
-    with _bad_input("lori-sft", (ValueError,)):
-        output = trainer.train(args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint
+    with _bad_input("lori-sft", (ValueError, FileNotFoundError)):
+        output = trainer.train(True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     metrics = output.metrics
     if trainer.eval_dataset is not None:
@@ -183,6 +188,29 @@ def sft(arguments: list[str] | None = None) -> int:
     if trainer.is_world_process_zero():
         _print_outcome(trainer, metrics)
     trainer.end()
+    return 0
+
+
+def _launch(arguments: list[str]) -> int:
+    """Start `lori-sft` on several processes, with one of the launch files that TRL ships or a file of one's own."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--accelerate_config")
+    finder.add_argument("--num_processes")
+    options, rest = finder.parse_known_args(arguments)
+    with _bad_input("lori-sft"):
+        name = _LAUNCH_FILES.get(options.accelerate_config, options.accelerate_config)
+        if not Path(name).is_file() and name not in _LAUNCH_FILES.values():
+            raise FileNotFoundError(
+                f"`--accelerate_config {name}` is neither a file nor a shipped launch file. Shipped are "
+                f"{', '.join(_LAUNCH_FILES)}. Pass one of these, or a file that `accelerate config` wrote."
+            )
+    launch = resolve_accelerate_config_argument(["--accelerate_config", name])
+    if options.num_processes is not None:
+        launch += ["--num_processes", options.num_processes]
+    launch_command(launch_command_parser().parse_args([*launch, "--module", "lori_trl.cli", "sft", *rest]))
     return 0
 
 
@@ -204,19 +232,12 @@ def _sft_parser():
         epilog=_SFT_EXAMPLE,
         formatter_class=_HelpFormatter,
     )
-    parser.set_defaults(use_peft=True, lora_target_modules="all-linear", bf16=_default_bf16())
+    parser.set_defaults(use_peft=True, lora_target_modules="all-linear")
     return parser
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
-
-
-def _default_bf16() -> bool | None:
-    """TRL trains in bfloat16 by default. On a CPU that is some hundred times slower than float32, so not there."""
-    import torch
-
-    return None if torch.accelerator.is_available() else False
 
 
 def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -246,7 +267,8 @@ def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, A
         argument.lstrip("-").partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"
     }
     for config in configs:
-        recipe |= {key: value for key, value in vars(config).items() if key in given}
+        set_here = {key: value for key, value in vars(config).items() if key in given}
+        recipe |= {key: value.value if isinstance(value, Enum) else value for key, value in set_here.items()}
     for secret_or_ours in ("hub_token", "env", "recipe", "dry_run"):
         recipe.pop(secret_or_ours, None)
     script.recipe = str(file) if name is not None else None
@@ -255,6 +277,7 @@ def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, A
 
 def _dry_run(script, args, model_args) -> None:
     from peft import PeftConfig
+    from rich.console import Console
     from transformers import AutoConfig
     from trl import get_peft_config
 
@@ -266,7 +289,16 @@ def _dry_run(script, args, model_args) -> None:
     config = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    Console().print(count_parameters(config, peft_config, args.sparsity).table())
+    counts = count_parameters(config, peft_config, args.sparsity)
+    Console().print(counts.table(), counts.memory_table(_bytes_of_base(model_args)))
+
+
+def _bytes_of_base(model_args) -> float:
+    if model_args.load_in_4bit:
+        return 0.56  # NF4: half a byte, and a float32 scale every 64 entries
+    if model_args.load_in_8bit:
+        return 1.0
+    return {"bfloat16": 2.0, "float16": 2.0}.get(model_args.dtype, 4.0)
 
 
 def _build_trainer(script, args, model_args):
@@ -279,11 +311,12 @@ def _build_trainer(script, args, model_args):
     from .trainer import LoriSFTTrainer
 
     data = load_training_data(script)
-    evaluated = args.eval_strategy != "no"
+    evaluated = args.eval_strategy != "no" or args.eval_on_start
     if evaluated and script.dataset_test_split not in data:
         raise ValueError(
-            f"`eval_strategy={args.eval_strategy.value}` needs the split {script.dataset_test_split!r}, and the data "
-            f"have {', '.join(data)}. Pass one of these as `dataset_test_split`, or `--eval_strategy no`."
+            f"`eval_strategy={args.eval_strategy.value}`, `eval_on_start={args.eval_on_start}`: the split "
+            f"{script.dataset_test_split!r} is needed, and the data have {', '.join(data)}. Pass one of these as "
+            "`dataset_test_split`, or evaluate nothing."
         )
     if args.task_name is None:
         args.task_name = data_name(script)
@@ -327,6 +360,9 @@ def _check_writable(folder: str) -> None:
 
 
 def _print_outcome(trainer, metrics: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     masks, counts = trainer.masks, trainer.lori_config["counts"]
     table = Table(show_header=False, title=f"{trainer.lori_config['variant']} adapter {trainer.task_name!r}")
     table.add_row("plain LoRA would train", f"{counts['lora']:,}")

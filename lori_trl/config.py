@@ -4,10 +4,12 @@ import copy
 import os
 from dataclasses import dataclass, field
 
+import torch
 from trl import SFTConfig
 
-from .masks import check_sparsity, check_task_name
+from .masks import GRANULARITIES, check_sparsity, check_task_name
 from .projections import PROJECTION_INITS
+from .sparse import SPARSE_BACKENDS
 
 
 @dataclass
@@ -26,6 +28,9 @@ class LoriArguments:
             Share of B's entries that stay untouched, a fraction in [0, 1). The default is the paper's LoRI-S; `0` is
             LoRI-D: no calibration, all of B is trained. Higher: fewer trained parameters, less interference with other
             tasks, and a higher learning rate needed.
+        mask_granularity (`str`, *optional*, defaults to `"model"`):
+            Over what the entries of B compete: `"model"`, `"module"` (attention, MLP), `"projection"`, `"layer"` or
+            `"matrix"`. The paper finds the whole model best.
         mask_name_or_path (`str`, *optional*):
             Masks to use instead of calibrating: a folder, a file or a repository on the Hub. A fresh adapter then
             draws the A that these masks were calibrated on.
@@ -44,6 +49,9 @@ class LoriArguments:
             `max_steps` where `calibration_num_train_epochs` is unset.
         calibration_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`.
+        calibration_sparsities (`list[float]`, *optional*):
+            More sparsities to select masks for from the same calibration. They are saved in
+            `calibration/masks/<task>-<sparsity>.safetensors`, for `mask_name_or_path` of later runs.
 
         > Parameters that control the projection A
 
@@ -52,6 +60,13 @@ class LoriArguments:
             authors' and PEFT's. Both have the same variance.
         projection_seed (`int`, *optional*):
             Seed of A. Defaults to one derived from `seed` and `task_name` by SHA-256.
+
+        > Parameters that control the training
+
+        sparse_backend (`str`, *optional*, defaults to `"packed"`):
+            `"packed"` keeps the trained entries of a matrix in one 1-D parameter, so that gradients and optimizer
+            state are a tenth of B's; `"hook"` keeps B dense and zeroes its gradient outside the mask, as the paper
+            does. Both train the same entries to the same values.
 
     Source: paper section 2.1 and Algorithm 1; defaults from Tables 4 to 7.
     """
@@ -69,6 +84,10 @@ class LoriArguments:
             "help": "Share of B's entries that stay untouched, a fraction in [0, 1). 0 is LoRI-D: no calibration, all "
             "of B is trained."
         },
+    )
+    mask_granularity: str = field(
+        default="model",
+        metadata={"help": "Over what the entries of B compete for the mask.", "choices": list(GRANULARITIES)},
     )
     mask_name_or_path: str | None = field(
         default=None,
@@ -91,6 +110,10 @@ class LoriArguments:
         default=1.0,
         metadata={"help": "Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`."},
     )
+    calibration_sparsities: list[float] | None = field(
+        default=None,
+        metadata={"help": "More sparsities to select and save masks for, from the same calibration."},
+    )
     projection_init: str = field(
         default="gaussian",
         metadata={"help": "Distribution of A.", "choices": list(PROJECTION_INITS)},
@@ -98,8 +121,18 @@ class LoriArguments:
     projection_seed: int | None = field(
         default=None, metadata={"help": "Seed of A. Defaults to one derived from `seed` and `task_name`."}
     )
+    sparse_backend: str = field(
+        default="packed",
+        metadata={
+            "help": "How B is trained on the mask: 'packed' keeps gradients and optimizer state for the trained "
+            "entries alone, 'hook' for all of B.",
+            "choices": list(SPARSE_BACKENDS),
+        },
+    )
 
     def __post_init__(self):
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False
         super().__post_init__()
         check_sparsity(self.sparsity)
         if self.task_name is not None:
@@ -109,11 +142,18 @@ class LoriArguments:
                 f"`calibration_fraction={self.calibration_fraction}` is outside (0, 1]. Pass a fraction, e.g. "
                 "`calibration_fraction=0.1` to calibrate on a tenth of the rows."
             )
-        if self.projection_init not in PROJECTION_INITS:
-            raise ValueError(
-                f"`projection_init={self.projection_init!r}` is not known. Allowed are {', '.join(PROJECTION_INITS)}. "
-                "Leave it unset for 'gaussian'."
-            )
+        for sparsity in self.calibration_sparsities or ():
+            check_sparsity(sparsity)
+        for name, allowed in (
+            ("mask_granularity", list(GRANULARITIES)),
+            ("projection_init", PROJECTION_INITS),
+            ("sparse_backend", SPARSE_BACKENDS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is not known. Allowed are {', '.join(allowed)}. Leave it unset "
+                    f"for {allowed[0]!r}."
+                )
 
     def for_calibration(self):
         """Return a copy for the calibration phase: its own rate, length and folder; no evaluation, no push."""
@@ -139,6 +179,7 @@ class LoriSFTConfig(LoriArguments, SFTConfig):
     > These parameters have default values different from `SFTConfig`:
     > - `learning_rate`: Defaults to `5e-4` instead of `2e-5` (the paper's LoRI-S, r = 32).
     > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"` (the paper's: no decay).
+    > - `bf16`: Defaults to `False` instead of `True` where there is no accelerator: CPUs are slow at it or refuse.
     """
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the adaptation, on the mask."})

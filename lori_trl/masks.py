@@ -32,6 +32,30 @@ _AUTHORS_DEFAULT = f"{MASKS_FOLDER}/0.9_mask.pt"  # the paper's sparsity; their 
 _MAX_HEADER_BYTES = 10_000_000  # that of Llama-3-8B has 40 kB; a parser would build gigabytes from 100 MB
 
 
+def _layer(path: str) -> str:
+    number = re.search(r"\.(\d+)\.", f".{path}.")
+    return number.group(1) if number else "-1"
+
+
+def _module(path: str) -> str:
+    name = re.search(r"\.\d+\.(\w+)", f".{path}")
+    return name.group(1) if name else path
+
+
+def _projection(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+# What makes a pool of entries that compete with each other: module path -> the pool's name (paper section 3.5).
+GRANULARITIES: dict[str, Callable[[str], str]] = {
+    "model": lambda path: "model",
+    "module": _module,
+    "projection": _projection,
+    "layer": _layer,
+    "matrix": lambda path: path,
+}
+
+
 class LoriMasks(Mapping):
     """
     The masks of one task: module path in the base model -> bool tensor `(out_features, rank)`.
@@ -48,7 +72,7 @@ class LoriMasks(Mapping):
         granularity (`str`, *optional*, defaults to `"model"`):
             Over what the entries competed.
         threshold (`float`, *optional*):
-            The smallest selected saliency.
+            The smallest selected saliency (over all pools).
         projection (`dict[str, Any]`, *optional*):
             `init`, `seed` and `fingerprint` of the A that the masks were calibrated on. A mask's second index counts
             A's random directions, so a mask means nothing for another A.
@@ -104,7 +128,8 @@ class LoriMasks(Mapping):
         **metadata: Any,
     ) -> "LoriMasks":
         """
-        Select the entries of largest saliency: exactly K = floor((1 - sparsity) * N), or all nonzero ones if fewer.
+        Select the entries of largest saliency: exactly K = floor((1 - sparsity) * N) of every pool of N entries, or
+        all nonzero ones if these are fewer.
 
         Args:
             saliency (`Mapping[str, Tensor]`):
@@ -112,7 +137,8 @@ class LoriMasks(Mapping):
             sparsity (`float`):
                 The share of B that stays untouched, a fraction in [0, 1).
             granularity (`str`, *optional*, defaults to `"model"`):
-                Over what the entries compete. `"model"`: over all modules together.
+                Over what the entries compete, each a pool of its own: the whole `"model"`; every kind of `"module"`
+                (attention, MLP) or of `"projection"` (`q_proj`, ...), every `"layer"`, or every `"matrix"`.
             exclude (`Mapping[str, Tensor]`, *optional*):
                 Module path -> bool tensor of entries that are out of the race.
             **metadata:
@@ -124,19 +150,30 @@ class LoriMasks(Mapping):
         Source: paper eq. 2; granularities: section 3.5.
         """
         check_sparsity(sparsity)
-        if granularity != "model":
+        if granularity not in GRANULARITIES:
             raise ValueError(
-                f"`granularity={granularity!r}` is not known. The entries compete over the whole model: pass 'model'."
+                f"`granularity={granularity!r}` is not known. Allowed are {', '.join(GRANULARITIES)}. Leave it unset "
+                "for 'model'."
             )
         saliency = {module_path(name): tensor for name, tensor in saliency.items()}
-        numel = sum(tensor.numel() for tensor in saliency.values())
-        masks, threshold = select_largest(saliency, num_to_select(sparsity, numel), exclude)
+        pools: dict[str, list[str]] = {}
+        for path in saliency:
+            pools.setdefault(GRANULARITIES[granularity](path), []).append(path)
+        masks, thresholds = {}, []
+        for paths in pools.values():
+            pool = {path: saliency[path] for path in paths}
+            k = num_to_select(sparsity, sum(tensor.numel() for tensor in pool.values()))
+            outside = {path: exclude[path] for path in paths if path in exclude} if exclude is not None else None
+            chosen, threshold = select_largest(pool, k, outside)
+            masks |= chosen
+            thresholds += [threshold] if threshold > 0 else []
+        threshold = min(thresholds, default=0.0)
         selected = cls(masks, sparsity=sparsity, granularity=granularity, threshold=threshold, **metadata)
         if selected.num_selected == 0:
             raise ValueError(
-                f"Nothing was selected: of {numel} entries at `sparsity={sparsity}`, none has a saliency above 0. "
-                "At least one entry must stay trainable: lower `sparsity`, or calibrate longer or with a higher "
-                "`calibration_learning_rate`."
+                f"Nothing was selected: of {selected.numel} entries at `sparsity={sparsity}`, none has a saliency "
+                "above 0. At least one entry must stay trainable: lower `sparsity`, or calibrate longer or with a "
+                "higher `calibration_learning_rate`."
             )
         return selected
 
@@ -215,15 +252,15 @@ class LoriMasks(Mapping):
 
     def by_layer(self) -> dict[int, float]:
         """Return the density of every layer (the first number in a module path; -1 where there is none)."""
-        return self._density_by(_layer)
+        return self._density_by(lambda path: int(_layer(path)))
 
     def by_layer_and_projection(self) -> dict[tuple[int, str], float]:
         """Return the density of every cell of the paper's Figure 6: (layer, projection type)."""
-        return self._density_by(lambda path: (_layer(path), path.rpartition(".")[2]))
+        return self._density_by(lambda path: (int(_layer(path)), _projection(path)))
 
     def by_projection(self) -> dict[str, float]:
         """Return the density of every projection type (the last part of a module path), e.g. `q_proj`."""
-        return self._density_by(lambda path: path.rpartition(".")[2])
+        return self._density_by(_projection)
 
     def _density_by(self, key: Callable[[str], Any]) -> dict[Any, float]:
         groups: dict[Any, list[Tensor]] = {}
@@ -483,11 +520,6 @@ def _pick_task(tasks: Mapping[str, Any], task: str | None, path: Path) -> str:
         return task
     files = [name for name, file in tasks.items() if isinstance(file, Path)]
     return max(files, key=lambda name: tasks[name].stat().st_mtime) if files else list(tasks)[-1]
-
-
-def _layer(path: str) -> int:
-    number = re.search(r"\.(\d+)\.", f".{path}.")
-    return int(number.group(1)) if number else -1
 
 
 def _unpack(packed: Tensor, shape: list[int]) -> Tensor:

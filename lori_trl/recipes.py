@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 
 def shipped_folder(name: str) -> Path:
     """Return a folder that stands at the repository's top level and travels inside the wheel."""
@@ -47,6 +45,8 @@ def read_recipe(file: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: it is not YAML, or not a mapping.
     """
+    import yaml  # here, so that the shipped recipes can be listed without any dependency
+
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -65,6 +65,44 @@ class ParameterCounts:
         table.add_row("adapter file, float32", f"{self.adapter_bytes / 1e6:,.1f} MB", "")
         return table
 
+    def memory(self, base_bytes: float, gpus: int) -> dict[str, float]:
+        """
+        Return the bytes per GPU that a run needs before activations, when everything is sharded over `gpus`.
+
+        With P parameters of the base, N = A + B of the adapter in float32, and T trained ones:
+
+            weights = base_bytes * P,  adapter = 4 N,  gradients = 4 T,  optimizer = 8 T  (AdamW's two moments),
+            positions = 8 T  (where in B the packed values lie)
+
+        divided by `gpus`. T is what the adaptation trains (`selected`), all of B while calibrating, A and B in LoRA.
+        Activations come on top: they depend on batch size, length and checkpointing.
+
+        Args:
+            base_bytes (`float`): bytes a parameter of the base: 4 float32, 2 bfloat16, 0.56 NF4.
+            gpus (`int`): over how many GPUs FSDP or ZeRO-3 shards; 1 for no sharding, as with DDP.
+        """
+        calibrated = self.lora_B if self.sparsity > 0 else 0
+        parts = {
+            "base weights": base_bytes * self.base,
+            "adapter weights": 4 * self.lora,
+            "training, LoRI: gradients, optimizer": 12 * self.selected,
+            "training, LoRI: positions": 8 * self.selected if calibrated else 0,
+            "calibration, LoRI: gradients, optimizer": 12 * calibrated,
+            "training, plain LoRA: gradients, optimizer": 12 * self.lora,
+        }
+        return {name: size / gpus for name, size in parts.items()}
+
+    def memory_table(self, base_bytes: float) -> Table:
+        """Return the memory per GPU as a table for the terminal."""
+        table = Table(title="memory per GPU before activations", title_justify="left")
+        table.add_column("GB")
+        columns = [self.memory(base_bytes, gpus) for gpus in (1, 8)]
+        for gpus in (1, 8):
+            table.add_column(f"{gpus} GPU{'s, sharded' if gpus > 1 else ''}", justify="right")
+        for name in columns[0]:
+            table.add_row(name, *(f"{column[name] / 1e9:,.3f}" for column in columns))
+        return table
+
 
 def count_parameters(config: PreTrainedConfig, peft_config: LoraConfig, sparsity: float) -> ParameterCounts:
     """

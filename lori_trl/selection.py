@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _CHUNK = 1 << 18  # entries looked at in one go: bounds the temporaries to a few MB
 _INFINITY = 0x7F80  # upper 16 bits of +inf; those of NaN lie above or are the same
@@ -38,38 +40,51 @@ def select_largest(
     come back where fewer are nonzero.
 
     Args:
-        tensors (`Mapping[str, Tensor]`): name -> tensor of any shape, float32, bfloat16 or float16, on any device.
+        tensors (`Mapping[str, Tensor]`):
+            Name -> tensor of any shape, float32, bfloat16 or float16, on any devices. Or, on every rank, `DTensor`s
+            that are sharded by rows over one mesh (as FSDP2 does): the histograms are then summed over the ranks.
         k (`int`): how many entries to select.
         exclude (`Mapping[str, Tensor]`, *optional*): name -> bool tensor; its True entries are not candidates.
 
     Returns:
-        `tuple[dict[str, Tensor], float]`: bool tensors of the same shapes and devices, and the smallest selected
-        magnitude (0.0 where nothing is selected).
+        `tuple[dict[str, Tensor], float]`: bool tensors of the same shapes and devices, whole and the same on every
+        rank, and the smallest selected magnitude (0.0 where nothing is selected).
 
     Raises:
         `ValueError`: a tensor holds NaN or infinity.
 
     Source: paper eq. 2 and Algorithm 1, line 13. There a threshold keeps all ties; here K is exact.
     """
-    exclude = exclude or {}
     names = sorted(tensors)
-    kth, ties = _kth_largest(tensors, exclude, names, k)
+    sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    group = next(iter(sharded.values())).device_mesh.get_group() if sharded else None
+    exclude = {name: _local(_shard_like(mask, tensors[name])) for name, mask in (exclude or {}).items()}
+    tensors = {name: _local(tensor) for name, tensor in tensors.items()}
+
+    kth, ties = _kth_largest(tensors, exclude, names, k, group)
+    quotas = _tie_quotas(tensors, exclude, names, kth, ties, group) if group is not None else {}
     masks = {}
     for name in names:
+        ties = quotas.get(name, ties)
         mask = torch.zeros(tensors[name].numel(), dtype=torch.bool, device=tensors[name].device)
-        if kth > 0:
-            for start, bits in _magnitude_bits(tensors[name], exclude.get(name)):
-                torch.gt(bits, kth, out=mask[start : start + bits.numel()])
-                if ties > 0:
-                    positions = (bits == kth).nonzero().flatten()[:ties]
-                    mask[start + positions] = True
-                    ties -= positions.numel()
+        for start, bits in _magnitude_bits(tensors[name], exclude.get(name)) if kth > 0 else ():
+            torch.gt(bits, kth, out=mask[start : start + bits.numel()])
+            if ties > 0:
+                positions = (bits == kth).nonzero().flatten()[:ties]
+                mask[start + positions] = True
+                ties -= positions.numel()
         masks[name] = mask.view(tensors[name].shape)
+        if name in sharded:
+            masks[name] = _gather_like(masks[name], sharded[name])
     return masks, torch.tensor(kth, dtype=torch.int32).view(torch.float32).item()
 
 
 def _kth_largest(
-    tensors: Mapping[str, Tensor], exclude: Mapping[str, Tensor], names: list[str], k: int
+    tensors: Mapping[str, Tensor],
+    exclude: Mapping[str, Tensor],
+    names: list[str],
+    k: int,
+    group: dist.ProcessGroup | None,
 ) -> tuple[int, int]:
     """Return the bit pattern of the K-th largest magnitude (0: nothing to select) and how many of its ties to take."""
     zeros = 0
@@ -78,6 +93,8 @@ def _kth_largest(
         for _, bits in _magnitude_bits(tensors[name], exclude.get(name)):
             zeros += bits.numel() - bits.count_nonzero().item()
             upper += torch.bincount(bits >> 16, minlength=1 << 15).cpu()
+    upper[0] -= zeros
+    _sum_over_ranks(upper, group)
     if upper[_INFINITY:].any():
         broken = [name for name in names if not torch.isfinite(tensors[name]).all()]
         raise ValueError(
@@ -85,7 +102,6 @@ def _kth_largest(
             f"{', ...' if len(broken) > 3 else ''}. Ranking needs finite numbers: the calibration diverged. Lower "
             "`calibration_learning_rate`."
         )
-    upper[0] -= zeros
     k = min(k, int(upper.sum()))
     if k <= 0:
         return 0, 0
@@ -95,10 +111,53 @@ def _kth_largest(
     for name in names:
         for _, bits in _magnitude_bits(tensors[name], exclude.get(name)):
             lower += torch.bincount(bits[(bits >> 16) == high] & 0xFFFF, minlength=1 << 16).cpu()
+    _sum_over_ranks(lower, group)
     if high == 0:
         lower[0] = 0
     low, above_within = _bin_of_kth(lower, k - above)
     return high << 16 | low, k - above - above_within
+
+
+def _tie_quotas(
+    tensors: Mapping[str, Tensor],
+    exclude: Mapping[str, Tensor],
+    names: list[str],
+    kth: int,
+    ties: int,
+    group: dist.ProcessGroup,
+) -> dict[str, int]:
+    """Share the ties out over (name, rank) in order: rank by rank is row by row, since tensors are sharded by rows."""
+    counts = torch.tensor(
+        [sum(int((bits == kth).sum()) for _, bits in _magnitude_bits(tensors[n], exclude.get(n))) for n in names]
+    )
+    by_rank = torch.zeros(len(names), dist.get_world_size(group), dtype=torch.int64)
+    by_rank[:, dist.get_rank(group)] = counts
+    _sum_over_ranks(by_rank, group)
+    taken_before = by_rank.flatten().cumsum(0).view_as(by_rank) - by_rank
+    quotas = torch.minimum(by_rank, (ties - taken_before).clamp(min=0))
+    return dict(zip(names, quotas[:, dist.get_rank(group)].tolist(), strict=True))
+
+
+def _sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> None:
+    if group is not None:
+        on_device = counts.cuda() if dist.get_backend(group) == "nccl" else counts
+        dist.all_reduce(on_device, group=group)
+        counts.copy_(on_device)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard_like(whole: Tensor, model: Tensor) -> Tensor:
+    if isinstance(model, DTensor) and not isinstance(whole, DTensor):
+        return distribute_tensor(whole.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+    return whole
+
+
+def _gather_like(shard: Tensor, model: DTensor) -> Tensor:
+    layout = {"shape": model.shape, "stride": model.stride()}
+    return DTensor.from_local(shard.byte(), model.device_mesh, model.placements, **layout).full_tensor().bool()
 
 
 def _bin_of_kth(histogram: Tensor, k: int) -> tuple[int, int]:

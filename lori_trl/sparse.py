@@ -1,35 +1,270 @@
-"""Training B on a mask."""
+"""Training B on a mask, by two backends that give one result.
 
-from collections.abc import Mapping
+`hook` is the paper's way and the yardstick: B stays dense, and hooks on it zero its gradient outside the mask.
 
+`packed` makes the trained entries of a matrix one 1-D parameter, the values, and freezes B itself. Gradients,
+optimizer state and the printed parameter count are then truly a tenth of B's, and every optimizer works unchanged. The
+values are folded into B before B is read, so that whoever looks at B (saving, merging, another adapter) sees what was
+trained.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.variants import _register_frozen_peft_weight
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.distributed.tensor import DTensor
+
+from .projections import lora_layers
+
+SPARSE_BACKENDS = ("packed", "hook")
+VALUES = "sparse_values"  # the layer's attribute; a name with "lora_" in it would end up in PEFT's files
 
 
-def mask_gradients(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> list[RemovableHandle]:
+@contextmanager
+def sparse_training(
+    model: PeftModel, adapter_name: str, masks: Mapping[str, Tensor] | None, backend: str = "packed"
+) -> Iterator[None]:
     """
-    Keep the gradient of B at zero outside the mask: the `hook` backend.
-
-    The hooks run before a gradient is accumulated, reduced over ranks or clipped, so that nothing behind them sees
-    the other entries. With no weight decay on B they then stay as they are, bit for bit, under every optimizer that
-    moves each entry by its own gradient.
+    Restrict training of an adapter's B to a mask while the context lasts; afterwards it is plain PEFT again.
 
     Args:
-        weights (`Mapping[str, nn.Parameter]`): module path -> lora_B's weight `(out_features, rank)`.
-        masks (`Mapping[str, Tensor]`): module path -> bool tensor of the same shape; True is trained.
-
-    Returns:
-        `list[RemovableHandle]`: call `.remove()` on each to train densely again.
+        model (`PeftModel`): the model.
+        adapter_name (`str`): its adapter.
+        masks (`Mapping[str, Tensor]`, *optional*):
+            Module path -> bool tensor `(out_features, rank)`; True is trained. `None` trains all of B.
+        backend (`str`, *optional*, defaults to `"packed"`): `"packed"` or `"hook"`.
 
     Source: Algorithm 1, line 18.
     """
-    return [
-        weight.register_hook(_zero_outside(masks[path].to(weight.device)))
-        for path, weight in weights.items()
-        if not masks[path].all()
-    ]
+    layers = lora_layers(model, adapter_name)
+    undo: list[Callable[[], None]] = []
+    try:
+        for path, layer in layers.items():
+            mask = None if masks is None or masks[path].all() else masks[path]
+            if backend == "packed":
+                undo.append(_pack(layer, adapter_name, mask))
+            elif mask is not None:
+                weight = layer.lora_B[adapter_name].weight
+                undo.append(weight.register_hook(_zero_outside(mask.to(weight.device))).remove)
+        yield
+    finally:
+        for restore in undo:
+            restore()
 
 
-def _zero_outside(mask: Tensor):
+def refresh_values(model: PeftModel, adapter_name: str) -> None:
+    """Read the values from B again, after B was loaded from a file."""
+    for layer in lora_layers(model, adapter_name).values():
+        variant = layer.lora_variant.get(adapter_name)
+        if isinstance(variant, SparseLora):
+            variant.read(layer, adapter_name)
+
+
+def _zero_outside(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    # Runs before a gradient is accumulated, reduced over ranks or clipped: nothing behind it sees the other entries.
     outside = ~mask
     return lambda gradient: gradient.masked_fill(outside, 0)
+
+
+def _pack(layer: LoraLayer, adapter_name: str, mask: Tensor | None) -> Callable[[], None]:
+    """Put a [`SparseLora`] on a layer. Returns the function that takes it off again."""
+    weight = layer.lora_B[adapter_name].weight
+    variant = layer.lora_variant[adapter_name] = SparseLora()
+    if mask is None:
+        return lambda: layer.lora_variant.pop(adapter_name)
+
+    frozen_before = layer.frozen_peft_weight_names
+    _register_frozen_peft_weight(layer, adapter_name, "lora_B")
+    variant.indices = mask.flatten().nonzero().flatten().to(weight.device)
+    variant.idle = variant.indices.numel() == 0 and not weight.any()
+    setattr(layer, VALUES, nn.ParameterDict())
+    if variant.indices.numel():
+        getattr(layer, VALUES)[adapter_name] = nn.Parameter(weight.detach().flatten()[variant.indices])
+    layer.adapter_layer_names = (*type(layer).adapter_layer_names, VALUES)  # `set_adapter()` freezes and thaws it
+    hooks = [
+        layer.register_state_dict_pre_hook(lambda *_: variant.fold(layer, adapter_name)),
+        layer.register_state_dict_post_hook(_leave_out_values),
+    ]
+
+    def restore() -> None:
+        for hook in hooks:
+            hook.remove()
+        del layer.adapter_layer_names
+        if layer.lora_variant.pop(adapter_name, None) is variant:  # else the adapter was deleted
+            variant.fold(layer, adapter_name)
+            layer.frozen_peft_weight_names = frozen_before
+            weight.requires_grad_(adapter_name in layer.active_adapters)
+        delattr(layer, VALUES)
+
+    return restore
+
+
+def _leave_out_values(layer: LoraLayer, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    # A state dict is plain PEFT's: the values are in B.
+    for name in [name for name in state_dict if name.startswith(f"{prefix}{VALUES}.")]:
+        del state_dict[name]
+
+
+class SparseLora(LoraVariant):
+    """
+    LoRA's branch on a frozen A as one autograd function, with B dense or packed.
+
+    PEFT calls its `LoraVariant` interface private. This class and `_pack` are the one place that touches it.
+
+    Attributes:
+        indices (`Tensor` or `None`): flat positions in B of the values, int64; `None` where all of B is trained.
+        idle (`bool`): nothing is selected and B is zero: the branch adds nothing.
+    """
+
+    def __init__(self):
+        self.indices: Tensor | None = None
+        self.idle = False
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+        if self.idle:
+            return result
+        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        values = getattr(module, VALUES)[active_adapter] if self.packed else None
+        dropout = module.lora_dropout[active_adapter]
+        drop_share = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return _SparseBranch.apply(x, result, B, values, A, self.indices, module.scaling[active_adapter], drop_share)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the values are a parameter of their own."""
+        return self.indices is not None and self.indices.numel() > 0
+
+    @torch.no_grad()
+    def fold(self, module: LoraLayer, adapter_name: str) -> None:
+        """Write the values into B. Where FSDP has sharded them, every rank must call this."""
+        if not self.packed:
+            return
+        B, indices, values = module.lora_B[adapter_name].weight, self.indices, getattr(module, VALUES)[adapter_name]
+        if isinstance(B, DTensor):
+            start, end = _flat_range(B)
+            mine = (indices >= start) & (indices < end)
+            B, indices, values = B.to_local(), indices[mine] - start, values.full_tensor()[mine]
+        _fold(B, indices, values)
+
+    @torch.no_grad()
+    def read(self, module: LoraLayer, adapter_name: str) -> None:
+        """Read the values from B. Where FSDP has sharded them, every rank must call this."""
+        if not self.packed:
+            return
+        B, values = module.lora_B[adapter_name].weight, getattr(module, VALUES)[adapter_name]
+        if isinstance(B, DTensor):
+            start, end = _flat_range(values)
+            B, values, indices = B.full_tensor(), values.to_local(), self.indices[start:end]
+        else:
+            indices = self.indices
+        values.copy_(B.flatten()[indices])
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        self.fold(module, active_adapter)
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        self.fold(module, active_adapter)
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+def _flat_range(sharded: DTensor) -> tuple[int, int]:
+    """Return which flat positions of a tensor sharded by rows this rank holds. Rows are dealt out as by `chunk`."""
+    rows, ranks = sharded.shape[0], sharded.device_mesh.size()
+    row_size = sharded.numel() // rows
+    first = min(-(-rows // ranks) * sharded.device_mesh.get_local_rank(), rows)
+    return first * row_size, first * row_size + sharded.to_local().numel()
+
+
+def _fold(B: Tensor, indices: Tensor, values: Tensor) -> None:
+    # Through `.data`: the same numbers again must not count as a change of a tensor that a backward pass has saved.
+    B.data.view(-1).index_copy_(0, indices, values.detach())
+
+
+class _SparseBranch(torch.autograd.Function):
+    """
+    result + scaling * dropout(x) A^T B^T, written into `result`.
+
+    For the backward pass it keeps x A^T (rank wide) and the positions that dropout zeroed; x itself is not
+    needed, since A is frozen. B is the gradient's receiver if `values` is `None`, else `values` is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        result: Tensor,
+        B: Tensor,
+        values: Tensor | None,
+        A: Tensor,
+        indices: Tensor | None,
+        scaling: float,
+        drop_share: float,
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            if values is not None:
+                _fold(B, indices, values)
+            rows, dropped = x.reshape(-1, x.shape[-1]), None
+            if drop_share > 0:
+                dropped = _draw_dropped(x.numel(), drop_share, x.device)
+                rows = rows.flatten().index_fill(0, dropped, 0).view(rows.shape)
+                scaling = scaling / (1 - drop_share)
+            h = rows @ A.to(rows.dtype).T
+            ctx.save_for_backward(h, A, B, values, indices, dropped)
+            ctx.scaling, ctx.input_dtype, ctx.input_shape = scaling, x.dtype, x.shape
+            if result.dtype == h.dtype and result.is_contiguous():
+                ctx.mark_dirty(result)
+                result.view(-1, result.shape[-1]).addmm_(h, B.to(h.dtype).T, alpha=scaling)
+                return result
+            return result + (h @ B.to(h.dtype).T).mul_(scaling).view(result.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        h, A, B, values, indices, dropped = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1]).to(h.dtype)
+        d_x = d_B = d_values = None
+        if ctx.needs_input_grad[0]:
+            if values is not None:
+                _fold(B, indices, values)  # FSDP gathers B anew for the backward pass
+            d_x = (rows @ B.to(h.dtype)).mul_(ctx.scaling) @ A.to(h.dtype)
+            if dropped is not None:
+                d_x.view(-1).index_fill_(0, dropped, 0)
+            d_x = d_x.view(ctx.input_shape)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            d_B = rows.T @ h
+            if values is not None:
+                d_values = d_B.view(-1)[indices].mul_(ctx.scaling).to(values.dtype)
+                d_B = None
+            else:
+                d_B = d_B.mul_(ctx.scaling).to(B.dtype)
+        return d_x, gradient, d_B, d_values, None, None, None, None
+
+
+def _draw_dropped(numel: int, drop_share: float, device: torch.device) -> Tensor:
+    """
+    Draw which of `numel` entries are dropped: each with probability `drop_share`, independently.
+
+    Instead of one random number an entry it draws one a dropped entry, the gap to the next one, which is geometrically
+    distributed. On a CPU most of the time that dropout takes goes into random numbers.
+
+    Returns:
+        `Tensor`: flat positions, int64, rising; some positions stand there more than once.
+    """
+    expected = numel * drop_share
+    count = int(expected + 6 * math.sqrt(expected) + 10)  # so that they reach the end, but for once in 1e9
+    gaps = torch.rand(count, device=device).neg_().log1p_().div_(math.log1p(-drop_share)).long()
+    positions = gaps.add_(1).cumsum(0).sub_(1)
+    # Those beyond the end repeat the first one: no data-dependent shape, so that a GPU need not be waited for.
+    return torch.where(positions < numel, positions, positions[0].clamp(max=numel - 1))

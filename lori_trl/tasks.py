@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from trl import ScriptArguments
 
 from .recipes import shipped_folder
@@ -62,7 +63,8 @@ def load_training_data(arguments: LoriScriptArguments) -> DatasetDict:
             "says what to train on. Pass a Hub name as `dataset_name`, or a file or folder as `dataset_path`."
         )
     if arguments.dataset_path is not None:
-        data = load_dataset("json", data_files=_split_files(arguments.dataset_path, arguments.recipe))
+        files = _split_files(arguments.dataset_path, arguments.recipe)
+        data = {split: _read_json(file) for split, file in files.items()}
     else:
         data = load_dataset(
             arguments.dataset_name, name=arguments.dataset_config, streaming=arguments.dataset_streaming
@@ -110,6 +112,18 @@ def _training_rows(rows):
 def data_name(arguments: LoriScriptArguments) -> str:
     """Return the data set's name without its folder or namespace: the default name of a task."""
     return Path(arguments.dataset_path or arguments.dataset_name).stem
+
+
+def _read_json(file: str) -> Dataset:
+    if Path(file).stat().st_size == 0:
+        return Dataset.from_dict({})
+    try:
+        return load_dataset("json", data_files=file, split="train")
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"`{file}` is unreadable: {error.__cause__}. A .jsonl file has one JSON object a line, a .json "
+            "file a list of them, all with the same keys. Correct the file."
+        ) from error
 
 
 def _split_files(dataset_path: str, recipe: str | None) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import TrainerState
@@ -34,7 +35,7 @@ from .projections import (
     lora_layers,
     projections,
 )
-from .sparse import mask_gradients
+from .sparse import VALUES, refresh_values, sparse_training
 
 logger = get_logger(__name__)
 
@@ -89,7 +90,12 @@ class LoriTrainerMixin:
                 "`optimizer_cls_and_kwargs` instead."
             )
         _check_adapter(model, peft_config)
-        self.task_name = args.task_name or _name_of_data(kwargs.get("train_dataset"))
+        rows = kwargs.get("train_dataset")
+        if rows is None or next(iter(rows), None) is None:
+            raise ValueError(
+                "`train_dataset` has no rows. At least one is needed. Pass a `datasets.Dataset` with rows."
+            )
+        self.task_name = args.task_name or _name_of_data(rows)
         given_masks = None
         if args.mask_name_or_path:
             given_masks = LoriMasks.from_pretrained(args.mask_name_or_path, revision=args.mask_revision)
@@ -108,15 +114,15 @@ class LoriTrainerMixin:
                 f"Nothing of adapter {self.adapter_name!r} can be trained: every lora_B is frozen. LoRI trains B. "
                 "Load the adapter with `is_trainable=True`."
             )
-        self.initial_weights = {path: weight.detach().clone() for path, weight in self.weights.items()}
+        self.initial_weights = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
 
         self.masks: LoriMasks | None = None
         if given_masks is not None:
             self.masks = self._adopt(given_masks)
         elif self.args.sparsity == 0:
-            everything = {path: torch.ones_like(weight, dtype=torch.bool) for path, weight in self.weights.items()}
+            everything = {path: torch.ones(weight.shape, dtype=torch.bool) for path, weight in self.weights.items()}
             self.masks = LoriMasks(everything, task=self.task_name, sparsity=0.0, projection=self.projection)
-        self.card_facts = CardFacts(self, kwargs["train_dataset"])
+        self.card_facts = CardFacts(self, rows)
         self.add_callback(self.card_facts)
         # First in line, so that the callbacks that print or report see the phase's names.
         self.callback_handler.callbacks.insert(0, _PhaseCallback(self))
@@ -149,12 +155,8 @@ class LoriTrainerMixin:
         phase, checkpoint = self._find_checkpoint(resume_from_checkpoint)
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
-        handles = mask_gradients(self.weights, self.masks)
-        try:
+        with self._sparse_training(self.masks):
             output = super().train(checkpoint if phase == "adaptation" else None, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
         self._check_frozen_entries()
         output.metrics.update(metrics)
         return output
@@ -172,7 +174,7 @@ class LoriTrainerMixin:
         Source: Algorithm 1, lines 6 to 15. B0 is zero for a fresh adapter, and the saliency then the paper's |B|.
         """
         set_seed(self.args.seed)
-        with self._calibration():
+        with self._calibration(), self._sparse_training(None):
             output = super().train(resume_from_checkpoint)
             self.calibration = {
                 "learning_rate": self.args.learning_rate,
@@ -180,7 +182,7 @@ class LoriTrainerMixin:
                 "samples": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
                 "loss": output.training_loss,
             }
-        saliency = {path: weight.detach() - self.initial_weights[path] for path, weight in self.weights.items()}
+        saliency = {path: weight.detach().cpu() - self.initial_weights[path] for path, weight in self.weights.items()}
         self._reset_weights()
         if not any(change.any() for change in saliency.values()):
             raise ValueError(
@@ -188,13 +190,29 @@ class LoriTrainerMixin:
                 f"{self.calibration['learning_rate']}`. A mask is selected by how far B moved. Raise the rate or the "
                 "number of steps, and check that the rows have completions to learn from."
             )
-        self.masks = LoriMasks.select(saliency, self.args.sparsity, task=self.task_name, projection=self.projection)
-        self.save_model(self.args.for_calibration().output_dir, _internal_call=True)
+
+        def select(sparsity: float, task: str) -> LoriMasks:
+            granularity = self.args.mask_granularity
+            return LoriMasks.select(saliency, sparsity, granularity, task=task, projection=self.projection)
+
+        self.masks = select(self.args.sparsity, self.task_name)
+        folder = self.args.for_calibration().output_dir
+        self.save_model(folder, _internal_call=True)
+        for sparsity in self.args.calibration_sparsities or ():
+            more = select(sparsity, f"{self.task_name}-{sparsity}")
+            if self.args.should_save:
+                more.save_pretrained(folder)
         return output.metrics  # named calibration_... by _PhaseCallback when they were logged
+
+    def _sparse_training(self, masks: LoriMasks | None) -> AbstractContextManager[None]:
+        """Restrict training to a mask, with an optimizer and a wrapping of the model that know the new parameters."""
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        return sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend)
 
     @contextmanager
     def _calibration(self):
-        """Swap in the calibration's arguments and rows, and start the next phase with a fresh optimizer."""
+        """Swap in the calibration's arguments and rows."""
         args, rows = self.args, self.train_dataset
         early_stopping = self.pop_callback(EarlyStoppingCallback)  # it needs evaluations
         self.phase, self.args = "calibration", args.for_calibration()
@@ -205,9 +223,13 @@ class LoriTrainerMixin:
             yield
         finally:
             self.phase, self.args, self.train_dataset = "adaptation", args, rows
-            self.optimizer = self.lr_scheduler = None
             if early_stopping is not None:
                 self.add_callback(early_stopping)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Exempt B from weight decay: it would pull the entries outside the mask towards zero."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if ".lora_B." not in name and f".{VALUES}." not in name]
 
     @torch.no_grad()
     def _reset_weights(self) -> None:
@@ -219,12 +241,12 @@ class LoriTrainerMixin:
         moved = [
             path
             for path, weight in self.weights.items()
-            if not torch.equal(weight[~self.masks[path]], self.initial_weights[path][~self.masks[path]])
+            if (weight.detach().cpu() != self.initial_weights[path])[~self.masks[path]].any()
         ]
         if moved or fingerprint(projections(self.model, self.adapter_name)) != self.projection["fingerprint"]:
             raise RuntimeError(
-                f"`optim={self.args.optim}` moved frozen entries of {', '.join(moved[:3]) or 'A'}. LoRI needs an "
-                "optimizer that leaves entries without a gradient alone. Use e.g. `optim='adamw_torch'`."
+                f"`optim={self.args.optim.value}` moved frozen entries of {', '.join(moved[:3]) or 'A'}. LoRI needs "
+                "an optimizer that leaves entries without a gradient alone. Use e.g. `optim='adamw_torch'`."
             )
 
     # ---- the adapter -------------------------------------------------------------------------------------------
@@ -263,7 +285,7 @@ class LoriTrainerMixin:
                 "leave `projection_seed` unset, which takes the masks' own A."
             )
         return LoriMasks(
-            {path: mask.to(self.weights[path].device) for path, mask in masks.items()},
+            masks,
             task=self.task_name,
             sparsity=masks.sparsity,
             granularity=masks.granularity,
@@ -284,7 +306,7 @@ class LoriTrainerMixin:
             "phase": self.phase,
             "variant": "LoRI-D" if sparsity == 0 else "LoRI-S",
             "sparsity": sparsity,
-            "granularity": "model" if self.masks is None else self.masks.granularity,
+            "granularity": self.args.mask_granularity if self.masks is None else self.masks.granularity,
             "threshold": None if self.masks is None else self.masks.threshold,
             "projection": self.projection,
             "calibration": self.calibration,
@@ -418,7 +440,12 @@ class LoriTrainerMixin:
 
     def _resume_masks(self, folder: Path) -> None:
         config = read_lori_config(folder)
-        for what, mine in (("sparsity", self.args.sparsity), ("projection", self.projection)):
+        this_run = {
+            "sparsity": self.args.sparsity,
+            "granularity": self.args.mask_granularity,
+            "projection": self.projection,
+        }
+        for what, mine in this_run.items():
             if config[what] != mine and self.masks is None:
                 raise ValueError(
                     f"`{folder}` was trained with {what} {config[what]}, this run has {mine}. A run resumes with the "
@@ -431,10 +458,12 @@ class LoriTrainerMixin:
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
         freeze_projections(self.model, self.adapter_name)
+        refresh_values(self.model, self.adapter_name)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         freeze_projections(self.model, self.adapter_name)
+        refresh_values(self.model, self.adapter_name)
 
 
 class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):
@@ -510,10 +539,8 @@ def _check_adapter(model: str | PreTrainedModel | PeftModel, peft_config: LoraCo
             )
 
 
-def _name_of_data(rows: Dataset | IterableDataset | None) -> str:
+def _name_of_data(rows: Dataset | IterableDataset) -> str:
     """Name a task after its data set, or after the contents of its first rows where that has no name."""
-    if rows is None:
-        raise ValueError("`train_dataset` is missing. Pass a `datasets.Dataset` with at least one row.")
     name = rows.info.dataset_name
     if name is not None and name not in _FILE_BUILDERS:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:96]
@@ -530,7 +557,8 @@ def _last_complete_checkpoint(folder: Path) -> Path | None:
         try:
             TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             read_lori_config(checkpoint)
-            return checkpoint
-        except (OSError, ValueError) as error:
+            with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
+                return checkpoint
+        except (OSError, ValueError, SafetensorError) as error:
             logger.warning(f"Passing over the half-written checkpoint {checkpoint}: {error}")
     return None

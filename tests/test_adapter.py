@@ -1,0 +1,159 @@
+"""The adapter's folder: plain PEFT, whole or not at all, and checked when it is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import lora_config
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lori_trl import LoriMasks, load_lori_adapter
+from lori_trl.adapter import read_lori_config, staged
+from lori_trl.selection import num_to_select
+
+PLAIN_PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
+torch.save(model(torch.arange(12).view(2, 6)).logits, sys.argv[3])
+assert not any(name.startswith("lori_trl") for name in sys.modules)
+"""
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(torch.arange(12).view(2, 6)).logits
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "my_task"])
+def test_plain_peft_gives_the_same_logits(make_trainer, model_folder, tmp_path, adapter_name):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), lora_config(), adapter_name)
+    trainer = make_trainer(model=model)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    file = tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", PLAIN_PEFT, model_folder, tmp_path / "saved", file], check=True)
+    theirs = torch.load(file, weights_only=True)
+    assert torch.equal(theirs, logits(trainer.model))
+    assert not torch.equal(theirs, logits(AutoModelForCausalLM.from_pretrained(model_folder)))
+
+
+def test_what_is_saved(adapter_folder):
+    files = {str(file.relative_to(adapter_folder)) for file in adapter_folder.rglob("*") if file.is_file()}
+    files = {file for file in files if not file.startswith(("calibration", "tokenizer"))}
+    assert files == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "density.png",
+        "lori_config.json",
+        "masks/code.safetensors",
+    }
+    config = read_lori_config(adapter_folder)
+    weights = load_file(adapter_folder / "adapter_model.safetensors")
+    trained = sum(int(tensor.count_nonzero()) for name, tensor in weights.items() if "lora_B" in name)
+    lora_B = sum(tensor.numel() for name, tensor in weights.items() if "lora_B" in name)
+    assert config["counts"] == {
+        "lora": sum(tensor.numel() for tensor in weights.values()),
+        "lora_B": lora_B,
+        "selected": num_to_select(0.9, lora_B),
+    }
+    assert trained <= config["counts"]["selected"]
+    assert config["variant"] == "LoRI-S" and config["sparsity"] == 0.9 and config["phase"] == "adaptation"
+    assert config["calibration"]["steps"] == 4 and config["tasks"][0]["task"] == "code"
+
+
+def test_checkpoints_hold_the_same(make_trainer, tmp_path):
+    make_trainer(save_strategy="steps", save_steps=2).train()
+    for folder in ("calibration/checkpoint-2", "checkpoint-4"):
+        names = {file.name for file in (tmp_path / "out" / folder).iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json", "lori_config.json", "README.md"} <= names
+        assert "training_args.bin" not in names
+    assert LoriMasks.from_pretrained(tmp_path / "out" / "checkpoint-4").num_selected > 0
+
+
+def test_no_token_is_written(make_trainer, tmp_path):
+    secret = "hf_thisIsASecretToken"
+    trainer = make_trainer(hub_token=secret, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    for file in (tmp_path / "out").rglob("*"):
+        assert not file.is_file() or secret.encode() not in file.read_bytes(), file
+
+
+def test_load_restores_masks_and_freezes_A(model, adapter_folder):
+    loaded = load_lori_adapter(model, adapter_folder, is_trainable=True, adapter_name="mine")
+    assert loaded.lori_masks == {"code": LoriMasks.from_pretrained(adapter_folder)}
+    loaded.set_adapter("mine")
+    trainable = [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
+    assert trainable and all(".lora_B.mine." in name for name in trainable)
+
+
+def copy_of(folder, target):
+    import shutil
+
+    return shutil.copytree(folder, target, ignore=shutil.ignore_patterns("calibration"))
+
+
+def test_another_A_is_refused(model, adapter_folder, tmp_path):
+    folder = copy_of(adapter_folder, tmp_path / "copy")
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in weights if "lora_A" in name)
+    weights[name][0, 0] += 1e-3
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="have fingerprint.*Fetch the whole folder again"):
+        load_lori_adapter(model, folder)
+
+
+def test_bad_folders_are_refused(model, adapter_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no lori_config\.json"):
+        load_lori_adapter(model, tmp_path)
+    folder = copy_of(adapter_folder, tmp_path / "copy")
+    whole = (folder / "lori_config.json").read_text()
+    for broken in (whole[:100], "[]", "{}"):
+        (folder / "lori_config.json").write_text(broken)
+        with pytest.raises(ValueError, match="is unreadable"):
+            read_lori_config(folder)
+    (folder / "lori_config.json").write_text(json.dumps(json.loads(whole) | {"format_version": 2}))
+    with pytest.raises(ValueError, match="format_version 2.*Upgrade"):
+        read_lori_config(folder)
+
+
+def test_a_failing_save_leaves_the_old_adapter_whole(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.save_model()
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    monkeypatch.setattr("lori_trl.adapter.LoriMasks.save_pretrained", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.save_model()
+    assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+
+
+def test_staging_replaces_the_config_last(tmp_path, monkeypatch):
+    order = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(b.name), replace(a, b)))
+    with staged(tmp_path / "new") as stage:
+        for name in ("zzz", "lori_config.json", "aaa"):
+            (stage / name).write_text("x")
+    assert order == ["aaa", "zzz", "lori_config.json"]
+    assert sorted(os.listdir(tmp_path / "new")) == ["aaa", "lori_config.json", "zzz"]
+
+
+def test_version_1_loads_for_ever(model):
+    """Golden: an adapter as version 0.1.0 wrote it."""
+    from test_masks import GOLDEN
+
+    loaded = load_lori_adapter(model, GOLDEN / "adapter_v1")
+    assert isinstance(loaded, PeftModel) and loaded.lori_masks["code"].num_selected == 204
+    torch.testing.assert_close(logits(loaded)[0, 5, :3], torch.tensor(GOLDEN_LOGITS), rtol=1e-4, atol=1e-5)
+
+
+GOLDEN_LOGITS = [-0.007558, 0.159934, 0.028308]

@@ -1,0 +1,190 @@
+"""The command line: one command trains; wrong calls exit with 2, say why, and touch nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lori_trl import LoriMasks
+from lori_trl.cli import main, sft
+
+
+@pytest.fixture
+def data_folder(tmp_path, rows):
+    folder = tmp_path / "my_task"
+    folder.mkdir()
+    rows.add_column("id", list(range(len(rows)))).to_json(folder / "train.jsonl")
+    rows.select(range(6)).to_json(folder / "test.jsonl")
+    return folder
+
+
+@pytest.fixture
+def call(tmp_path, model_folder, data_folder):
+    """A call that works, as a list: a small recipe and a few options."""
+    recipe = {
+        "dataset_path": "my_task",
+        "sparsity": 0.8,
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+        "max_steps": 2,
+        "calibration_max_steps": 2,
+        "learning_rate": "5e-3",
+        "per_device_train_batch_size": 4,
+        "activation_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    options = {"recipe": file, "model_name_or_path": model_folder, "output_dir": tmp_path / "out"}
+    return [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+
+
+def test_one_command_trains_an_adapter(call, tmp_path, model_folder, capsys):
+    assert sft([*call, "--eval_strategy", "epoch", "--eval_on_start", "--hub_token", "hf_secret"]) == 0
+    out = tmp_path / "out"
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), str(out))
+    masks = LoriMasks.from_pretrained(out)
+    assert masks.task == "my_task" and masks.num_selected == masks.numel // 5
+    shown = capsys.readouterr().out
+    assert f"{masks.num_selected:,} / {masks.numel:,} = {masks.density:.8f}" in shown and "held-out loss" in shown
+    metrics = json.loads((out / "all_results.json").read_text())
+    assert {"initial_eval_loss", "eval_loss", "train_loss", "calibration_train_loss"} <= metrics.keys()
+    as_run = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert as_run["sparsity"] == 0.8 and as_run["eval_strategy"] == "epoch" and as_run["lora_r"] == 4
+    assert "hub_token" not in as_run and "hf_secret" not in (out / "recipe.yaml").read_text()
+
+
+def test_the_recipe_as_run_runs_again_and_gives_the_same(call, tmp_path):
+    sft([*call, "--task_name", "again"])
+    first = LoriMasks.from_pretrained(tmp_path / "out")
+    again = ["--recipe", str(tmp_path / "out" / "recipe.yaml"), "--dataset_path", str(tmp_path / "my_task")]
+    sft([*again, "--output_dir", str(tmp_path / "second")])
+    assert LoriMasks.from_pretrained(tmp_path / "second") == first
+
+
+def test_continuing_an_adapter(call, tmp_path):
+    sft([*call, "--task_name", "first"])
+    continued = ["--adapter_name_or_path", str(tmp_path / "out"), "--task_name", "second"]
+    sft([*call[:4], "--output_dir", str(tmp_path / "two"), *continued])
+    config = json.loads((tmp_path / "two" / "lori_config.json").read_text())
+    assert [record["task"] for record in config["tasks"]] == ["first", "second"]
+
+
+def test_lori_sft_is_lori_sft(call, tmp_path):
+    assert main(["sft", *call]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_alpaca_rows_and_single_files(call, tmp_path):
+    rows = [{"instruction": f"w{i}", "input": "w5" * (i % 2), "output": "w1 w2"} for i in range(8)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    assert sft([*call, "--dataset_path", str(tmp_path / "alpaca.json")]) == 0
+    assert LoriMasks.from_pretrained(tmp_path / "out").task == "alpaca"
+
+
+def test_dry_run_counts_without_weights(call, tmp_path, capsys):
+    assert sft([*call, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "what LoRI trains" in shown and "409 / 2,048" in shown and "4,096" in shown
+    assert not (tmp_path / "out").exists()
+
+
+# ---- wrong calls ---------------------------------------------------------------------------------------------------
+
+
+def fails(arguments, capsys, *parts):
+    with pytest.raises(SystemExit) as exit:
+        sft(arguments)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in error, error
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        (["--recipe", "nosuch.yaml"], ["`--recipe nosuch.yaml` is neither", "`lori recipes list` shows all"]),
+        (["--sparcity", "0.5"], ["`--sparcity` is no option (did you mean --sparsity?)"]),
+        (["--learning_rate", "fast"], ["invalid float value: 'fast'", "Correct the call"]),
+        (["--sparsity", "1.5"], ["`sparsity=1.5` is outside [0, 1)", "e.g. `sparsity=0.9`"]),
+        (["--calibration_fraction", "0"], ["`calibration_fraction=0.0` is outside (0, 1]"]),
+        (["--task_name", "a/b"], ["`task_name='a/b'` cannot name a file"]),
+        (["--dataset_path", "nowhere"], ["`dataset_path=nowhere` does not exist"]),
+        (["--dataset_name", "some/data"], ["Exactly one of them"]),
+        (["--dataset_train_split", "validation"], ["not in `my_task`, which has test, train"]),
+        (
+            ["--eval_strategy", "epoch", "--dataset_test_split", "dev"],
+            ["the split 'dev' is needed, and the data have"],
+        ),
+        (["--use_dora"], ["`use_dora=True` is not possible with LoRI"]),
+        (["--mask_name_or_path", "nowhere"], ["`nowhere` holds no masks"]),
+        (["--adapter_name_or_path", "nowhere"], ["`nowhere` holds no lori_config.json"]),
+        (["--output_dir", "/proc/none/out"], ["`output_dir=/proc/none/out` cannot be written"]),
+        (["--model_name_or_path", "/no/such/model"], ["/no/such/model"]),
+        (["--resume_from_checkpoint", "True"], ["holds no complete checkpoint"]),
+    ],
+    ids=lambda value: value[0] if value[0].startswith("--") else "",
+)
+def test_wrong_calls_exit_with_2(call, extra, parts, capsys):
+    fails([*call, *extra], capsys, *parts)
+
+
+def test_a_wrong_call_leaves_existing_outputs_alone(call, tmp_path, capsys):
+    sft(call)
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    fails([*call, "--mask_name_or_path", str(tmp_path / "out"), "--lora_r", "8"], capsys, "do not fit the adapter")
+    (tmp_path / "my_task" / "train.jsonl").write_text("")
+    fails(call, capsys, "no rows")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+
+
+def test_an_output_folder_below_a_file(call, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    fails([*call, "--output_dir", str(tmp_path / "file" / "out")], capsys, "cannot be written", "Pass another")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_model_is_needed(capsys):
+    fails(["--sparsity", "0.5"], capsys, "`model_name_or_path` is missing")
+
+
+def test_faulty_recipes_fail_before_anything_is_loaded(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("learnig_rate: 1\nsparsity: high\n")
+    fails(["--recipe", str(tmp_path / "bad.yaml")], capsys, "has 2 faults", "did you mean learning_rate?")
+
+
+# ---- lori recipes --------------------------------------------------------------------------------------------------
+
+
+def test_recipes_list_show_copy_validate(tmp_path, capsys):
+    assert main(["recipes", "list"]) == 0
+    assert "quickstart.yaml" in capsys.readouterr().out
+    assert main(["recipes", "show", "quickstart"]) == 0
+    text = capsys.readouterr().out
+    assert main(["recipes", "copy", "quickstart", str(tmp_path / "mine.yaml")]) == 0
+    assert (tmp_path / "mine.yaml").read_text() == text
+    assert main(["recipes", "validate", str(tmp_path / "mine.yaml")]) == 0
+    assert "no faults" in capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text("sparsity: high\n")
+    for arguments in (["copy", "quickstart", str(tmp_path / "mine.yaml")], ["validate", str(tmp_path / "mine.yaml")]):
+        with pytest.raises(SystemExit) as exit:
+            main(["recipes", *arguments])
+        assert exit.value.code == 2
+    assert (tmp_path / "mine.yaml").read_text() == "sparsity: high\n"
+
+
+@pytest.mark.parametrize("command", [["lori", "--help"], ["lori-sft", "--help"], ["lori", "recipes", "--help"]])
+def test_help_ends_in_an_example(command):
+    from pathlib import Path
+
+    program = Path(sys.executable).with_name(command[0])
+    text = subprocess.check_output([program, *command[1:]], text=True)
+    assert "example:\n  lori" in text

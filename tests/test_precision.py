@@ -1,0 +1,167 @@
+"""Any optimizer, any precision, any way to batch: the packed backend trains, and nothing else moves."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import lora_config
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from lori_trl import LoriArguments, LoriTrainerMixin
+from lori_trl.projections import fingerprint, projections
+
+
+def check_trained(trainer):
+    """B moved on the mask and nowhere else; A did not."""
+    moved = 0
+    for path, weight in trainer.weights.items():
+        B = weight.detach().cpu()
+        assert torch.equal(B[~trainer.masks[path]], trainer.initial_weights[path][~trainer.masks[path]])
+        assert torch.isfinite(B).all()
+        moved += int((B != trainer.initial_weights[path]).sum())
+    assert moved > 0.8 * trainer.masks.num_selected
+    assert fingerprint(projections(trainer.model, "default")) == trainer.projection["fingerprint"]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adafactor", "sgd", "lion_32bit", "paged_adamw_8bit"])
+def test_optimizers(make_trainer, optim):
+    trainer = make_trainer(optim=optim, weight_decay=0.1)
+    trainer.train()
+    check_trained(trainer)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_nothing(make_trainer, tmp_path, reentrant):
+    plain = make_trainer(output_dir=str(tmp_path / "plain"))
+    plain.train()
+    config = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    checkpointed = make_trainer(peft_config=lora_config(), **config)
+    checkpointed.train()
+    check_trained(checkpointed)
+    assert checkpointed.masks == plain.masks
+    for path, weight in plain.weights.items():
+        torch.testing.assert_close(checkpointed.weights[path], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_activation_checkpointing_draws_the_same_dropout_again(make_trainer, tmp_path):
+    losses = {}
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            output_dir=str(tmp_path / str(checkpointing)),
+            peft_config=lora_config(lora_dropout=0.3),
+            activation_checkpointing=checkpointing,
+        )
+        trainer.train()
+        losses[checkpointing] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[True] == pytest.approx(losses[False], abs=1e-5)
+
+
+def test_packed_batches(make_trainer):
+    trainer = make_trainer(packing=True, max_length=32, packing_strategy="wrapped")
+    trainer.train()
+    check_trained(trainer)
+
+
+def test_padding_free_batches(make_trainer):
+    trainer = make_trainer(padding_free=True, max_length=None)
+    trainer.train()
+    check_trained(trainer)
+
+
+def test_rslora(make_trainer):
+    trainer = make_trainer(peft_config=lora_config(use_rslora=True, lora_alpha=4))
+    assert next(iter(trainer.lora_layers.values())).scaling["default"] == 2.0
+    trainer.train()
+    check_trained(trainer)
+
+
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_a_bfloat16_base(make_trainer, llama, adapter, backend):
+    base = copy.deepcopy(llama).bfloat16()
+    model = get_peft_model(base, lora_config(), autocast_adapter_dtype=adapter == torch.float32)
+    trainer = make_trainer(model=model, sparse_backend=backend, learning_rate=5e-2)
+    assert {weight.dtype for weight in trainer.weights.values()} == {adapter}
+    trainer.train()
+    check_trained(trainer)
+
+
+def test_autocast_gives_what_peft_gives(llama):
+    """bfloat16 autocast: forward and gradients of the fused branch follow PEFT's own layers."""
+    from lori_trl.sparse import sparse_training
+
+    tokens = torch.arange(3, 63).view(4, 15)
+    model = get_peft_model(copy.deepcopy(llama), lora_config())
+    results = []
+    for packed in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if packed:
+                with sparse_training(model, "default", None):
+                    loss = model(input_ids=tokens, labels=tokens).loss
+            else:
+                loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        gradients = [p.grad.clone() for name, p in model.named_parameters() if "lora_B" in name]
+        results.append((loss.item(), torch.cat([gradient.flatten() for gradient in gradients])))
+        model.zero_grad()
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    assert torch.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.999
+
+
+def test_a_4bit_base(make_trainer, model_folder):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = LlamaForCausalLM.from_pretrained(model_folder, quantization_config=quantization)
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    trainer = make_trainer(model=model, peft_config=lora_config(), learning_rate=5e-2)
+    trainer.train()
+    check_trained(trainer)
+
+
+# ---- another trainer -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoriDPOConfig(LoriArguments, DPOConfig):
+    pass
+
+
+class LoriDPOTrainer(LoriTrainerMixin, DPOTrainer):
+    pass
+
+
+def test_dpo_through_the_mixin(llama, tokenizer, tmp_path):
+    rows = [{"prompt": f"w{i} w{i + 1}", "chosen": f" w{i} w3", "rejected": f" w{i + 2} w9"} for i in range(16)]
+    args = LoriDPOConfig(
+        output_dir=str(tmp_path / "out"),
+        task_name="preferences",
+        learning_rate=5e-2,
+        calibration_learning_rate=5e-3,
+        max_steps=4,
+        calibration_max_steps=3,
+        per_device_train_batch_size=4,
+        activation_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = LoriDPOTrainer(
+        copy.deepcopy(llama),
+        args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=copy.deepcopy(tokenizer),
+        peft_config=lora_config(),
+    )
+    output = trainer.train()
+    check_trained(trainer)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.693, abs=1e-3) and losses[-1] < losses[0]
+    assert "calibration_train_loss" in output.metrics
+    trainer.save_model()
+    assert (tmp_path / "out" / "masks" / "preferences.safetensors").is_file()

@@ -1,0 +1,270 @@
+"""The two backends: the same result, and what packed promises about memory, PEFT and dropout."""
+
+import copy
+
+import pytest
+import torch
+from conftest import lora_config
+from peft import get_peft_model, get_peft_model_state_dict
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from lori_trl import LoriMasks
+from lori_trl.projections import init_projections, lora_layers
+from lori_trl.sparse import VALUES, SparseLora, _draw_dropped, sparse_training
+
+
+@pytest.fixture
+def adapted(model):
+    """A PEFT model with a nonzero B."""
+    peft_model = get_peft_model(model, lora_config())
+    init_projections(peft_model, "default", seed=1)
+    torch.manual_seed(0)
+    for layer in lora_layers(peft_model, "default").values():
+        layer.lora_B["default"].weight.data.normal_(std=0.1)
+    return peft_model
+
+
+def weights(model, name="default"):
+    return {path: layer.lora_B[name].weight for path, layer in lora_layers(model, name).items()}
+
+
+def random_masks(model, sparsity=0.9, seed=0) -> LoriMasks:
+    generator = torch.Generator().manual_seed(seed)
+    saliency = {path: torch.rand(weight.shape, generator=generator) for path, weight in weights(model).items()}
+    return LoriMasks.select(saliency, sparsity)
+
+
+TOKENS = torch.arange(3, 63).view(4, 15)
+
+
+def loss(model):
+    return model(input_ids=TOKENS, labels=TOKENS).loss
+
+
+def trainable(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+def test_gradients_equal_those_of_peft(adapted, backend):
+    """Against autograd through PEFT's own layers, for B on the mask and for the input."""
+    masks = random_masks(adapted)
+    embeddings = adapted.get_input_embeddings()
+    embeddings.weight.requires_grad_()
+    expected_loss = loss(adapted)
+    expected_loss.backward()
+    expected = {path: weight.grad.clone() for path, weight in weights(adapted).items()}
+    expected_input = embeddings.weight.grad.clone()
+    adapted.zero_grad()
+    with sparse_training(adapted, "default", masks, backend):
+        here = loss(adapted)
+        torch.testing.assert_close(here, expected_loss, rtol=1e-6, atol=1e-6)
+        here.backward()
+        for path, layer in lora_layers(adapted, "default").items():
+            if backend == "packed":
+                values = getattr(layer, VALUES)["default"]
+                assert layer.lora_B["default"].weight.grad is None
+                torch.testing.assert_close(values.grad, expected[path][masks[path]], rtol=1e-4, atol=1e-7)
+            else:
+                gradient = layer.lora_B["default"].weight.grad
+                torch.testing.assert_close(gradient, expected[path] * masks[path], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(embeddings.weight.grad, expected_input, rtol=1e-4, atol=1e-7)
+
+
+def test_both_backends_train_to_the_same_weights(adapted):
+    """50 AdamW steps with clipping, accumulation, and weight decay on other parameters."""
+    masks, trained = random_masks(adapted), {}
+    for backend in ("packed", "hook"):
+        model = copy.deepcopy(adapted)
+        model.get_base_model().lm_head.weight.requires_grad_()
+        with sparse_training(model, "default", masks, backend):
+            parameters = trainable(model)
+            decayed = [parameter for name, parameter in parameters.items() if "lm_head" in name]
+            others = [parameter for name, parameter in parameters.items() if "lm_head" not in name]
+            assert len(decayed) == 1
+            groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+            optimizer = torch.optim.AdamW(groups, lr=1e-3)
+            for _ in range(50):
+                for half in TOKENS.split(2):
+                    (model(input_ids=half, labels=half).loss / 2).backward()
+                nn.utils.clip_grad_norm_(parameters.values(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+        trained[backend] = weights(model) | {"lm_head": model.get_base_model().lm_head.weight}
+    start = weights(adapted)
+    for path, weight in trained["packed"].items():
+        torch.testing.assert_close(weight, trained["hook"][path], rtol=0, atol=1e-6)
+        if path in masks:
+            assert torch.equal(weight[~masks[path]], start[path][~masks[path]])
+    assert any((trained["packed"][path] - start[path]).abs().max() > 1e-2 for path in start)
+
+
+def test_packed_trains_nothing_but_the_values(adapted):
+    masks = random_masks(adapted)
+    before = trainable(adapted).keys()
+    with sparse_training(adapted, "default", masks):
+        parameters = trainable(adapted)
+        assert all(f".{VALUES}.default" in name and p.dim() == 1 for name, p in parameters.items())
+        assert sum(parameter.numel() for parameter in parameters.values()) == masks.num_selected
+        loss(adapted).backward()
+        assert all(parameter.grad is None for name, parameter in adapted.named_parameters() if name not in parameters)
+    assert trainable(adapted).keys() == before
+    assert not any(VALUES in name for name, _ in adapted.named_modules())
+
+
+def test_a_mask_of_everything_trains_B_itself(adapted):
+    with sparse_training(adapted, "default", None):
+        assert all(".lora_B." in name for name in trainable(adapted))
+        loss(adapted).backward()
+        got = {path: weight.grad.clone() for path, weight in weights(adapted).items()}
+    adapted.zero_grad()
+    loss(adapted).backward()
+    for path, weight in weights(adapted).items():
+        torch.testing.assert_close(got[path], weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_matrices_without_an_entry_have_no_parameter_and_cost_nothing(model):
+    peft_model = get_peft_model(model, lora_config())
+    init_projections(peft_model, "default", seed=1)
+    masks = {path: torch.zeros_like(weight, dtype=torch.bool) for path, weight in weights(peft_model).items()}
+    masks["model.layers.0.self_attn.q_proj"][3, 1] = True
+    with sparse_training(peft_model, "default", masks):
+        assert [p.numel() for p in trainable(peft_model).values()] == [1]
+        idle = [layer.lora_variant["default"].idle for layer in lora_layers(peft_model, "default").values()]
+        assert sum(idle) == 13
+        x, result = torch.ones(1, 32), torch.ones(1, 32)
+        layer = lora_layers(peft_model, "default")["model.layers.1.self_attn.q_proj"]
+        assert layer.lora_variant["default"].forward(layer, "default", x, result) is result
+
+
+def test_a_frozen_nonzero_B_still_counts(adapted):
+    expected = loss(adapted)
+    masks = {path: torch.zeros_like(weight, dtype=torch.bool) for path, weight in weights(adapted).items()}
+    masks["model.layers.0.self_attn.q_proj"][3, 1] = True
+    with sparse_training(adapted, "default", masks):
+        torch.testing.assert_close(loss(adapted), expected)
+        loss(adapted).backward()
+
+
+# ---- whoever looks at B sees the values ----------------------------------------------------------------------------
+
+
+def nudge(model):
+    """Change the values as an optimizer would: B itself is behind now."""
+    for layer in lora_layers(model, "default").values():
+        getattr(layer, VALUES)["default"].data.add_(0.5)
+
+
+def check_against(B, start, masks):
+    for path, weight in B.items():
+        assert torch.equal(weight[~masks[path]], start[path][~masks[path]])
+        torch.testing.assert_close(weight[masks[path]], start[path][masks[path]] + 0.5)
+
+
+def test_saving_sees_the_values(adapted):
+    masks = random_masks(adapted)
+    start = {path: weight.clone() for path, weight in weights(adapted).items()}
+    with sparse_training(adapted, "default", masks):
+        nudge(adapted)
+        saved = get_peft_model_state_dict(adapted)
+    assert not any(VALUES in name for name in saved)
+    B = {path: saved[f"base_model.model.{path}.lora_B.weight"] for path in start}
+    check_against(B, start, masks)
+    check_against(weights(adapted), start, masks)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_merging_sees_the_values(adapted, safe):
+    masks = random_masks(adapted)
+    reference = copy.deepcopy(adapted)
+    for path, weight in weights(reference).items():
+        weight.data[masks[path]] += 0.5
+    expected = loss(reference.merge_and_unload())
+    with sparse_training(adapted, "default", masks):
+        nudge(adapted)
+        base = {name: parameter.clone() for name, parameter in adapted.named_parameters() if "base_layer" in name}
+        adapted.merge_adapter(safe_merge=safe)
+        torch.testing.assert_close(loss(adapted), expected)
+        adapted.unmerge_adapter()
+        torch.testing.assert_close(loss(adapted), expected)
+        for name, parameter in base.items():
+            torch.testing.assert_close(adapted.get_parameter(name), parameter, atol=1e-6, rtol=1e-5)
+        merged = copy.deepcopy(adapted).merge_and_unload(safe_merge=safe)
+    assert isinstance(merged, LlamaForCausalLM)
+    torch.testing.assert_close(loss(merged), expected)
+
+
+def test_another_adapter_and_back(adapted):
+    masks = random_masks(adapted)
+    with sparse_training(adapted, "default", masks):
+        nudge(adapted)
+        expected = loss(adapted)
+        adapted.add_adapter("other", lora_config())
+        adapted.set_adapter("other")
+        assert all(".other." in name for name in trainable(adapted))
+        assert not torch.equal(loss(adapted), expected)
+        adapted.set_adapter("default")
+        assert all(f".{VALUES}.default" in name for name in trainable(adapted))
+        torch.testing.assert_close(loss(adapted), expected)
+        with adapted.disable_adapter():
+            assert not torch.equal(loss(adapted), expected)
+        assert all(f".{VALUES}.default" in name for name in trainable(adapted))
+    torch.testing.assert_close(loss(adapted), expected)
+
+
+def test_deleting_the_adapter_takes_the_values_along(adapted):
+    adapted.add_adapter("other", lora_config())
+    layer = next(iter(lora_layers(adapted, "default").values()))
+    with sparse_training(adapted, "default", random_masks(adapted)):
+        adapted.delete_adapter("default")
+        assert "default" not in getattr(layer, VALUES) and "default" not in layer.lora_variant
+    assert all(".other." in name for name in trainable(adapted))
+
+
+# ---- dropout -------------------------------------------------------------------------------------------------------
+
+
+def test_dropped_entries_are_independent_and_of_the_right_share():
+    torch.manual_seed(0)
+    numel, rounds, p = 1000, 4000, 0.05
+    counts, pairs = torch.zeros(numel), torch.zeros(numel)
+    for _ in range(rounds):
+        dropped = torch.zeros(numel)
+        dropped[_draw_dropped(numel, p, torch.device("cpu"))] = 1
+        counts += dropped
+        pairs += dropped * dropped.roll(1)
+    sigma = (p * (1 - p) / rounds) ** 0.5
+    share = counts / rounds
+    assert (share - p).abs().max() < 5 * sigma  # everywhere, also at both ends
+    assert (share.mean() - p).abs() < 5 * sigma / numel**0.5
+    assert (pairs.mean() / rounds - p * p).abs() < 1e-4
+
+
+@pytest.mark.parametrize("numel", [1, 2, 7])
+def test_few_entries_can_be_dropped(numel):
+    positions = torch.cat([_draw_dropped(numel, 0.3, torch.device("cpu")) for _ in range(50)])
+    assert 0 <= positions.min() and positions.max() < numel
+
+
+def test_dropout_is_what_lora_means_by_it(model):
+    """Unbiased, the same in forward and backward, off in evaluation."""
+    peft_model = get_peft_model(model, lora_config(lora_dropout=0.4))
+    layer = lora_layers(peft_model, "default")["model.layers.0.self_attn.q_proj"].train()
+    weight = layer.lora_B["default"].weight.data.normal_()
+    delta = 2.0 * weight @ layer.lora_A["default"].weight
+    variant = SparseLora()
+    x = torch.randn(1, 32)
+    outputs = []
+    for _ in range(3000):
+        leaf = x.clone().requires_grad_()
+        output = variant.forward(layer, "default", leaf, torch.zeros(1, 32))
+        outputs.append(output.detach())
+        output.sum().backward()
+        kept = leaf.grad != 0
+        torch.testing.assert_close(output, (x * kept / 0.6) @ delta.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(leaf.grad, delta.sum(0)[None] * kept / 0.6, rtol=1e-4, atol=1e-4)
+    mean, error = torch.stack(outputs).mean(0), torch.stack(outputs).std(0) / 3000**0.5
+    assert ((mean - x @ delta.T).abs() < 5 * error + 1e-5).all()
+    layer.eval()
+    torch.testing.assert_close(variant.forward(layer, "default", x, torch.zeros(1, 32)), x @ delta.T)
