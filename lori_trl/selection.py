@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 _CHUNK = 1 << 18  # entries looked at in one go: bounds the temporaries to a few MB
 _INFINITY = 0x7F80  # upper 16 bits of +inf; those of NaN lie above or are the same
+_NOTHING = 0x7FFFFFFF  # above every finite bit pattern
 
 
 def num_to_select(sparsity: float, numel: int) -> int:
@@ -61,14 +62,18 @@ def select_largest(
     exclude = {name: _local(_shard_like(mask, tensors[name])) for name, mask in (exclude or {}).items()}
     tensors = {name: _local(tensor) for name, tensor in tensors.items()}
 
-    kth, ties = _kth_largest(tensors, exclude, names, k, group)
-    quotas = _tie_quotas(tensors, exclude, names, kth, ties, group) if group is not None else {}
+    kth, ties, ties_left_out = _kth_largest(tensors, exclude, names, k, group)
+    if ties_left_out == 0:
+        above, ties = kth - 1, 0  # all of them are taken: no counting
+    else:
+        above = kth
+    quotas = _tie_quotas(tensors, exclude, names, kth, ties, group) if group is not None and ties > 0 else {}
     masks = {}
     for name in names:
         ties = quotas.get(name, ties)
-        mask = torch.zeros(tensors[name].numel(), dtype=torch.bool, device=tensors[name].device)
-        for start, bits in _magnitude_bits(tensors[name], exclude.get(name)) if kth > 0 else ():
-            torch.gt(bits, kth, out=mask[start : start + bits.numel()])
+        mask = torch.empty(tensors[name].numel(), dtype=torch.bool, device=tensors[name].device)
+        for start, bits in _magnitude_bits(tensors[name], exclude.get(name)):
+            torch.gt(bits, above, out=mask[start : start + bits.numel()])
             if ties > 0:
                 positions = (bits == kth).nonzero().flatten()[:ties]
                 mask[start + positions] = True
@@ -76,7 +81,8 @@ def select_largest(
         masks[name] = mask.view(tensors[name].shape)
         if name in sharded:
             masks[name] = _gather_like(masks[name], sharded[name])
-    return masks, torch.tensor(kth, dtype=torch.int32).view(torch.float32).item()
+    smallest = torch.tensor(kth if kth < _NOTHING else 0, dtype=torch.int32).view(torch.float32).item()
+    return masks, smallest
 
 
 def _kth_largest(
@@ -85,15 +91,12 @@ def _kth_largest(
     names: list[str],
     k: int,
     group: dist.ProcessGroup | None,
-) -> tuple[int, int]:
-    """Return the bit pattern of the K-th largest magnitude (0: nothing to select) and how many of its ties to take."""
-    zeros = 0
+) -> tuple[int, int, int]:
+    """Return the bit pattern of the K-th largest magnitude, and how many of its ties to take and to leave out."""
     upper = torch.zeros(1 << 15, dtype=torch.int64)
     for name in names:
         for _, bits in _magnitude_bits(tensors[name], exclude.get(name)):
-            zeros += bits.numel() - bits.count_nonzero().item()
             upper += torch.bincount(bits >> 16, minlength=1 << 15).cpu()
-    upper[0] -= zeros
     _sum_over_ranks(upper, group)
     if upper[_INFINITY:].any():
         broken = [name for name in names if not torch.isfinite(tensors[name]).all()]
@@ -102,10 +105,7 @@ def _kth_largest(
             f"{', ...' if len(broken) > 3 else ''}. Ranking needs finite numbers: the calibration diverged. Lower "
             "`calibration_learning_rate`."
         )
-    k = min(k, int(upper.sum()))
-    if k <= 0:
-        return 0, 0
-    high, above = _bin_of_kth(upper, k)
+    high, above = _bin_of_kth(upper, min(k, int(upper.sum())))
 
     lower = torch.zeros(1 << 16, dtype=torch.int64)
     for name in names:
@@ -113,9 +113,13 @@ def _kth_largest(
             lower += torch.bincount(bits[(bits >> 16) == high] & 0xFFFF, minlength=1 << 16).cpu()
     _sum_over_ranks(lower, group)
     if high == 0:
-        lower[0] = 0
-    low, above_within = _bin_of_kth(lower, k - above)
-    return high << 16 | low, k - above - above_within
+        lower[0] = 0  # zeros are no candidates
+    k_within = min(k - above, int(lower.sum()))
+    if k_within <= 0:  # nothing but zeros is left in this bin
+        return _kth_largest(tensors, exclude, names, above, group) if above > 0 else (_NOTHING, 0, 0)
+    low, above_within = _bin_of_kth(lower, k_within)
+    ties = k_within - above_within
+    return high << 16 | low, ties, int(lower[low]) - ties
 
 
 def _tie_quotas(

@@ -15,7 +15,6 @@ from transformers import TrainerCallback
 
 from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer
 
-
 STEPS = 12
 
 
