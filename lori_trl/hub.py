@@ -365,7 +365,7 @@ def _commit(push: _Push, head: _Head) -> CommitInfo:
         except _FAILURES:
             state = "Whether the commit arrived could not be seen; if it did, the next push finds it there."
             raise _explained(push.repo_id, push.token, failure, state) from None
-        if now.commit != head.commit:
+        if now.commit != head.commit and not push.create_pr:
             raise _conflict(push, now)
         if seconds is not None:
             time.sleep(seconds)
@@ -382,9 +382,15 @@ def _make(api: HfApi, repo_id: str, private: bool | None) -> str:
 
     def make() -> None:
         try:  # look first: it may be there, also when an earlier attempt to make it seemed to fail
-            api.model_info(repo_id)
+            found = api.model_info(repo_id)
         except RepositoryNotFoundError:
             api.create_repo(repo_id, private=private, exist_ok=True)
+        else:
+            if private and found.private is False:
+                raise PermissionError(
+                    f"`private=True`, but `{repo_id}` is there already and public. A push does not change who may "
+                    "read a repository. Make it private on its page, or push to another one."
+                )
 
     patiently(make)
     return repo_id

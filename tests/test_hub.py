@@ -115,6 +115,13 @@ def test_files_of_the_adapter_before_are_removed_and_others_left(hub, folder):
     assert sorted(contents(hub)) == sorted(["LICENSE", *FILES])
 
 
+def test_what_should_be_private_is_not_pushed_to_a_public_repository(hub, folder):
+    hub.create(REPO)
+    with pytest.raises(PermissionError, match="is there already and public"):
+        push_lori_to_hub(folder, REPO, private=True)
+    assert titles(hub) == ["initial commit"]
+
+
 def test_a_branch_is_made(hub, folder):
     push_lori_to_hub(folder, REPO, revision="epoch-1")
     assert is_whole(hub, folder, revision="epoch-1")
