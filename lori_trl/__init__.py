@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .adapter import load_lori_adapter
     from .config import LoriArguments, LoriSFTConfig
+    from .hub import push_lori_to_hub
     from .masks import LoriMasks
     from .trainer import LoriSFTTrainer, LoriTrainerMixin
 
@@ -16,6 +17,7 @@ _MODULES = {
     "LoriSFTTrainer": "trainer",
     "LoriTrainerMixin": "trainer",
     "load_lori_adapter": "adapter",
+    "push_lori_to_hub": "hub",
 }
 
 __all__ = sorted(_MODULES)

@@ -7,10 +7,12 @@ README.md  recipe.yaml                              the card; the recipe as it w
 """
 
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,21 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .masks import LoriMasks
-from .model_card import render_model_card
-from .projections import fingerprint, freeze_projections, projections
+from .download import MAX_JSON_BYTES, fetch_from_hub, is_repo_id
+from .masks import COMPACT_NAME, LoriMasks, check_header, check_task_name, choose_mask_files
+from .model_card import (
+    CARD_NAME,
+    EVAL_RESULTS_NAME,
+    GENERATED,
+    PICTURE_NAME,
+    draw_density,
+    render_model_card,
+)
+from .projections import fingerprint, freeze_projections, lora_layers, projections
 
+logger = logging.getLogger(__name__)
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_NAME = "lori_config.json"
 RECIPE_NAME = "recipe.yaml"
 FORMAT_VERSION = 1
@@ -87,10 +100,18 @@ def save_lori_adapter(
         if processing_class is not None:
             processing_class.save_pretrained(stage)
         if recipe is not None:
-            (stage / RECIPE_NAME).write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
+            recipe = _without_secrets(recipe)
+            (stage / RECIPE_NAME).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         (stage / CONFIG_NAME).write_text(json.dumps(lori_config, indent=2) + "\n", encoding="utf-8")
-        card = render_model_card(lori_config, model.peft_config[adapter_name].base_model_name_or_path)
-        (stage / "README.md").write_text(card, encoding="utf-8")
+        (stage / CARD_NAME).unlink(missing_ok=True)  # PEFT's, which names local paths
+        try:
+            draw_density(masks, stage / PICTURE_NAME)
+            write_card(stage, stage, beside=folder)
+        except Exception as error:  # the weights are worth more than their card
+            logger.warning(f"The card of {folder} was not written: {error}")
+        drawn = (stage / PICTURE_NAME).is_file()
+    if not drawn:
+        (Path(folder) / PICTURE_NAME).unlink(missing_ok=True)  # that of masks before these
 
 
 def read_lori_config(folder: str | Path) -> dict[str, Any]:
@@ -107,29 +128,107 @@ def read_lori_config(folder: str | Path) -> dict[str, Any]:
             f"`{folder}` holds no {CONFIG_NAME}. A LoRI adapter's folder has one, beside PEFT's adapter_config.json. "
             "Pass the folder that `save_model()` wrote."
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        version = config["format_version"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    if file.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(
-            f"`{file}` is unreadable ({error!r}). It must be the JSON that `save_model()` wrote. Fetch it again."
-        ) from error
+            f"`{file}` has {file.stat().st_size / 1e6:.0f} MB. An adapter's has at most {MAX_JSON_BYTES / 1e6:.0f} "
+            "MB. Do not use it; fetch it again."
+        )
+    try:
+        return checked_lori_config(json.loads(file.read_text(encoding="utf-8")), file)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _unreadable(file, error) from error
+
+
+def checked_lori_config(config: Any, file: str | Path) -> dict[str, Any]:
+    """
+    Check the contents of a `lori_config.json`, wherever they come from.
+
+    Raises:
+        `ValueError`: they are of a later format, lack what every adapter has, or name a task that cannot name a file.
+    """
+    try:
+        version = config["format_version"]
+        if version <= FORMAT_VERSION:
+            names = [config["task"], *(record["task"] for record in config["tasks"])]
+            numbers = [config["counts"]["lora"], config["counts"]["lora_B"], *(r["selected"] for r in config["tasks"])]
+            if not all(isinstance(number, int) for number in numbers):
+                raise TypeError(f"counts {numbers}")
+            config["projection"]["fingerprint"].removeprefix("sha256:")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(file, error) from error
     if version > FORMAT_VERSION:
         raise ValueError(
             f"`{file}` has format_version {version}. This lori_trl reads versions up to {FORMAT_VERSION}. Upgrade it."
         )
+    for name in names:
+        check_task_name(name)
     return config
 
 
+def write_card(
+    folder: str | Path,
+    target: str | Path,
+    *,
+    beside: str | Path | None = None,
+    repo_id: str | None = None,
+    forms: Sequence[str] = ("peft",),
+) -> Path:
+    """
+    Write the card of an adapter's folder. One that was edited by hand is kept.
+
+    Args:
+        folder (`str` or `Path`): the adapter's folder.
+        target (`str` or `Path`): the folder to write the card into.
+        beside (`str` or `Path`, *optional*): where evaluation results and an edited card are; by default `folder`.
+        repo_id (`str`, *optional*): where the adapter is on the Hub.
+        forms (`Sequence[str]`, *optional*, defaults to `("peft",)`): what is there: `"peft"`, `"compact"` or both.
+
+    Returns:
+        `Path`: the card's file.
+
+    Raises:
+        `ValueError`: a file of the folder or the evaluation results are not of their form.
+    """
+    folder, beside = Path(folder), Path(beside or folder)
+    existing, results = beside / CARD_NAME, beside / EVAL_RESULTS_NAME
+    if existing.is_file() and GENERATED not in existing.read_text(encoding="utf-8"):
+        card = existing.read_text(encoding="utf-8")
+    else:
+        config = read_lori_config(folder)
+        card = render_model_card(
+            config,
+            json.loads((folder / PEFT_FILES[0]).read_text(encoding="utf-8")),
+            {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]},
+            eval_results=json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None,
+            repo_id=repo_id,
+            forms=forms,
+            recipe=(folder / RECIPE_NAME).is_file(),
+            picture=(folder / PICTURE_NAME).is_file(),
+        )
+    file = Path(target, CARD_NAME)
+    file.write_text(card, encoding="utf-8")
+    return file
+
+
 def load_lori_adapter(
-    model: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False, adapter_name: str = "default"
+    model: PreTrainedModel,
+    folder_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    is_trainable: bool = False,
+    adapter_name: str = "default",
 ) -> PeftModel:
     """
     Load a LoRI adapter onto its base model: A frozen again and checked, masks and task history restored.
 
     Args:
         model (`PreTrainedModel`): the base model.
-        folder (`str` or `Path`): the adapter's folder.
+        folder_or_repo (`str` or `Path`):
+            The adapter's folder, its compact file, or a repository on the Hub. The authors' own repositories load too:
+            their adapter comes with the mask it was trained on, under the repository's name.
+        revision (`str`, *optional*): a branch, tag or commit of the repository; by default the head of `main`.
+        token (`str`, *optional*): a token that may read the repository; by default that of `hf auth login`.
         is_trainable (`bool`, *optional*, defaults to `False`): whether to go on training B.
         adapter_name (`str`, *optional*, defaults to `"default"`): the adapter's name on the model.
 
@@ -137,19 +236,88 @@ def load_lori_adapter(
         `PeftModel`: its attribute `lori_masks` maps every trained task, oldest first, to its [`LoriMasks`].
 
     Raises:
-        `FileNotFoundError`: the folder holds no LoRI adapter.
+        `FileNotFoundError`: the folder or repository holds no LoRI adapter.
+        `PermissionError`: the repository may not be read.
+        `ConnectionError`: the Hub cannot be reached, and the cache does not have the files.
         `ValueError`: A is not the one that the adapter was trained with, or a file is unreadable.
     """
-    config = read_lori_config(folder)
-    masks = {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]}
-    model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
+    with _plain_folder(folder_or_repo, revision, token) as folder:
+        theirs = sorted((folder / "masks").glob("*_mask.pt"))
+        if theirs and not (folder / CONFIG_NAME).is_file():
+            model = _load_peft(model, folder, adapter_name, is_trainable)
+            task = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(folder_or_repo).name).lstrip("._-")[:96]
+            model.lori_masks = {task: _trained_mask(model, adapter_name, LoriMasks.from_pretrained(folder, task))}
+            return model
+        config = read_lori_config(folder)
+        masks = {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]}
+        model = _load_peft(model, folder, adapter_name, is_trainable)
     found = fingerprint(projections(model, adapter_name))
     if found != config["projection"]["fingerprint"]:
         raise ValueError(
-            f"The projections A in `{folder}` have fingerprint {found[:19]}..., {CONFIG_NAME} says "
+            f"The projections A in `{folder_or_repo}` have fingerprint {found[:19]}..., {CONFIG_NAME} says "
             f"{config['projection']['fingerprint'][:19]}.... B and the masks mean nothing on another A. Fetch the "
             "whole folder again; if the adapter was cast to a lower precision, use the original."
         )
-    freeze_projections(model, adapter_name)
     model.lori_masks = masks
     return model
+
+
+@contextmanager
+def _plain_folder(folder_or_repo: str | Path, revision: str | None, token: str | None) -> Iterator[Path]:
+    """Yield a folder with the plain PEFT files: the given one, the Hub's in the cache, or an unpacked compact one."""
+    from .compact import expand  # the compact form is built on this module
+
+    path = Path(folder_or_repo)
+    if is_repo_id(folder_or_repo):
+        path = fetch_from_hub(str(folder_or_repo), _choose_adapter_files, revision=revision, token=token)
+    if path.is_dir() and (path / COMPACT_NAME).is_file() and not (path / PEFT_FILES[1]).is_file():
+        path = path / COMPACT_NAME
+    if path.is_file():
+        with tempfile.TemporaryDirectory() as unpacked:
+            expand(path, unpacked)
+            yield Path(unpacked)
+    else:
+        yield path
+
+
+def _choose_adapter_files(names: list[str]) -> list[str]:
+    """Choose what to fetch of a repository: the plain files if they are there, else the compact one."""
+    if not {*PEFT_FILES} <= {*names}:
+        return [name for name in names if name == COMPACT_NAME]
+    masks = choose_mask_files(names)
+    return [*masks, *PEFT_FILES] if masks else []
+
+
+def _load_peft(model: PreTrainedModel, folder: Path, adapter_name: str, is_trainable: bool) -> PeftModel:
+    for name in PEFT_FILES:  # without the second, PEFT would take a pickled adapter_model.bin
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"`{folder}` holds no {name}. An adapter has {' and '.join(PEFT_FILES)}. Fetch or save it again."
+            )
+    check_header(folder / PEFT_FILES[1])
+    model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
+    freeze_projections(model, adapter_name)
+    return model
+
+
+def _trained_mask(model: PeftModel, adapter_name: str, mask: LoriMasks) -> LoriMasks:
+    """Return the mask beside the authors' adapter if that was trained on it; else what of B is not zero."""
+    weights = {path: layer.lora_B[adapter_name].weight for path, layer in lora_layers(model, adapter_name).items()}
+    mask.check_shapes({path: weight.shape for path, weight in weights.items()})
+    moved = LoriMasks({path: (weight != 0).cpu() for path, weight in weights.items()}, task=mask.task)
+    return moved if (moved - mask).num_selected else mask
+
+
+def _without_secrets(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out every key that may hold a token, at any depth."""
+    return {
+        key: _without_secrets(value) if isinstance(value, Mapping) else value
+        for key, value in recipe.items()
+        if not re.search(r"token$|secret|password|api_key", str(key))
+    }
+
+
+def _unreadable(file: str | Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"`{file}` is unreadable ({error!r}). It must be the JSON that `save_model()` wrote. Fetch it again."
+    )

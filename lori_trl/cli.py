@@ -24,7 +24,7 @@ _LAUNCH_FILES = {"single": "single_gpu", "ddp": "multi_gpu", "fsdp2": "fsdp2", "
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run `lori`. Returns the exit code: 0; 2 for a wrong call."""
+    """Run `lori`. Returns the exit code: 0; 2 for a wrong call; 1 for a failed push."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["sft"]:
         return sft(arguments[1:])
@@ -49,10 +49,95 @@ def main(arguments: list[str] | None = None) -> int:
     copy = actions.add_parser("copy", help="copy a shipped recipe, to change it")
     copy.add_argument("recipe", help="a shipped recipe's name")
     copy.add_argument("target", type=Path, help="the new file")
+    _add_hub_commands(commands)
     options = parser.parse_args(arguments)
+    run = {"recipes": _recipes, "push": _push, "export": _export, "expand": _expand}[options.command]
     with _bad_input("lori"):
-        _recipes(options)
+        try:
+            run(options)
+        except RuntimeError as error:  # the call was right, the Hub was not
+            print(f"lori: {error}", file=sys.stderr)
+            return 1
     return 0
+
+
+def _add_hub_commands(commands) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    push = commands.add_parser(
+        "push",
+        help="push an adapter's folder to the Hub, in one commit",
+        epilog="example:\n  lori push code-lori-s me/code-lori-s --private",
+        formatter_class=raw,
+    )
+    push.add_argument("folder", type=Path, help="the adapter's folder")
+    push.add_argument("repo", help="the repository on the Hub, namespace/name; made if it is missing")
+    push.add_argument("--private", action="store_true", default=None, help="make a private repository")
+    push.add_argument("--revision", help="the branch; made if it is missing")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument(
+        "--include", nargs="+", default=["peft"], choices=["peft", "compact"], help="which forms of the adapter"
+    )
+    push.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and push nothing")
+    export = commands.add_parser(
+        "export",
+        help="write an adapter as one small file",
+        epilog="example:\n  lori export --compact code-lori-s code-lori-s.safetensors --dtype bfloat16",
+        formatter_class=raw,
+    )
+    export.add_argument("--compact", action="store_true", required=True, help="the form: seed, positions and values")
+    export.add_argument("folder", type=Path, help="the adapter's folder")
+    export.add_argument("file", type=Path, help="the new file")
+    export.add_argument("--dtype", choices=["bfloat16", "float16"], help="round the values; by default they are exact")
+    expand = commands.add_parser(
+        "expand",
+        help="restore the plain PEFT files from the compact form",
+        epilog="example:\n  lori expand code-lori-s.safetensors code-lori-s",
+        formatter_class=raw,
+    )
+    expand.add_argument("file", type=Path, help="the compact file")
+    expand.add_argument("folder", type=Path, help="where to")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .hub import adapter_files, push_lori_to_hub
+
+    if options.dry_run:
+        with adapter_files(options.folder, options.repo, options.include) as files:
+            table = Table("file", "bytes", title=f"{options.folder} -> {options.repo}")
+            for name, file in files.items():
+                table.add_row(name, f"{file.stat().st_size:,}")
+            table.add_row("together", f"{sum(file.stat().st_size for file in files.values()):,}")
+        Console().print(table)
+        return
+    commit = push_lori_to_hub(
+        options.folder,
+        options.repo,
+        private=options.private,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        include=options.include,
+    )
+    print(commit.pr_url or commit.commit_url)
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from .compact import export_compact
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    file = export_compact(options.folder, options.file, dtype=dtype)
+    print(f"{file}: {file.stat().st_size:,} bytes")
+
+
+def _expand(options: argparse.Namespace) -> None:
+    from .compact import expand
+
+    expand(options.file, options.folder)
+    print(f"{options.folder}: the plain PEFT adapter")
 
 
 def _recipes(options: argparse.Namespace) -> None:

@@ -32,8 +32,10 @@ class LoriArguments:
             Over what the entries of B compete: `"model"`, `"module"` (attention, MLP), `"projection"`, `"layer"` or
             `"matrix"`. The paper finds the whole model best.
         mask_name_or_path (`str`, *optional*):
-            Folder or file of masks to use instead of calibrating. A fresh adapter then draws the A that these masks
-            were calibrated on.
+            Masks to use instead of calibrating: a folder, a file or a repository on the Hub. A fresh adapter then
+            draws the A that these masks were calibrated on.
+        mask_revision (`str`, *optional*):
+            Branch, tag or commit of the masks' repository on the Hub; by default the head of `main`.
 
         > Parameters that control the calibration
 
@@ -88,7 +90,11 @@ class LoriArguments:
         metadata={"help": "Over what the entries of B compete for the mask.", "choices": list(GRANULARITIES)},
     )
     mask_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or file of masks to use instead of calibrating."}
+        default=None,
+        metadata={"help": "Masks to use instead of calibrating: a folder, a file or a repository on the Hub."},
+    )
+    mask_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the masks' repository on the Hub."}
     )
     calibration_learning_rate: float = field(
         default=5e-5, metadata={"help": "Learning rate while calibrating, when all of B is trained."}

@@ -2,23 +2,34 @@
 
 import hashlib
 import json
+import pickle
 import re
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .download import fetch_from_hub, is_repo_id
 from .projections import module_path
 from .selection import num_to_select, select_largest
 
 FORMAT = "lori_masks"
 FORMAT_VERSION = 1
 MASKS_FOLDER = "masks"
+COMPACT_NAME, COMPACT_FORMAT = "adapter_compact.safetensors", "lori_compact"
+
+_TASK_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_AUTHORS_FILE = re.compile(r"(0\.\d+)_mask\.pt")
+_AUTHORS_DEFAULT = f"{MASKS_FOLDER}/0.9_mask.pt"  # the paper's sparsity; their repositories may hold others
+_MAX_HEADER_BYTES = 10_000_000  # that of Llama-3-8B has 40 kB; a parser would build gigabytes from 100 MB
 
 
 def _layer(path: str) -> str:
@@ -243,6 +254,10 @@ class LoriMasks(Mapping):
         """Return the density of every layer (the first number in a module path; -1 where there is none)."""
         return self._density_by(lambda path: int(_layer(path)))
 
+    def by_layer_and_projection(self) -> dict[tuple[int, str], float]:
+        """Return the density of every cell of the paper's Figure 6: (layer, projection type)."""
+        return self._density_by(lambda path: (int(_layer(path)), _projection(path)))
+
     def by_projection(self) -> dict[str, float]:
         """Return the density of every projection type (the last part of a module path), e.g. `q_proj`."""
         return self._density_by(_projection)
@@ -283,6 +298,11 @@ class LoriMasks(Mapping):
                 "leaving `mask_name_or_path` unset."
             )
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What is stored beside the entries: the keyword arguments that make these masks again."""
+        return {name: vars(self)[name] for name in ("task", "sparsity", "granularity", "threshold", "projection")}
+
     # ---- files -------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -305,66 +325,119 @@ class LoriMasks(Mapping):
             path: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None, bitorder="little"))
             for path, mask in self.items()
         }
-        metadata = {
-            "format_version": FORMAT_VERSION,
-            "task": self.task,
-            "sparsity": self.sparsity,
-            "granularity": self.granularity,
-            "threshold": self.threshold,
-            "projection": self.projection,
-            "shapes": {path: list(mask.shape) for path, mask in self.items()},
-        }
+        shapes = {path: list(mask.shape) for path, mask in self.items()}
+        metadata = {"format_version": FORMAT_VERSION, **self.metadata, "shapes": shapes}
         metadata["sha256"] = _checksum(metadata, packed)
         partial = file.with_name(f".{file.name}.partial")
         save_file(packed, partial, metadata={FORMAT: json.dumps(metadata)})
         partial.replace(file)
         return file
 
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, **kwargs: Any) -> CommitInfo:
+        """
+        Push the masks alone, as `masks/<task>.safetensors`, in one commit.
+
+        Args:
+            repo_id (`str`): the repository; made if it is missing.
+            token (`str`, *optional*): by default that of `hf auth login`.
+            **kwargs: `private`, `revision`, `create_pr` and `commit_message` of [`push_lori_to_hub`].
+
+        Raises: as [`push_lori_to_hub`].
+        """
+        from .hub import push_files  # the Hub's module is built on this one
+
+        with tempfile.TemporaryDirectory() as stage:
+            file = self.save_pretrained(stage)
+            kwargs.setdefault("commit_message", f"LoRI masks: {self.task}")
+            return push_files({f"{MASKS_FOLDER}/{file.name}": file}, repo_id, token=token, **kwargs)
+
     @classmethod
-    def from_pretrained(cls, folder_or_file: str | Path, task: str | None = None) -> "LoriMasks":
+    def from_pretrained(
+        cls,
+        folder_file_or_repo: str | Path,
+        task: str | None = None,
+        revision: str | None = None,
+        *,
+        token: str | None = None,
+    ) -> "LoriMasks":
         """
         Load the masks of a task.
 
         Args:
-            folder_or_file (`str` or `Path`):
-                An adapter's folder, its `masks/` folder, or a mask file.
+            folder_file_or_repo (`str` or `Path`):
+                An adapter's folder, its `masks/` folder, a mask file, or a repository on the Hub. The authors' own
+                repositories and `masks/0.9_mask.pt` files are read too, without unpickling anything but tensors.
             task (`str`, *optional*):
-                Which task's masks, where a folder holds several; by default the newest.
+                Which task's masks, where there are several; by default the newest.
+            revision (`str`, *optional*):
+                A branch, tag or commit of the repository; by default the head of `main`.
+            token (`str`, *optional*):
+                A token that may read the repository; by default that of `hf auth login`.
 
         Raises:
-            `FileNotFoundError`: there is no such folder, file or task.
+            `FileNotFoundError`: there is no such folder, file, repository or task.
+            `PermissionError`: the repository may not be read.
+            `ConnectionError`: the Hub cannot be reached, and the cache does not have the files.
             `ValueError`: the file is truncated, altered, of a later format or no mask file.
         """
-        return cls._read(_find_mask_file(Path(folder_or_file), task))
+        if task is not None:
+            check_task_name(task)
+        path = Path(folder_file_or_repo)
+        if is_repo_id(folder_file_or_repo):
+            path = fetch_from_hub(str(folder_file_or_repo), choose_mask_files, revision=revision, token=token)
+        file = _find_mask_file(path, task)
+        if file.suffix == ".pt":
+            return cls._read_authors(file, task)
+        check_header(file)
+        if COMPACT_FORMAT in _metadata(file):
+            from .compact import read_compact_masks  # the compact form is built on this module
+
+            masks = read_compact_masks(file)
+            return masks[_pick_task(masks, task, path)]
+        return cls._read(file)
 
     @classmethod
     def _read(cls, file: Path) -> "LoriMasks":
         try:
+            metadata = json.loads(_metadata(file)[FORMAT])
             with safe_open(file, framework="pt") as opened:
-                metadata = json.loads((opened.metadata() or {})[FORMAT])
                 packed = {path: opened.get_tensor(path) for path in opened.keys()}  # noqa: SIM118
-            version = metadata["format_version"]
+            version = metadata.pop("format_version")
             if version > FORMAT_VERSION:
                 raise ValueError(
                     f"`{file}` has format_version {version}. This lori_trl reads versions up to {FORMAT_VERSION}. "
                     "Upgrade lori_trl."
                 )
-            if metadata.pop("sha256") != _checksum(metadata, packed):
+            if metadata.pop("sha256") != _checksum({"format_version": version, **metadata}, packed):
                 raise SafetensorError("the contents do not match their checksum")
-            masks = {path: _unpack(packed[path], shape) for path, shape in metadata["shapes"].items()}
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            masks = {path: _unpack(packed[path], shape) for path, shape in metadata.pop("shapes").items()}
+            check_task_name(metadata["task"])
+            return cls(masks, **metadata)
+        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"`{file}` is not a readable mask file: {error}. A mask file is what `LoriMasks.save_pretrained` "
                 "writes. Fetch or save it again."
             ) from error
-        return cls(
-            masks,
-            task=metadata["task"],
-            sparsity=metadata["sparsity"],
-            granularity=metadata["granularity"],
-            threshold=metadata["threshold"],
-            projection=metadata["projection"],
-        )
+
+    @classmethod
+    def _read_authors(cls, file: Path, task: str | None) -> "LoriMasks":
+        """Read a mask of the authors' code: a dict of full parameter names to bool, pickled by torch."""
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch stores without compression; a bomb would not
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise zipfile.BadZipFile("it is compressed")
+            names = torch.load(file, map_location="cpu", weights_only=True)
+            masks = {module_path(name): mask != 0 for name, mask in names.items()}
+            if len(masks) != len(names) or not masks:
+                raise ValueError(f"{len(names)} names stand for {len(masks)} modules")
+            sparsity = _AUTHORS_FILE.fullmatch(file.name)
+            return cls(masks, task=task, sparsity=float(sparsity[1]) if sparsity else None)
+        except (RuntimeError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, pickle.PickleError) as error:
+            raise ValueError(
+                f"`{file}` is no mask file of the LoRI authors' code ({type(error).__name__}). Such a file is a "
+                "pickled dict of parameter names to bool tensors and nothing else; nothing of it was executed. Do not "
+                "use it, or convert it where you trust it."
+            ) from None
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -379,11 +452,43 @@ def check_sparsity(sparsity: float) -> None:
 
 def check_task_name(task: str | None) -> None:
     """Raise `ValueError` unless a task's name can be a file's name everywhere."""
-    if task is None or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", task):
+    if not isinstance(task, str) or not re.fullmatch(_TASK_NAME, task):
         raise ValueError(
             f"`task_name={task!r}` cannot name a file. Up to 96 letters, digits, '.', '_' and '-' are allowed, the "
             "first a letter or digit. Pass e.g. `task_name='code'`."
         )
+
+
+def check_header(file: Path) -> None:
+    """Raise `ValueError` before a safetensors file's header is parsed, if it is larger than any adapter's."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+    if size > _MAX_HEADER_BYTES:
+        raise ValueError(
+            f"`{file}` announces {size / 1e6:,.0f} MB of metadata, or is no safetensors file. An adapter's have at "
+            f"most {_MAX_HEADER_BYTES / 1e6:.0f} MB. Do not use this file; fetch or save it again."
+        )
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{file}` is not a readable mask file: {error}. A mask file is what `LoriMasks.save_pretrained` writes. "
+            "Fetch or save it again."
+        ) from error
+
+
+def choose_mask_files(names: list[str]) -> list[str]:
+    """Choose what to fetch of a repository: our masks, else the compact form, else the authors' masks."""
+    ours = [name for name in names if re.fullmatch(rf"{MASKS_FOLDER}/{_TASK_NAME}\.safetensors", name)]
+    ours += [name for name in names if name == COMPACT_NAME and not ours]
+    if ours:
+        return [*(name for name in names if name == "lori_config.json"), *ours]
+    theirs = [name for name in names if re.fullmatch(rf"{MASKS_FOLDER}/{_AUTHORS_FILE.pattern}", name)]
+    return [_AUTHORS_DEFAULT] if _AUTHORS_DEFAULT in theirs else theirs[:1] if len(theirs) == 1 else []
 
 
 def _find_mask_file(path: Path, task: str | None) -> Path:
@@ -391,23 +496,38 @@ def _find_mask_file(path: Path, task: str | None) -> Path:
         return path
     folder = path / MASKS_FOLDER if (path / MASKS_FOLDER).is_dir() else path
     files = {file.stem: file for file in sorted(folder.glob("*.safetensors")) if not file.stem.startswith("adapter_")}
+    compact, theirs = path / COMPACT_NAME, sorted(folder.glob("*_mask.pt"))
+    if not files and compact.is_file():
+        return compact
+    if not files and theirs:
+        return next((file for file in theirs if file.name == Path(_AUTHORS_DEFAULT).name), theirs[0])
     if not files:
         raise FileNotFoundError(
             f"`{path}` holds no masks. Masks are a .safetensors file or a folder with `{MASKS_FOLDER}/<task>"
-            ".safetensors` in it. Pass the folder that `save_model()` wrote."
+            ".safetensors` in it, here or on the Hub as `namespace/name`. Pass the folder that `save_model()` wrote."
         )
-    if task is not None and task not in files:
+    return files[_pick_task(files, task, path)]
+
+
+def _pick_task(tasks: Mapping[str, Any], task: str | None, path: Path) -> str:
+    if task is not None and task not in tasks:
         raise FileNotFoundError(
-            f"`{path}` has no masks of task {task!r}. It has those of {', '.join(files)}. Pass one of these as `task`."
+            f"`{path}` has no masks of task {task!r}. It has those of {', '.join(tasks)}. Pass one of these as `task`."
         )
-    if task is None and len(files) > 1 and (path / "lori_config.json").is_file():
+    if task is None and len(tasks) > 1 and (path / "lori_config.json").is_file():
         task = json.loads((path / "lori_config.json").read_text(encoding="utf-8"))["task"]
-    return files[task] if task in files else max(files.values(), key=lambda file: file.stat().st_mtime)
+    if task in tasks:
+        return task
+    files = [name for name, file in tasks.items() if isinstance(file, Path)]
+    return max(files, key=lambda name: tasks[name].stat().st_mtime) if files else list(tasks)[-1]
 
 
 def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
-    bits = np.unpackbits(packed.numpy(), count=shape[0] * shape[1], bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)).view(shape)
+    rows, rank = shape
+    if packed.dtype != torch.uint8 or min(shape) < 0 or packed.numel() != -(-rows * rank // 8):
+        raise SafetensorError(f"{packed.numel()} bytes cannot be a mask of shape {shape}")
+    bits = np.unpackbits(packed.numpy(), count=rows * rank, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).view(rows, rank)
 
 
 def _checksum(metadata: Mapping[str, Any], packed: Mapping[str, Tensor]) -> str:

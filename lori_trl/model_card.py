@@ -1,38 +1,305 @@
-"""The model card: facts in, one template, a README.md out."""
+"""The model card: facts gathered while training in, one template, a README.md and its picture out."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import torch
+from datasets import Dataset, IterableDataset
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
+from transformers import TrainerCallback
+from transformers.utils import is_matplotlib_available
+from trl.data_utils import is_conversational
 
+from .masks import LoriMasks
 from .recipes import shipped_folder
 
+if TYPE_CHECKING:
+    from .trainer import LoriTrainerMixin
 
-def render_model_card(lori_config: Mapping[str, Any], base_model: str | None) -> str:
+CARD_NAME = "README.md"
+PICTURE_NAME = "density.png"
+EVAL_RESULTS_NAME = "eval_results.json"
+
+GENERATED = "<!-- Written by lori_trl. Delete this line to keep changes of your own. -->"
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_MAX_LOSSES = 20  # rows of the card's table
+
+# What decides the outcome of a run. Names of folders, of the Hub and of logging services are not among them.
+_HYPERPARAMETERS = """
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio num_train_epochs max_steps
+    per_device_train_batch_size gradient_accumulation_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
+    max_grad_norm label_smoothing_factor neftune_noise_alpha seed data_seed bf16 fp16 gradient_checkpointing
+    max_length packing completion_only_loss assistant_only_loss loss_type average_tokens_across_devices
+    sparsity mask_granularity disjoint_masks calibration_learning_rate calibration_num_train_epochs
+    calibration_max_steps calibration_fraction projection_init sparse_backend
+""".split()
+
+
+class CardFacts(TrainerCallback):
     """
-    Render the card of an adapter.
+    Gather what a card says of a run, while it runs.
+
+    Args:
+        trainer ([`LoriTrainerMixin`]): the trainer.
+        rows (`Dataset` or `IterableDataset`): the training data as they were given.
+
+    Attributes:
+        facts (`dict[str, Any]`): for `lori_config.json`; plain values, no path and nothing secret.
+    """
+
+    def __init__(self, trainer: "LoriTrainerMixin", rows: Dataset | IterableDataset):
+        self.trainer = trainer
+        self.facts: dict[str, Any] = {
+            "base_model": _base_model_facts(trainer.model.get_base_model()),
+            "dataset": _dataset_facts(rows),
+            "license": None,
+            "tags": [tag for tag in trainer._tag_names if tag not in ("trl", "lori")],
+        }
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        defaults = {field.name: field.default for field in fields(args) if field.default is not MISSING}
+        values = {name: vars(args)[name] for name in _HYPERPARAMETERS if name in vars(args)}
+        self.facts["hyperparameters"] = {
+            name: value.value if hasattr(value, "value") else value
+            for name, value in values.items()
+            if value != defaults.get(name) and isinstance(value, (bool, int, float, str))
+        }
+        self.facts["world_size"] = args.world_size
+        self.facts["device"] = _device_name(args.device)
+        base_model = self.facts["base_model"]
+        if base_model["id"] is not None and self.facts["license"] is None and state.is_world_process_zero:
+            self.facts["license"] = _license_of(base_model["id"])
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.trainer.phase == "adaptation":
+            self.facts["steps"], self.facts["epochs"] = state.global_step, round(state.epoch or 0, 2)
+            self.facts["losses"] = _losses(state.log_history)
+
+    def name_dataset(self, dataset_name: str | None) -> None:
+        """Note the data set's Hub name, as TRL's `push_to_hub(dataset_name=...)` gives it."""
+        if _hub_id(dataset_name) is not None:
+            self.facts["dataset"]["id"] = dataset_name
+
+
+def render_model_card(
+    lori_config: Mapping[str, Any],
+    adapter_config: Mapping[str, Any],
+    masks: Mapping[str, LoriMasks],
+    *,
+    eval_results: Mapping[str, Any] | None = None,
+    repo_id: str | None = None,
+    forms: Sequence[str] = ("peft",),
+    recipe: bool = False,
+    picture: bool = False,
+) -> str:
+    """
+    Render an adapter's card.
 
     Args:
         lori_config (`Mapping[str, Any]`): the contents of `lori_config.json`.
-        base_model (`str`, *optional*): the base model's Hub name or path.
+        adapter_config (`Mapping[str, Any]`): the contents of PEFT's `adapter_config.json`.
+        masks (`Mapping[str, LoriMasks]`): task -> its masks, oldest first.
+        eval_results (`Mapping[str, Any]`, *optional*): the contents of `eval_results.json`:
+            `{"format_version": 1, "results": [{"task": "gsm8k", "metric": "accuracy", "value": 0.63}]}`; a result may
+            also have `stderr`, in the value's unit, and `dataset`, a Hub name.
+        repo_id (`str`, *optional*): where the adapter is on the Hub.
+        forms (`Sequence[str]`, *optional*, defaults to `("peft",)`): what is there: `"peft"`, `"compact"` or both.
+        recipe (`bool`, *optional*, defaults to `False`): whether there is a `recipe.yaml` beside it.
+        picture (`bool`, *optional*, defaults to `False`): whether there is a picture beside it.
 
     Returns:
-        `str`: the card, with metadata that the Hub accepts. A base model in a local folder is not named.
+        `str`: the card, with metadata that the Hub accepts. Names from outside reach it only as plain text.
+
+    Raises:
+        `ValueError`: a result or a fact is not of its form.
     """
-    if base_model and (Path(base_model).exists() or base_model.count("/") > 1):
-        base_model = None
-    card_data = ModelCardData(
-        base_model=base_model or None,
-        base_model_relation="adapter" if base_model else None,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lori", "trl", "peft", "lora"],
-    )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=shipped_folder("model_cards") / "lori_adapter.md.jinja",
+    unknown = {"base_model": None, "dataset": None, "license": None, "tags": [], "losses": []}
+    facts = {**unknown, **(lori_config.get("training") or {})}
+    known = facts["base_model"] or {}
+    base_model = _valid(known.get("id")) if known else _hub_id(adapter_config.get("base_model_name_or_path"))
+    dataset = _valid((facts["dataset"] or {}).get("id"))
+    license = facts["license"] if re.fullmatch(r"[a-z0-9.-]+", str(facts["license"])) else None
+    results = _checked_results(eval_results)
+    data = ModelCardData(
         base_model=base_model,
-        **lori_config,
+        base_model_relation="adapter" if base_model else None,
+        datasets=[dataset] if dataset else None,
+        library_name="peft",
+        license=license,
+        pipeline_tag="text-generation",
+        tags=[
+            "lori",
+            "lora",
+            "peft",
+            "trl",
+            *_plain(facts["tags"]),
+            *(["merged"] if lori_config.get("merge") else []),
+        ],
+        model_name=repo_id or lori_config["task"],
+        eval_results=[_model_index_entry(result) for result in results] or None,
     )
-    return str(card)
+    if not results:
+        data.model_name = None  # a name belongs to the model-index only
+    main_mask = list(masks.values())[-1] if masks else None
+    card = ModelCard.from_template(
+        data,
+        template_path=shipped_folder("model_cards") / "lori_adapter.md.jinja",
+        generated=GENERATED,
+        base_model=base_model,
+        dataset=dataset,
+        repo_id=repo_id,
+        forms=list(forms),
+        recipe=recipe,
+        picture=PICTURE_NAME if picture else None,
+        results=_plain(results),
+        facts=_plain(facts),
+        lora=_plain(dict(adapter_config)),
+        targets=_plain(_target_names(adapter_config["target_modules"])),
+        by_projection=_plain(main_mask.by_projection()) if main_mask is not None else {},
+        **_plain({"merge": None, "calibration": None, **lori_config}),
+    )
+    return f"{str(card).rstrip()}\n"
+
+
+def draw_density(masks: Mapping[str, LoriMasks], file: Path) -> bool:
+    """
+    Draw the density of the newest task's mask by layer and projection, where matplotlib is installed
+    (`lori-trl[plots]`).
+
+    Returns:
+        `bool`: whether it was drawn: without matplotlib, or for all of B, there is nothing to see.
+
+    Source: paper Figure 6.
+    """
+    newest = list(masks.values())[-1] if masks else None
+    if newest is None or newest.density == 1 or not is_matplotlib_available():
+        return False
+    from matplotlib.figure import Figure
+
+    cells = newest.by_layer_and_projection()
+    layers = sorted({layer for layer, _ in cells})
+    names = [name for name in newest.by_projection() if any((layer, name) in cells for layer in layers)]
+    grid = [[100 * cells.get((layer, name), float("nan")) for layer in layers] for name in names]
+    figure = Figure(figsize=(min(3 + 0.28 * len(layers), 14), 1.4 + 0.36 * len(names)), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+    step = 1 + len(layers) // 24
+    axes.set_xticks(range(0, len(layers), step), layers[::step])
+    axes.set_xlabel("layer")
+    axes.set_title(f"Trained entries of B, mean {100 * newest.density:.2g} %", fontsize=10)
+    figure.colorbar(image, ax=axes, label="% of the entries")
+    figure.savefig(file, metadata={"Software": None})  # the same masks give the same bytes
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """Reduce every text in a value to characters that mean nothing in Markdown, HTML and YAML; round floats."""
+    if isinstance(value, str):
+        return re.sub(r"[^\w .,:;+@/=%()'-]", "", " ".join(value.split()))[:200]
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in (sorted(value) if isinstance(value, set) else value)]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _valid(repo_id: str | None) -> str | None:
+    return repo_id if isinstance(repo_id, str) and _REPO_ID.fullmatch(repo_id) else None
+
+
+def _hub_id(name: str | None) -> str | None:
+    """Return a base model's Hub name; None for a local folder and for a model made in memory."""
+    return None if not name or Path(name).exists() else _valid(name)
+
+
+def _target_names(target_modules: str | Sequence[str]) -> str:
+    """Name the target modules by the last parts of their paths."""
+    if isinstance(target_modules, str):
+        return target_modules
+    return ", ".join(sorted({name.rpartition(".")[2] for name in target_modules}))
+
+
+def _base_model_facts(model: torch.nn.Module) -> dict[str, Any]:
+    name = model.config.name_or_path
+    return {
+        "id": _hub_id(name),
+        "name": Path(name).name or None,  # of a local folder, not where it lies
+        "architecture": type(model).__name__,
+        "parameters": sum(weight.numel() for path, weight in model.named_parameters() if ".lora_" not in path),
+    }
+
+
+def _dataset_facts(rows: Dataset | IterableDataset) -> dict[str, Any]:
+    sources = [re.match(r"hf://datasets/([^@]+)@", url) for url in rows.info.download_checksums or {}]
+    known = isinstance(rows, Dataset)
+    return {
+        "id": next((source[1] for source in sources if source), None),
+        "rows": len(rows) if known else None,
+        "conversational": is_conversational(rows[0]) if known and len(rows) else False,
+    }
+
+
+def _license_of(base_model: str) -> str | None:
+    """Ask the Hub for the base model's licence, which its adapters inherit; None where it does not answer."""
+    try:
+        card_data = HfApi().model_info(base_model, timeout=5).card_data
+    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, ValueError):
+        return None
+    return card_data.license if card_data is not None and isinstance(card_data.license, str) else None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _losses(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Take the losses from the Trainer's log: step -> training and evaluation loss, thinned to a short table."""
+    rows: dict[int, dict[str, Any]] = {}
+    for entry in log_history:
+        for name in ("loss", "eval_loss"):
+            if name in entry:
+                row = rows.setdefault(entry["step"], {"step": entry["step"], "loss": None, "eval_loss": None})
+                row[name] = round(entry[name], 4)
+    losses = [rows[step] for step in sorted(rows)]
+    if len(losses) <= _MAX_LOSSES:
+        return losses
+    return [losses[round(i * (len(losses) - 1) / (_MAX_LOSSES - 1))] for i in range(_MAX_LOSSES)]
+
+
+def _checked_results(eval_results: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if eval_results is None:
+        return []
+    try:
+        results = [
+            {
+                "task": str(result["task"]),
+                "metric": str(result["metric"]),
+                "value": float(result["value"]),
+                "stderr": None if result.get("stderr") is None else float(result["stderr"]),
+                "dataset": result.get("dataset"),
+            }
+            for result in eval_results["results"]
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        form = {"format_version": 1, "results": [{"task": "gsm8k", "metric": "accuracy", "value": 0.5}]}
+        raise ValueError(
+            f"`{EVAL_RESULTS_NAME}` is not of its form ({error!r}). It is e.g. {json.dumps(form)}. Correct it."
+        ) from error
+    return results
+
+
+def _model_index_entry(result: Mapping[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=_valid(result["dataset"]) or _plain(result["task"]),
+        dataset_name=_plain(result["task"]),
+        metric_type=_plain(result["metric"]),
+        metric_value=result["value"],
+    )

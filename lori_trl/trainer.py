@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import PushInProgress
 from trl import SFTTrainer
 
 from .adapter import FORMAT_VERSION, read_lori_config, save_lori_adapter
 from .config import LoriArguments, LoriSFTConfig
+from .hub import MEMORY, logged, make_repo, push_in_background, push_lori_to_hub
 from .masks import LoriMasks
-from .model_card import render_model_card
+from .model_card import CardFacts
 from .projections import (
     derive_projection_seed,
     fingerprint,
@@ -93,7 +96,9 @@ class LoriTrainerMixin:
                 "`train_dataset` has no rows. At least one is needed. Pass a `datasets.Dataset` with rows."
             )
         self.task_name = args.task_name or _name_of_data(rows)
-        given_masks = LoriMasks.from_pretrained(args.mask_name_or_path) if args.mask_name_or_path else None
+        given_masks = None
+        if args.mask_name_or_path:
+            given_masks = LoriMasks.from_pretrained(args.mask_name_or_path, revision=args.mask_revision)
 
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
 
@@ -117,6 +122,8 @@ class LoriTrainerMixin:
         elif self.args.sparsity == 0:
             everything = {path: torch.ones(weight.shape, dtype=torch.bool) for path, weight in self.weights.items()}
             self.masks = LoriMasks(everything, task=self.task_name, sparsity=0.0, projection=self.projection)
+        self.card_facts = CardFacts(self, rows)
+        self.add_callback(self.card_facts)
         # First in line, so that the callbacks that print or report see the phase's names.
         self.callback_handler.callbacks.insert(0, _PhaseCallback(self))
 
@@ -309,6 +316,7 @@ class LoriTrainerMixin:
                 "selected": None if self.masks is None else self.masks.num_selected,
             },
             "tasks": [{"task": task, "selected": task_masks.num_selected} for task, task_masks in masks.items()],
+            "training": self.card_facts.facts,
             "versions": {name: version(name) for name in ("lori_trl", "trl", "peft", "transformers", "torch")},
         }
 
@@ -330,13 +338,80 @@ class LoriTrainerMixin:
                 recipe=self.recipe,
             )
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write LoRI's card in place of TRL's. Its facts come from the run, so TRL's arguments are not looked at."""
-        if self.args.should_save:
-            base_model = self.model.peft_config[self.adapter_name].base_model_name_or_path
-            folder = Path(self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            folder.joinpath("README.md").write_text(render_model_card(self.lori_config, base_model), encoding="utf-8")
+    def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
+        """Write LoRI's card in place of TRL's, in `output_dir`. Its facts come from the run; a failure is logged."""
+        self.card_facts.name_dataset(dataset_name)
+        self.save_model(_internal_call=True)
+
+    # ---- the Hub -----------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository before training begins. A failure is logged: every push tries again."""
+        self.push_in_progress = None
+        self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        if self.is_world_process_zero():
+            with logged("The repository for the adapter could not be made, training goes on"):
+                self.hub_model_id = make_repo(
+                    self.hub_model_id,
+                    private=self.args.hub_private_repo if private is None else private,
+                    token=token or self.args.hub_token,
+                )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        dataset_name: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """
+        Push the adapter as [`push_lori_to_hub`] does. A failure is logged, for the run is worth more than its push.
+
+        Args:
+            commit_message, token, revision, private: as there; by default the `hub_...` fields of the arguments.
+            blocking (`bool`, *optional*): has no effect; the push is done when the method returns.
+            dataset_name (`str`, *optional*): the data set's name on the Hub, for the card.
+            **kwargs: what TRL's card takes besides; not looked at.
+
+        Returns:
+            `CommitInfo` or `None`: the commit; `None` after a failure and on the other processes.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.card_facts.name_dataset(dataset_name)
+        self._finish_current_push()
+        with logged("The push failed; the adapter is saved, and `lori push` can push it later"):
+            return push_lori_to_hub(
+                self,
+                self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                private=self.args.hub_private_repo if private is None else private,
+                revision=revision or self.args.hub_revision,
+                commit_message=commit_message,
+                token=token or self.args.hub_token,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint's adapter in the background. No strategy pushes optimizer states."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            self._finish_current_push()  # one commit after the other
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        with logged("The push of a checkpoint failed, training goes on"):
+            job = push_in_background(
+                checkpoint_folder,
+                Path(self.args.output_dir, MEMORY),
+                self.hub_model_id,
+                private=self.args.hub_private_repo,
+                revision=self.args.hub_revision,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+            )
+            self.push_in_progress = PushInProgress([job])
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

@@ -51,6 +51,7 @@ def test_what_is_saved(adapter_folder):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "density.png",
         "lori_config.json",
         "masks/code.safetensors",
     }
@@ -129,7 +130,7 @@ def test_a_failing_save_leaves_the_old_adapter_whole(make_trainer, tmp_path, mon
     trainer.train()
     trainer.save_model()
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    monkeypatch.setattr("lori_trl.adapter.render_model_card", lambda *_: 1 / 0)
+    monkeypatch.setattr("lori_trl.adapter.LoriMasks.save_pretrained", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.save_model()
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}

@@ -1,0 +1,461 @@
+"""The Hub: an adapter's files up in one commit, which arrives whole or not at all."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import HFValidationError, httpx, validate_repo_id
+
+from .adapter import CONFIG_NAME, PEFT_FILES, RECIPE_NAME, read_lori_config, write_card
+from .compact import export_compact
+from .download import WAITS, describe, hash_file, is_same, is_transient, patiently
+from .masks import COMPACT_NAME, MASKS_FOLDER
+from .model_card import CARD_NAME, EVAL_RESULTS_NAME, PICTURE_NAME
+
+if TYPE_CHECKING:
+    from .trainer import LoriTrainerMixin
+
+logger = logging.getLogger(__name__)
+
+FORMS = ("peft", "compact")
+MEMORY = Path(".cache", "lori_trl", "pushed.json")  # in the adapter's folder: which commits are its own
+
+_OUR_FILES = {*PEFT_FILES, COMPACT_NAME, CONFIG_NAME, RECIPE_NAME, EVAL_RESULTS_NAME, PICTURE_NAME, CARD_NAME}
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{16,}")
+_FAILURES = (HfHubHTTPError, httpx.HTTPError, RuntimeError, ValueError)  # what the client raises when a push fails
+
+
+def push_lori_to_hub(
+    source: "LoriTrainerMixin | str | Path",
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    include: Sequence[str] = ("peft",),
+) -> CommitInfo | None:
+    """
+    Push an adapter to the Hub: its files in one commit, and no other files.
+
+    The commit has the adapter, its masks, `lori_config.json`, the recipe, evaluation results, the card and its
+    picture. Files of an earlier adapter that this one does not have are removed in the same commit; files that are
+    not an adapter's are left alone. Where the branch has the same contents already, no commit is made.
+
+    Args:
+        source (`LoriTrainerMixin` or `str` or `Path`):
+            A trainer, whose adapter is saved to its `output_dir` first, or an adapter's folder. With a trainer, call
+            it on every process; the main one pushes.
+        repo_id (`str`): the repository, `namespace/name` or a name in your own namespace. Made if it is missing.
+        private (`bool`, *optional*): whether a repository that is made is private; by default as the namespace says.
+        revision (`str`, *optional*): the branch, made if it is missing; by default `main`.
+        create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead of pushing to the branch.
+        commit_message (`str`, *optional*): by default names the variant and task.
+        token (`str`, *optional*): a token that may write; by default that of `hf auth login`.
+        include (`Sequence[str]`, *optional*, defaults to `("peft",)`):
+            Which forms: `"peft"` are the plain PEFT files, `"compact"` is the small file of
+            [`~compact.export_compact`].
+
+    Returns:
+        `CommitInfo` or `None`: the commit, or the one that has the contents already; `None` on the other processes.
+
+    Raises:
+        `FileNotFoundError`: the folder holds no complete LoRI adapter.
+        `ValueError`: an argument is not allowed, a file holds a token, or the Hub rejects the contents.
+        `PermissionError`: the token is missing, invalid or may not write here.
+        `RuntimeError`: somebody else's commit is in the way, or the Hub could not be reached. The branch is as before.
+
+    ```python
+    push_lori_to_hub("code-lori-s", "me/code-lori-s", private=True)
+    ```
+    """
+    if isinstance(source, (str, os.PathLike)):
+        folder, is_main = Path(source), os.environ.get("RANK", "0") == "0"
+    else:
+        source.save_model(_internal_call=True)
+        folder, is_main = Path(source.args.output_dir), source.is_world_process_zero()
+    if not is_main:
+        return None
+    with adapter_files(folder, repo_id, include) as files:
+        config = read_lori_config(folder)
+        return push_files(
+            files,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or f"{config['variant']} adapter: {config['task']}",
+            token=token,
+            replaces=_is_ours,
+            memory=folder / MEMORY,
+        )
+
+
+def push_in_background(folder: str | Path, memory: Path, repo_id: str, **arguments) -> Future:
+    """
+    Push a folder while training goes on. Its files are copied first, and a failure is logged.
+
+    Args:
+        folder (`str` or `Path`): the adapter's folder, e.g. a checkpoint; it may be deleted meanwhile.
+        memory (`Path`): the file that says which commits are this run's own.
+        repo_id (`str`): the repository.
+        **arguments: `private`, `revision`, `commit_message` and `token` of [`push_files`].
+
+    Returns:
+        `Future`: done when the push is; never raises.
+    """
+    copy = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with adapter_files(folder, repo_id) as files:
+        copies = {name: Path(copy.name, str(number)) for number, name in enumerate(files)}
+        for name, file in files.items():
+            shutil.copyfile(file, copies[name])
+
+    def push() -> None:
+        with copy, logged("The push of a checkpoint failed, training goes on"):
+            push_files(copies, repo_id, replaces=_is_ours, memory=memory, **arguments)
+
+    return HfApi().run_as_future(push)
+
+
+def make_repo(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """
+    Make a model repository unless it is there.
+
+    Returns:
+        `str`: its full name, `namespace/name`.
+
+    Raises: as [`push_lori_to_hub`].
+    """
+    try:
+        return _make(HfApi(token=token), repo_id, private)
+    except _FAILURES as error:
+        raise _explained(repo_id, token, error, "There is no repository yet.") from None
+
+
+@contextmanager
+def logged(what: str) -> Iterator[None]:
+    """Log whatever goes wrong inside instead of raising it: a run is worth more than its push or its card."""
+    try:
+        yield
+    except Exception as error:
+        logger.error(f"{what}: {error}")
+
+
+@contextmanager
+def adapter_files(folder: str | Path, repo_id: str, include: Sequence[str] = ("peft",)) -> Iterator[dict[str, Path]]:
+    """
+    Yield what a push of an adapter's folder consists of: name in the repository -> file.
+
+    The card is written anew, with the repository's name and the evaluation results, unless it was edited by hand.
+
+    Raises:
+        `FileNotFoundError`: a file is missing.
+        `ValueError`: `include` is not allowed, or a file holds a token.
+    """
+    folder = Path(folder)
+    if isinstance(include, str) or not set(include) <= set(FORMS) or not include:
+        raise ValueError(
+            f"`include={include!r}` is not known. A push has one or both of {', '.join(FORMS)}. Pass e.g. "
+            "`include=('peft', 'compact')`."
+        )
+    masks = [f"{MASKS_FOLDER}/{record['task']}.safetensors" for record in read_lori_config(folder)["tasks"]]
+    needed = [CONFIG_NAME, *PEFT_FILES, *masks]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"`{folder}` lacks {', '.join(missing)}. A LoRI adapter's folder has {', '.join(needed)}. Pass the folder "
+            "that `save_model()` wrote."
+        )
+    names = [CONFIG_NAME, *(needed if "peft" in include else ())]
+    names += [name for name in (RECIPE_NAME, EVAL_RESULTS_NAME, PICTURE_NAME) if (folder / name).is_file()]
+    with tempfile.TemporaryDirectory() as stage:
+        files = {name: folder / name for name in names}
+        if "compact" in include:
+            files[COMPACT_NAME] = export_compact(folder, Path(stage, COMPACT_NAME))
+        files[CARD_NAME] = write_card(folder, stage, repo_id=repo_id, forms=include)
+        _refuse_tokens(files)
+        yield dict(sorted(files.items()))
+
+
+def push_files(
+    files: Mapping[str, Path],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str,
+    token: str | None = None,
+    replaces: Callable[[str], bool] = lambda name: False,
+    memory: Path | None = None,
+) -> CommitInfo:
+    """
+    Push files to a model repository in one commit.
+
+    Each failure is followed by a look at the branch: a commit that arrived though its answer did not is not made
+    twice, and one that did not arrive is made again, a few times.
+
+    Args:
+        files (`Mapping[str, Path]`): name in the repository -> file.
+        repo_id, private, revision, create_pr, commit_message, token: as in [`push_lori_to_hub`].
+        replaces (`Callable[[str], bool]`, *optional*): which other files in the repository the commit removes.
+        memory (`Path`, *optional*):
+            Where to remember the commits made from here. A branch whose head is another is not pushed over.
+
+    Raises: as [`push_lori_to_hub`].
+    """
+    push = _Push(HfApi(token=token), repo_id, revision, create_pr, commit_message, dict(files), replaces, token)
+    try:
+        push.repo_id = _make(push.api, repo_id, private)
+        head = _look(push.api, push.repo_id, revision)
+        found = _find(push, head)
+    except _FAILURES as error:
+        raise _explained(push.repo_id, push.token, error, "Nothing was sent.") from None
+    remembered = _Memory(memory, f"{push.api.endpoint}/{push.repo_id}@{revision or 'main'}")
+    if found is None and not create_pr:
+        remembered.check(head, push)
+        remembered.note(head, push)
+    info = found or _commit(push, head)
+    if not create_pr:
+        remembered.keep(info.oid)
+    return info
+
+
+class _Head(NamedTuple):
+    """A commit and its files."""
+
+    commit: str
+    files: dict[str, RepoSibling]
+
+
+@dataclass
+class _Push:
+    """What is to be pushed, and where."""
+
+    api: HfApi
+    repo_id: str
+    revision: str | None
+    create_pr: bool
+    message: str
+    files: dict[str, Path]
+    replaces: Callable[[str], bool]
+    token: str | None
+
+    def changed(self, head: _Head) -> list[str]:
+        """Names whose contents the commit lacks."""
+        there = head.files
+        return [name for name, file in self.files.items() if name not in there or not is_same(file, there[name])]
+
+    def stale(self, head: _Head) -> list[str]:
+        """Names in the commit that this push removes."""
+        return [name for name in head.files if name not in self.files and self.replaces(name)]
+
+    def find(self, head: _Head) -> CommitInfo | None:
+        """Return the commit that has these contents already: the head, or that of an open pull request."""
+        if not self.changed(head) and not self.stale(head):
+            return self._info(head.commit)
+        if self.create_pr:
+            for discussion in patiently(lambda: list(self.api.get_repo_discussions(self.repo_id))):
+                if discussion.is_pull_request and discussion.status == "open" and discussion.title == self.message:
+                    proposed = _look(self.api, self.repo_id, discussion.git_reference)
+                    if not self.changed(proposed) and not self.stale(proposed):
+                        return self._info(proposed.commit, discussion.num)
+        return None
+
+    def send(self, head: _Head) -> CommitInfo:
+        """Make the commit on top of a head; the Hub refuses it if the branch has another head by then."""
+        # The client marks the operations that it has used: every attempt needs its own.
+        operations = [CommitOperationAdd(name, str(self.files[name])) for name in self.changed(head)]
+        operations += [CommitOperationDelete(name) for name in self.stale(head)]
+        return self.api.create_commit(
+            self.repo_id,
+            operations,
+            commit_message=self.message,
+            revision=self.revision,
+            create_pr=self.create_pr,
+            parent_commit=head.commit,
+        )
+
+    def _info(self, commit: str, pull_request: int | None = None) -> CommitInfo:
+        url = f"{self.api.endpoint}/{self.repo_id}"
+        return CommitInfo(
+            commit_url=f"{url}/commit/{commit}",
+            commit_message=self.message,
+            commit_description="",
+            oid=commit,
+            _endpoint=self.api.endpoint,
+            pr_url=None if pull_request is None else f"{url}/discussions/{pull_request}",
+        )
+
+
+class _Memory:
+    """
+    Remembers, in the folder that is pushed, the head that the last push from it left on each branch.
+
+    What is about to be sent is noted too: if the process dies before the answer, the commit is recognised later.
+    """
+
+    def __init__(self, file: Path | None, branch: str):
+        self.file, self.branch = file, branch
+        self.records = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+
+    def check(self, head: _Head, push: _Push) -> None:
+        """Raise if the head is neither the commit that was left there nor what was on its way."""
+        record = self.records.get(self.branch)
+        if record is None or record["commit"] == head.commit:
+            return
+        hashes = {name: file.lfs.sha256 if file.lfs else file.blob_id for name, file in head.files.items()}
+        sent = record["sent"]
+        if not sent or not all(hashes.get(name) in known for name, known in sent.items()):
+            raise _conflict(push, head, f" To put yours on top of it all the same, delete `{self.file}` first.")
+
+    def note(self, head: _Head, push: _Push) -> None:
+        """Note what is about to be sent."""
+        hashes = {name: [hash_file(file, lfs=True), hash_file(file, lfs=False)] for name, file in push.files.items()}
+        self._write({"commit": head.commit, "sent": hashes})
+
+    def keep(self, commit: str) -> None:
+        """Note the commit that has arrived."""
+        self._write({"commit": commit, "sent": {}})
+
+    def _write(self, record: dict) -> None:
+        if self.file is not None:
+            self.records[self.branch] = record
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.records, indent=2), encoding="utf-8")
+            partial.replace(self.file)
+
+
+def _find(push: _Push, head: _Head) -> CommitInfo | None:
+    try:
+        return push.find(head)
+    except HfHubHTTPError as error:
+        if is_transient(error) or not push.create_pr:
+            raise
+        return None  # pull requests that may not be listed may still be made
+
+
+def _commit(push: _Push, head: _Head) -> CommitInfo:
+    for seconds in (*WAITS, None):
+        try:
+            return push.send(head)
+        except _FAILURES as error:
+            failure = error
+        if not _is_conflict(failure) and not is_transient(failure):
+            raise _explained(push.repo_id, push.token, failure, "The branch is as it was.") from None
+        try:
+            now = _look(push.api, push.repo_id, push.revision)
+            if (found := push.find(now)) is not None:
+                return found
+        except _FAILURES:
+            state = "Whether the commit arrived could not be seen; if it did, the next push finds it there."
+            raise _explained(push.repo_id, push.token, failure, state) from None
+        if now.commit != head.commit and not push.create_pr:
+            raise _conflict(push, now)
+        if seconds is not None:
+            time.sleep(seconds)
+    raise _explained(
+        push.repo_id, push.token, failure, f"{len(WAITS) + 1} attempts were made, and the branch is as it was."
+    ) from None
+
+
+def _make(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Return the repository's full name, after making it if it is missing."""
+    if "/" not in repo_id:
+        repo_id = f"{patiently(api.whoami)['name']}/{repo_id}"
+    validate_repo_id(repo_id)
+
+    def make() -> None:
+        try:  # look first: it may be there, also when an earlier attempt to make it seemed to fail
+            found = api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        else:
+            if private and found.private is False:
+                raise PermissionError(
+                    f"`private=True`, but `{repo_id}` is there already and public. A push does not change who may "
+                    "read a repository. Make it private on its page, or push to another one."
+                )
+
+    patiently(make)
+    return repo_id
+
+
+def _look(api: HfApi, repo_id: str, revision: str | None) -> _Head:
+    """Look at a branch, after making it if it is missing."""
+
+    def look():
+        return api.model_info(repo_id, revision=revision, files_metadata=True)
+
+    try:
+        info = patiently(look)
+    except RevisionNotFoundError:
+        if revision.startswith("refs/"):
+            raise
+        patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        info = patiently(look)
+    return _Head(info.sha, {sibling.rfilename: sibling for sibling in info.siblings})
+
+
+def _is_conflict(error: Exception) -> bool:
+    return isinstance(error, HfHubHTTPError) and error.response.status_code == 412
+
+
+def _is_ours(name: str) -> bool:
+    return name in _OUR_FILES or re.fullmatch(rf"{MASKS_FOLDER}/[\w.-]+\.safetensors", name) is not None
+
+
+def _refuse_tokens(files: Mapping[str, Path]) -> None:
+    for name, file in files.items():
+        if file.suffix in (".json", ".yaml", ".md") and _TOKEN.search(file.read_bytes()):
+            raise ValueError(
+                f"`{name}` holds what looks like an access token. What is pushed can be read by others. Take it out "
+                "of the file, and log in with `hf auth login` instead."
+            )
+
+
+def _conflict(push: _Push, head: _Head, way_out: str = "") -> RuntimeError:
+    branch = push.revision or "main"
+    return RuntimeError(
+        f"`{push.repo_id}` has a newer commit on {branch} ({head.commit[:12]}) that was not made from here. A push "
+        f"does not go over other people's work; nothing was changed. Look at it at {push.api.endpoint}/{push.repo_id}"
+        f"/commits/{branch}, then pass `create_pr=True` (`--create-pr`) to offer yours as a pull request, or another "
+        f"`revision`.{way_out}"
+    )
+
+
+def _explained(repo_id: str, token: str | None, error: Exception, state: str) -> Exception:
+    """Say what happened, how things stand, and what to do."""
+    met = describe(error, token)
+    what = f"The push to `{repo_id}` failed ({met}). {state}"
+    if is_transient(error) or _is_conflict(error):
+        return RuntimeError(
+            f"{what} The Hub must be reachable and not be limiting your requests. Push again in a few minutes: files "
+            "that it has already are not sent again."
+        )
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+        return PermissionError(
+            f"{what} A token that may write to `{repo_id}` is needed. Log in with `hf auth login`, or pass "
+            "another `token`; check the repository's name."
+        )
+    if isinstance(error, HFValidationError):
+        return ValueError(
+            f"`repo_id={repo_id!r}` is no repository's name ({met}). It is `namespace/name`, of letters, digits, "
+            "'-', '_' and '.'. Correct it."
+        )
+    return ValueError(f"{what} The Hub takes valid files and metadata only. Correct what it names and push again.")

@@ -1,0 +1,272 @@
+"""The card: compared whole, valid, and nothing but plain text from outside in it."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from shared_adapter import make_trainer, trained_adapter
+
+from lori_trl import LoriMasks
+from lori_trl.adapter import write_card
+from lori_trl.model_card import GENERATED, CardFacts, draw_density, render_model_card
+
+GOLDEN = Path(__file__).parent / "golden"
+
+PEFT = {
+    "base_model_name_or_path": "meta-llama/Meta-Llama-3-8B",
+    "r": 32,
+    "lora_alpha": 64,
+    "lora_dropout": 0.05,
+    "target_modules": ["v_proj", "q_proj"],
+}
+LORI = {
+    "format_version": 1,
+    "task": "code",
+    "phase": "adaptation",
+    "variant": "LoRI-S",
+    "sparsity": 0.9,
+    "granularity": "model",
+    "threshold": 0.00012345678,
+    "projection": {"init": "gaussian", "seed": 123456789, "fingerprint": "sha256:" + "0" * 64},
+    "calibration": {"learning_rate": 5e-5, "steps": 300, "samples": 18000, "loss": 0.71234},
+    "counts": {"lora": 83886080, "lora_B": 44040192, "selected": 4404019},
+    "tasks": [{"task": "code", "selected": 4404019}],
+    "training": {
+        "base_model": {
+            "id": "meta-llama/Meta-Llama-3-8B",
+            "name": "Meta-Llama-3-8B",
+            "architecture": "LlamaForCausalLM",
+            "parameters": 8030261248,
+        },
+        "dataset": {"id": "sahil2801/CodeAlpaca-20k", "rows": 18000, "conversational": False},
+        "license": "llama3",
+        "tags": ["sft"],
+        "hyperparameters": {"learning_rate": 5e-4, "num_train_epochs": 2},
+        "world_size": 8,
+        "device": "NVIDIA H100",
+        "steps": 1126,
+        "epochs": 2.0,
+        "losses": [
+            {"step": 0, "loss": None, "eval_loss": 0.9101},
+            {"step": 563, "loss": 0.5211, "eval_loss": None},
+            {"step": 1126, "loss": 0.4012, "eval_loss": 0.4823},
+        ],
+    },
+    "versions": {"lori_trl": "0.1.0", "trl": "1.16.0", "peft": "0.21.2"},
+}
+RESULTS = {
+    "format_version": 1,
+    "results": [
+        {
+            "task": "humaneval",
+            "metric": "pass@1",
+            "value": 0.432,
+            "stderr": 0.0387,
+            "dataset": "openai/openai_humaneval",
+        },
+        {"task": "mbpp", "metric": "pass@1", "value": 0.5},
+    ],
+}
+
+
+def masks(task: str = "code") -> LoriMasks:
+    modules = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qv"]
+    entries = {path: torch.arange(40).view(10, 4) % (5 + 3 * number) == 0 for number, path in enumerate(modules)}
+    return LoriMasks(entries, task=task, sparsity=0.9)
+
+
+def changed(**changes) -> dict:
+    return json.loads(json.dumps({**LORI, **changes}))
+
+
+def single() -> str:
+    return render_model_card(
+        LORI, PEFT, {"code": masks()}, eval_results=RESULTS, repo_id="me/code-lori-s", recipe=True, picture=True
+    )
+
+
+def continual() -> str:
+    config = changed(
+        task="code",
+        calibration=None,
+        projection={"init": None, "seed": None, "fingerprint": "sha256:" + "0" * 64},
+        tasks=[{"task": "safety", "selected": 4404019}, {"task": "code", "selected": 4404019}],
+    )
+    config["training"] |= {
+        "base_model": {"id": None, "name": "my-llama", "architecture": "LlamaForCausalLM", "parameters": 8030261248},
+        "dataset": {"id": None, "rows": 18000, "conversational": True},
+        "license": None,
+        "losses": [],
+    }
+    base = {**PEFT, "base_model_name_or_path": "/home/somebody/models/my-llama"}
+    return render_model_card(config, base, {"safety": masks("safety"), "code": masks()})
+
+
+def merged() -> str:
+    merge = {"method": "concat", "adapters": [{"task": "code", "weight": 0.5}, {"task": "math", "weight": 0.5}]}
+    config = changed(task="code-math", sparsity=None, calibration=None, merge=merge, tasks=[], training=None)
+    config["counts"]["selected"] = None
+    return render_model_card(config, PEFT, {}, repo_id="me/code-math", forms=("compact",))
+
+
+@pytest.mark.parametrize("render", [single, continual, merged])
+def test_the_card_is_the_golden_one(render):
+    """Set LORI_UPDATE_GOLDEN=1 to write them anew, and read what changed."""
+    file = GOLDEN / f"card_{render.__name__}.md"
+    if os.environ.get("LORI_UPDATE_GOLDEN"):
+        file.write_text(render(), encoding="utf-8")
+    assert render() == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("render", [single, continual, merged])
+def test_a_card_says_nothing_empty_and_is_valid(render):
+    text = render()
+    assert not re.search(r"None|nan|More Information Needed|/home/|\{\{|\{%", text)
+    assert "\n\n\n" not in text
+    card = ModelCard(text)  # parses, and validates the model-index
+    data = card.data.to_dict()
+    assert {"lori", "trl", "peft"} <= set(data["tags"])
+    assert data["library_name"] == "peft"
+    assert all(value not in ("", [], {}) for value in data.values())
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, "card", "exec")
+
+
+def test_the_metadata_are_the_facts():
+    card = ModelCard(single())
+    data = card.data.to_dict()
+    assert data["base_model"] == "meta-llama/Meta-Llama-3-8B"
+    assert data["base_model_relation"] == "adapter"
+    assert data["datasets"] == ["sahil2801/CodeAlpaca-20k"]
+    assert data["license"] == "llama3"
+    found = [(result.dataset_name, result.metric_type, result.metric_value) for result in card.data.eval_results]
+    assert found == [("humaneval", "pass@1", 0.432), ("mbpp", "pass@1", 0.5)]
+    assert card.data.eval_results[0].dataset_type == "openai/openai_humaneval"
+
+
+def test_a_local_base_is_called_local():
+    text = continual()
+    data = ModelCard(text).data.to_dict()
+    assert not {"base_model", "base_model_relation", "datasets", "license", "model-index"} & set(data)
+    assert "a local base model called my-llama" in text
+    assert "local data, not on the Hub, 18,000 rows, conversations" in text
+    assert "apply_chat_template" in text
+
+
+HOSTILE = 'x"\n---\nlicense: mit\n<script>alert(1)</script> [a](javascript:b) `c` {{ 7 * 7 }} | d'
+
+
+def test_nothing_is_injected_through_a_name():
+    config = changed(versions={"trl": HOSTILE})
+    config["training"] |= {
+        "base_model": {"id": HOSTILE, "name": HOSTILE, "architecture": HOSTILE, "parameters": 1},
+        "dataset": {"id": HOSTILE, "rows": 1, "conversational": False},
+        "license": HOSTILE,
+        "device": HOSTILE,
+        "hyperparameters": {HOSTILE: HOSTILE},
+    }
+    results = {"format_version": 1, "results": [{"task": HOSTILE, "metric": HOSTILE, "value": 1, "dataset": HOSTILE}]}
+    peft = {**PEFT, "base_model_name_or_path": HOSTILE, "r": HOSTILE}
+    text = render_model_card(config, peft, {"code": masks()}, eval_results=results)
+    _, header, body = re.split(r"^---\n", text, maxsplit=2, flags=re.MULTILINE)
+    assert not {"license", "base_model", "datasets"} & set(yaml.safe_load(header))
+    body = body.replace(GENERATED, "")
+    assert not re.search(r"[<>]|\]\(javascript|\n---\n|`c`|49|\n *license:", body)
+    ModelCard(text)
+
+
+@pytest.mark.parametrize(
+    "results", [[], {"results": [{"task": "x"}]}, {"results": [{"task": "x", "metric": "m", "value": "?"}]}]
+)
+def test_results_of_another_form_are_refused(results):
+    with pytest.raises(ValueError, match="eval_results.json.*is not of its form"):
+        render_model_card(LORI, PEFT, {}, eval_results=results)
+
+
+# ---- the facts of a run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_own_card(tmp_path):
+    folder = trained_adapter()
+    text = (folder / "README.md").read_text()
+    config = json.loads((folder / "lori_config.json").read_text())
+    facts = config["training"]
+    assert facts["base_model"] == {
+        "id": None,
+        "name": None,
+        "architecture": "LlamaForCausalLM",
+        "parameters": 24992,
+    }
+    assert facts["dataset"] == {"id": None, "rows": 16, "conversational": False}
+    assert facts["tags"] == ["sft"]
+    assert facts["steps"] == 2
+    assert [row["step"] for row in facts["losses"]] == [1, 2]
+    assert facts["hyperparameters"]["learning_rate"] == 0.01
+    assert "output_dir" not in facts["hyperparameters"]
+    assert f"seed `{config['projection']['seed']}`" in text
+    assert f"this trains | {config['counts']['selected']:,}," in text
+    assert "2 steps on 16 rows at learning rate 5e-05" in text
+    assert str(folder) not in text
+    assert str(folder.parent) not in (folder / "lori_config.json").read_text()
+    assert "[`recipe.yaml`](recipe.yaml)" in text
+    assert "![Density of the mask by layer and projection](density.png)" in text
+    assert not re.search(r"None|nan|\n\n\n", text)
+
+
+def test_a_card_edited_by_hand_is_kept(tmp_path):
+    trainer = make_trainer(tmp_path, sparsity=0.0)
+    trainer.train()
+    trainer.save_model()
+    card = tmp_path / "README.md"
+    assert "all of B is trained (LoRI-D)" in card.read_text()
+    assert not (tmp_path / "density.png").exists()  # nothing to see
+    edited = card.read_text().replace(GENERATED, "") + "Mine.\n"
+    card.write_text(edited)
+    trainer.save_model()
+    assert card.read_text() == edited
+    (tmp_path / "elsewhere").mkdir()
+    assert write_card(tmp_path, tmp_path / "elsewhere", repo_id="me/x").read_text() == edited
+
+
+def test_evaluation_results_beside_the_adapter_get_onto_the_card(tmp_path):
+    (tmp_path / "eval_results.json").write_text(json.dumps(RESULTS))
+    card = write_card(trained_adapter(), tmp_path, beside=tmp_path, repo_id="me/x").read_text()
+    assert "| humaneval | pass@1 | 0.432 ± 0.039 |" in card
+    assert ModelCard(card).data.model_name == "me/x"
+
+
+def test_a_card_that_fails_never_costs_the_run(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    (tmp_path / "eval_results.json").write_text("{")
+    trainer.save_model()
+    assert "card" in caplog.text
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "lori_config.json").is_file()
+
+
+def test_losses_are_thinned_to_a_short_table():
+    trainer = type("Trainer", (), {"phase": "adaptation"})()
+    facts = CardFacts.__new__(CardFacts)
+    facts.trainer, facts.facts = trainer, {}
+    log = [{"step": step, "loss": 1 / (step + 1)} for step in range(1000)] + [{"step": 999, "eval_loss": 0.5}]
+    facts.on_log(None, type("State", (), {"log_history": log, "global_step": 999, "epoch": 1.0})(), None)
+    losses = facts.facts["losses"]
+    assert len(losses) == 20
+    assert losses[0] == {"step": 0, "loss": 1.0, "eval_loss": None}
+    assert losses[-1] == {"step": 999, "loss": 0.001, "eval_loss": 0.5}
+
+
+def test_the_picture_is_the_same_every_time(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert draw_density({"code": masks()}, tmp_path / "a.png")
+    assert draw_density({"code": masks()}, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    everything = LoriMasks({path: torch.ones_like(mask) for path, mask in masks().items()}, task="code")
+    assert not draw_density({"code": everything}, tmp_path / "c.png")
