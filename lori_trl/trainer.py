@@ -13,10 +13,11 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
@@ -153,6 +154,7 @@ class LoriTrainerMixin:
             `RuntimeError`: the optimizer moved frozen entries.
         """
         phase, checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        self._check_sharding()
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
         with self._sparse_training(self.masks):
@@ -225,6 +227,20 @@ class LoriTrainerMixin:
             self.phase, self.args, self.train_dataset = "adaptation", args, rows
             if early_stopping is not None:
                 self.add_callback(early_stopping)
+
+    def _check_sharding(self) -> None:
+        """Refuse what would go wrong without a word where a model is sharded when training begins."""
+        if self.masks is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "FSDP and DeepSpeed shard a model once, for one set of trained parameters; calibration and adaptation "
+                "train two. Allowed is one phase. Calibrate on one process or with DDP, which leaves the masks in "
+                "`output_dir/calibration`, and pass that folder as `mask_name_or_path` here."
+            )
+        if is_deepspeed_zero3_enabled() and self.args.sparse_backend == "packed":
+            raise ValueError(
+                "`sparse_backend='packed'` reads B outside of its own module, where ZeRO-3 keeps it partitioned. "
+                "Allowed with ZeRO-3 is 'hook'. Pass `sparse_backend='hook'`, or use FSDP2 or ZeRO-2."
+            )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Exempt B from weight decay: it would pull the entries outside the mask towards zero."""
@@ -317,6 +333,7 @@ class LoriTrainerMixin:
             },
             "tasks": [{"task": task, "selected": task_masks.num_selected} for task, task_masks in masks.items()],
             "training": self.card_facts.facts,
+            "num_processes": self.args.world_size,
             "versions": {name: version(name) for name in ("lori_trl", "trl", "peft", "transformers", "torch")},
         }
 
@@ -433,26 +450,29 @@ class LoriTrainerMixin:
                 f"`resume_from_checkpoint=True`, but `output_dir={self.args.output_dir}` holds no complete "
                 "checkpoint. Allowed is a folder that an earlier run saved to. Leave it unset to start anew."
             )
-        phase = read_lori_config(found)["phase"]
+        phase = self._check_same_run(found)["phase"]
         if phase == "adaptation":
             self._resume_masks(found)
         return phase, str(found)
 
-    def _resume_masks(self, folder: Path) -> None:
-        config = read_lori_config(folder)
-        this_run = {
-            "sparsity": self.args.sparsity,
-            "granularity": self.args.mask_granularity,
-            "projection": self.projection,
-        }
-        for what, mine in this_run.items():
-            if config[what] != mine and self.masks is None:
+    def _check_same_run(self, folder: Path) -> dict[str, Any]:
+        """Return a checkpoint's `lori_config.json`; raise if it is not of a run like this one."""
+        theirs, mine = read_lori_config(folder), self.lori_config
+        theirs["base_model"] = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        mine["base_model"] = self.model.peft_config[self.adapter_name].base_model_name_or_path
+        if theirs["base_model"] and mine["base_model"]:  # a folder may have been moved
+            theirs["base_model"], mine["base_model"] = (Path(run["base_model"]).name for run in (theirs, mine))
+        for what in ("base_model", "task", "projection", "sparsity", "granularity", "num_processes"):
+            if theirs[what] != mine[what]:
                 raise ValueError(
-                    f"`{folder}` was trained with {what} {config[what]}, this run has {mine}. A run resumes with the "
-                    "base model, task, seed and sparsity that it began with. Correct these, or start anew in another "
-                    "`output_dir`."
+                    f"`{folder}` was trained with {what} {theirs[what]}, this run has {mine[what]}. A run resumes "
+                    "with the base model, task, seed, sparsity and number of processes that it began with. Correct "
+                    "these, or start anew in another `output_dir`."
                 )
-        self.calibration = config["calibration"]
+        return theirs
+
+    def _resume_masks(self, folder: Path) -> None:
+        self.calibration = self._check_same_run(folder)["calibration"]
         self.masks = self._adopt(LoriMasks.from_pretrained(folder, task=self.task_name))
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:

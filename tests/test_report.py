@@ -17,9 +17,7 @@ LLAMA_3_8B = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize(
-    ("rank", "lora", "lora_B", "selected"), [(32, 84e6, 44e6, 4.4e6), (64, 168e6, 88e6, 8.8e6)]
-)
+@pytest.mark.parametrize(("rank", "lora", "lora_B", "selected"), [(32, 84e6, 44e6, 4.4e6), (64, 168e6, 88e6, 8.8e6)])
 def test_llama_3_8b_has_the_papers_counts(rank, lora, lora_B, selected):
     """Table 1: LoRA 84M (1.03 %), LoRI-D 44M (0.54 %), LoRI-S 4.4M (0.05 %)."""
     counts = count_parameters(LLAMA_3_8B, LoraConfig(r=rank, target_modules="all-linear"), 0.9)

@@ -433,10 +433,35 @@ def test_a_checkpoint_of_another_run_is_refused(make_trainer, tmp_path):
         make_trainer().train(resume_from_checkpoint=True)
     make_trainer(save_strategy="steps", save_steps=2).train()
     kept = (tmp_path / "out" / "checkpoint-4" / "lori_config.json").read_text()
-    for changes, what in (({"sparsity": 0.5}, "sparsity 0.9, this run has 0.5"), ({"seed": 1}, "projection")):
+    for changes, what in (
+        ({"sparsity": 0.5}, "sparsity 0.9, this run has 0.5"),
+        ({"sparsity": 0.0}, "sparsity 0.9, this run has 0.0"),
+        ({"seed": 1}, "projection"),
+        ({"mask_granularity": "layer"}, "granularity model, this run has layer"),
+        ({"task_name": "math", "projection_seed": 5}, "task code, this run has math"),
+        ({"peft_config": lora_config(r=8)}, "projection"),
+    ):
         with pytest.raises(ValueError, match=f"was trained with {what}"):
             make_trainer(**changes).train(resume_from_checkpoint=True)
+    config = json.loads(kept)
+    (tmp_path / "out" / "checkpoint-4" / "lori_config.json").write_text(json.dumps(config | {"num_processes": 2}))
+    with pytest.raises(ValueError, match="was trained with num_processes 2, this run has 1"):
+        make_trainer().train(resume_from_checkpoint=True)
+    (tmp_path / "out" / "checkpoint-4" / "lori_config.json").write_text(kept)
     assert (tmp_path / "out" / "checkpoint-4" / "lori_config.json").read_text() == kept
+
+
+def test_a_checkpoint_of_another_base_is_refused(make_trainer, tmp_path, llama):
+    def base(name):
+        model = copy.deepcopy(llama)
+        model.config._name_or_path = model.name_or_path = name
+        return model
+
+    config = {"peft_config": lora_config(), "save_strategy": "steps", "save_steps": 2}
+    make_trainer(model=base("there/tiny-llama"), **config).train()
+    make_trainer(model=base("elsewhere/tiny-llama"), **config).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="was trained with base_model tiny-llama, this run has tiny-llama-instruct"):
+        make_trainer(model=base("there/tiny-llama-instruct"), **config).train(resume_from_checkpoint=True)
 
 
 # ---- continuing ----------------------------------------------------------------------------------------------------
