@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test lint format bench clean
 
 quickstart: .venv/installed .venv/smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
@@ -19,6 +19,10 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: .venv/installed .venv/smollm2
+	cd benchmarks && for script in selection storage step_time "step_time --dropout 0.05"; do \
+		set -- $$script; name=$$1; shift; ../$(BIN)/python $$name.py "$$@" || exit 1; done
 
 .venv/torch:
 	$(PYTHON) -m venv .venv

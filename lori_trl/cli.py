@@ -1,4 +1,4 @@
-"""The command line: `lori sft | recipes`, and `lori-sft`. Everything that prints is here."""
+"""The command line: `lori sft | recipes | push | export | expand`, and `lori-sft`. All that prints is here."""
 
 import argparse
 import os

@@ -10,9 +10,10 @@ trained.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.lora.variants import _register_frozen_peft_weight
@@ -133,9 +134,17 @@ class SparseLora(LoraVariant):
         values = getattr(module, VALUES)[active_adapter] if self.packed else None
         dropout = module.lora_dropout[active_adapter]
         drop_share = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _SparseBranch.apply(x, result, B, values, A, self.indices, module.scaling[active_adapter], drop_share)
+        device, base, W = x.device.type, module.get_base_layer(), None
+        autocast = torch.is_autocast_enabled(device)
+        if autocast:
+            x = x.to(torch.get_autocast_dtype(device))
+        elif x.requires_grad and x.dtype == base.weight.dtype and _is_plain(base):
+            # One backward function for the layer and its branch: the branch's part of the gradient is added in place.
+            result, W = result.detach(), base.weight
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            return _SparseBranch.apply(
+                x, result, B, values, A, W, self.indices, module.scaling[active_adapter], drop_share
+            )
 
     @property
     def packed(self) -> bool:
@@ -179,6 +188,13 @@ class SparseLora(LoraVariant):
         return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
+def _is_plain(base: nn.Module) -> bool:
+    """Say whether a frozen base layer is x W^T and nothing else, whose gradient for x is g W."""
+    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
+    trained = any(parameter.requires_grad for parameter in base.parameters())
+    return type(base) is nn.Linear and not hooks and not trained and not isinstance(base.weight, DTensor)
+
+
 def _flat_range(sharded: DTensor) -> tuple[int, int]:
     """Return which flat positions of a tensor sharded by rows this rank holds. Rows are dealt out as by `chunk`."""
     rows, ranks = sharded.shape[0], sharded.device_mesh.size()
@@ -196,6 +212,8 @@ class _SparseBranch(torch.autograd.Function):
     """
     result + scaling * dropout(x) A^T B^T, written into `result`.
 
+    Where the base layer's W is given, `result` is that layer's output, detached, and the backward pass that of both.
+
     For the backward pass it keeps x A^T (rank wide) and the positions that dropout zeroed; x itself is not
     needed, since A is frozen. B is the gradient's receiver if `values` is `None`, else `values` is.
     """
@@ -208,39 +226,45 @@ class _SparseBranch(torch.autograd.Function):
         B: Tensor,
         values: Tensor | None,
         A: Tensor,
+        W: Tensor | None,
         indices: Tensor | None,
         scaling: float,
         drop_share: float,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            if values is not None:
-                _fold(B, indices, values)
-            rows, dropped = x.reshape(-1, x.shape[-1]), None
-            if drop_share > 0:
-                dropped = _draw_dropped(x.numel(), drop_share, x.device)
-                rows = rows.flatten().index_fill(0, dropped, 0).view(rows.shape)
-                scaling = scaling / (1 - drop_share)
-            h = rows @ A.to(rows.dtype).T
-            ctx.save_for_backward(h, A, B, values, indices, dropped)
-            ctx.scaling, ctx.input_dtype, ctx.input_shape = scaling, x.dtype, x.shape
-            if result.dtype == h.dtype and result.is_contiguous():
-                ctx.mark_dirty(result)
-                result.view(-1, result.shape[-1]).addmm_(h, B.to(h.dtype).T, alpha=scaling)
-                return result
-            return result + (h @ B.to(h.dtype).T).mul_(scaling).view(result.shape)
+        if values is not None:
+            _fold(B, indices, values)
+        rows, dropped = x.reshape(-1, x.shape[-1]), None
+        if drop_share > 0:
+            dropped = _draw_dropped(x.numel(), drop_share, x.device)
+            rows = rows.flatten().index_fill(0, dropped, 0).view(rows.shape)
+            scaling = scaling / (1 - drop_share)
+        h = rows @ A.to(rows.dtype).T
+        ctx.save_for_backward(h, A, B, values, W, indices, dropped)
+        ctx.scaling, ctx.input_shape = scaling, x.shape
+        if result.dtype == h.dtype and result.is_contiguous():
+            ctx.mark_dirty(result)
+            result.view(-1, result.shape[-1]).addmm_(h, B.to(h.dtype).T, alpha=scaling)
+            return result
+        return result + (h @ B.to(h.dtype).T).mul_(scaling).view(result.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        h, A, B, values, indices, dropped = ctx.saved_tensors
+        h, A, B, values, W, indices, dropped = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1]).to(h.dtype)
         d_x = d_B = d_values = None
         if ctx.needs_input_grad[0]:
-            if values is not None:
+            if values is not None and dist.is_initialized():
                 _fold(B, indices, values)  # FSDP gathers B anew for the backward pass
-            d_x = (rows @ B.to(h.dtype)).mul_(ctx.scaling) @ A.to(h.dtype)
-            if dropped is not None:
-                d_x.view(-1).index_fill_(0, dropped, 0)
+            d_h, A = rows @ B.to(h.dtype), A.to(h.dtype)
+            if W is not None and dropped is None:
+                d_x = (rows @ W).addmm_(d_h, A, alpha=ctx.scaling)
+            else:
+                d_x = d_h.mul_(ctx.scaling) @ A
+                if dropped is not None:
+                    d_x.view(-1).index_fill_(0, dropped, 0)
+                if W is not None:
+                    d_x.addmm_(rows, W)
             d_x = d_x.view(ctx.input_shape)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             d_B = rows.T @ h
@@ -249,7 +273,7 @@ class _SparseBranch(torch.autograd.Function):
                 d_B = None
             else:
                 d_B = d_B.mul_(ctx.scaling).to(B.dtype)
-        return d_x, gradient, d_B, d_values, None, None, None, None
+        return d_x, gradient if W is None else None, d_B, d_values, None, None, None, None, None
 
 
 def _draw_dropped(numel: int, drop_share: float, device: torch.device) -> Tensor:

@@ -294,7 +294,9 @@ class LoriTrainerMixin:
     def _adopt(self, masks: LoriMasks) -> LoriMasks:
         """Take masks from a file as this task's."""
         masks.check_shapes({path: weight.shape for path, weight in self.weights.items()})
-        if masks.projection is None or masks.projection["fingerprint"] != self.projection["fingerprint"]:
+        theirs, mine = masks.projection or {"fingerprint": None, "seed": None}, self.projection
+        same_draw = mine["seed"] is not None and (theirs["seed"], theirs["init"]) == (mine["seed"], mine["init"])
+        if theirs["fingerprint"] != mine["fingerprint"] and not same_draw:  # one of them may be rounded to bfloat16
             logger.warning(
                 "The masks were not calibrated on this adapter's A, so their entries stand for other random "
                 "directions. To calibrate on this adapter, leave `mask_name_or_path` unset; for a fresh adapter, "
@@ -333,7 +335,6 @@ class LoriTrainerMixin:
             },
             "tasks": [{"task": task, "selected": task_masks.num_selected} for task, task_masks in masks.items()],
             "training": self.card_facts.facts,
-            "num_processes": self.args.world_size,
             "versions": {name: version(name) for name in ("lori_trl", "trl", "peft", "transformers", "torch")},
         }
 
@@ -459,6 +460,7 @@ class LoriTrainerMixin:
         """Return a checkpoint's `lori_config.json`; raise if it is not of a run like this one."""
         theirs, mine = read_lori_config(folder), self.lori_config
         theirs["base_model"] = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        theirs["num_processes"], mine["num_processes"] = theirs["training"]["world_size"], self.args.world_size
         mine["base_model"] = self.model.peft_config[self.adapter_name].base_model_name_or_path
         if theirs["base_model"] and mine["base_model"]:  # a folder may have been moved
             theirs["base_model"], mine["base_model"] = (Path(run["base_model"]).name for run in (theirs, mine))

@@ -38,7 +38,9 @@ def test_python_snippets(workplace, model_folder):
     assert names["model"].peft_config["default"].r == 32
 
 
-def test_commands(workplace, model_folder):
+def test_commands(workplace, model_folder, monkeypatch):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
     commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
     commands += [shlex.split(" ".join(text.split())) for text in re.findall(r"`(lori[- ][^`]+?)`", README)]
     ran = set()
@@ -48,9 +50,14 @@ def test_commands(workplace, model_folder):
         elif program == "lori":
             assert main(arguments) == 0
         elif program == "lori-sft":
-            assert sft([*arguments, "--model_name_or_path", str(model_folder)]) == 0
+            on_gpus = "quickstart.yaml" not in arguments  # 8B and 70B: checked as far as their counts
+            arguments += ["--model_name_or_path", str(model_folder), *["--dry-run"] * on_gpus]
+            assert sft(arguments) == 0
+            if "--accelerate_config" in arguments:
+                assert sft(launched[-1].training_script_args[1:]) == 0
         ran.add(" ".join([program, *arguments[:2]]))
     assert {"make quickstart", "make test", "lori recipes list", "lori-sft --recipe quickstart.yaml"} <= ran
+    assert len(launched) == 2 and [launch.num_processes for launch in launched] == [8, 8]
     assert os.path.isfile("quickstart-lori/adapter_model.safetensors")
 
 

@@ -11,7 +11,7 @@ ALL = sorted(shipped_folder("recipes").rglob("*.yaml"))
 
 
 def test_every_recipe_is_listed():
-    assert len(ALL) == 3 and {file.name for file in list_recipes()} == {file.name for file in ALL}
+    assert len(ALL) == 4 and {file.name for file in list_recipes()} == {file.name for file in ALL}
 
 
 @pytest.mark.parametrize("file", ALL, ids=lambda file: file.stem)

@@ -444,7 +444,8 @@ def test_a_checkpoint_of_another_run_is_refused(make_trainer, tmp_path):
         with pytest.raises(ValueError, match=f"was trained with {what}"):
             make_trainer(**changes).train(resume_from_checkpoint=True)
     config = json.loads(kept)
-    (tmp_path / "out" / "checkpoint-4" / "lori_config.json").write_text(json.dumps(config | {"num_processes": 2}))
+    config["training"]["world_size"] = 2
+    (tmp_path / "out" / "checkpoint-4" / "lori_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="was trained with num_processes 2, this run has 1"):
         make_trainer().train(resume_from_checkpoint=True)
     (tmp_path / "out" / "checkpoint-4" / "lori_config.json").write_text(kept)
