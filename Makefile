@@ -9,14 +9,14 @@ BIN := .venv/bin
 quickstart: .venv/installed .venv/smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
 
-test: .venv/installed .venv/smollm2
+test: .venv/dev .venv/smollm2
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest
 
-lint: .venv/installed
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: .venv/installed
+format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -30,6 +30,10 @@ bench: .venv/installed .venv/smollm2
 	touch $@
 
 .venv/installed: .venv/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[plots]"
+	touch $@
+
+.venv/dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 

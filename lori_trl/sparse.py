@@ -143,7 +143,7 @@ class SparseLora(LoraVariant):
             result, W = result.detach(), base.weight
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
             return _SparseBranch.apply(
-                x, result, B, values, A, W, self.indices, module.scaling[active_adapter], drop_share
+                result, x, B, values, A, W, self.indices, module.scaling[active_adapter], drop_share
             )
 
     @property
@@ -221,8 +221,8 @@ class _SparseBranch(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
+        result: Tensor,  # first, as autograd wants it where it is a view that is written to
         x: Tensor,
-        result: Tensor,
         B: Tensor,
         values: Tensor | None,
         A: Tensor,
@@ -253,7 +253,7 @@ class _SparseBranch(torch.autograd.Function):
         h, A, B, values, W, indices, dropped = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1]).to(h.dtype)
         d_x = d_B = d_values = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             if values is not None and dist.is_initialized():
                 _fold(B, indices, values)  # FSDP gathers B anew for the backward pass
             d_h, A = rows @ B.to(h.dtype), A.to(h.dtype)
@@ -273,7 +273,7 @@ class _SparseBranch(torch.autograd.Function):
                 d_B = None
             else:
                 d_B = d_B.mul_(ctx.scaling).to(B.dtype)
-        return d_x, gradient if W is None else None, d_B, d_values, None, None, None, None, None
+        return gradient if W is None else None, d_x, d_B, d_values, None, None, None, None, None
 
 
 def _draw_dropped(numel: int, drop_share: float, device: torch.device) -> Tensor:

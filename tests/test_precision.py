@@ -165,3 +165,61 @@ def test_dpo_through_the_mixin(llama, tokenizer, tmp_path):
     assert "calibration_train_loss" in output.metrics
     trainer.save_model()
     assert (tmp_path / "out" / "masks" / "preferences.safetensors").is_file()
+
+
+# ---- other architectures -------------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 1,
+}
+
+
+def build(architecture):
+    import transformers
+
+    config_class, model_class, config = {
+        "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 100}),
+        "phi3": ("Phi3Config", "Phi3ForCausalLM", SMALL),
+        "llama": ("LlamaConfig", "LlamaForCausalLM", SMALL | {"attention_bias": True, "mlp_bias": True}),
+        "mixtral": ("MixtralConfig", "MixtralForCausalLM", SMALL | {"num_local_experts": 2}),
+    }[architecture]
+    torch.manual_seed(0)
+    return getattr(transformers, model_class)(getattr(transformers, config_class)(**config))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules", "projections_found"),
+    [
+        ("gpt2", ["c_attn", "c_fc"], {"c_attn", "c_fc"}),
+        ("llama", ["q_proj", "up_proj"], {"q_proj", "up_proj"}),
+        ("phi3", "all-linear", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+        ("mixtral", ["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+    ],
+)
+def test_fused_and_otherwise_named_modules(make_trainer, architecture, modules, projections_found):
+    config = lora_config(target_modules=modules, fan_in_fan_out=architecture == "gpt2")
+    trained = {}
+    for backend in ("hook", "packed"):
+        trainer = make_trainer(model=build(architecture), peft_config=config, sparse_backend=backend)
+        trainer.train()
+        check_trained(trainer)
+        trained[backend] = trainer
+    for path, weight in trained["hook"].weights.items():
+        torch.testing.assert_close(trained["packed"].weights[path], weight, rtol=1e-3, atol=1e-5)
+    assert trained["packed"].masks == trained["hook"].masks
+    assert set(trainer.masks.by_projection()) == projections_found
+    assert set(trainer.masks.by_layer()) == {0, 1}
+
+
+def test_fused_experts_are_refused(make_trainer):
+    config = lora_config(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(ValueError, match=r"not linear layers: .*experts.*leave `target_parameters` unset"):
+        make_trainer(model=build("mixtral"), peft_config=config)
