@@ -138,7 +138,7 @@ class SparseLora(LoraVariant):
         autocast = torch.is_autocast_enabled(device)
         if autocast:
             x = x.to(torch.get_autocast_dtype(device))
-        elif x.requires_grad and x.dtype == base.weight.dtype and _is_plain(base):
+        elif x.requires_grad and x.dtype == base.weight.dtype and len(module.active_adapters) == 1 and _is_plain(base):
             # One backward function for the layer and its branch: the branch's part of the gradient is added in place.
             result, W = result.detach(), base.weight
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
@@ -254,7 +254,7 @@ class _SparseBranch(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1]).to(h.dtype)
         d_x = d_B = d_values = None
         if ctx.needs_input_grad[1]:
-            if values is not None and dist.is_initialized():
+            if values is not None and dist.is_available() and dist.is_initialized():
                 _fold(B, indices, values)  # FSDP gathers B anew for the backward pass
             d_h, A = rows @ B.to(h.dtype), A.to(h.dtype)
             if W is not None and dropped is None:

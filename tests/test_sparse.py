@@ -213,6 +213,21 @@ def test_another_adapter_and_back(adapted):
     torch.testing.assert_close(loss(adapted), expected)
 
 
+@pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]])
+def test_beside_another_active_adapter(adapted, order):
+    """Gradients pass through the other adapter's branch too, whichever comes first."""
+    adapted.add_adapter("other", lora_config(init_lora_weights=False))
+    adapted.base_model.set_adapter(order)
+    embeddings = adapted.get_input_embeddings()
+    embeddings.weight.requires_grad_()
+    loss(adapted).backward()
+    expected = embeddings.weight.grad.clone()
+    adapted.zero_grad()
+    with sparse_training(adapted, "default", random_masks(adapted)):
+        loss(adapted).backward()
+    torch.testing.assert_close(embeddings.weight.grad, expected, rtol=1e-4, atol=1e-7)
+
+
 def test_deleting_the_adapter_takes_the_values_along(adapted):
     adapted.add_adapter("other", lora_config())
     layer = next(iter(lora_layers(adapted, "default").values()))
