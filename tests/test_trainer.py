@@ -2,12 +2,14 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import lora_config
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig
@@ -180,6 +182,9 @@ def test_only_B_is_trained_and_without_weight_decay(make_trainer):
     trainer = make_trainer(weight_decay=0.1)
     trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trainable and all(".lora_B." in name for name in trainable)
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors")
+    for path, weight in trainer.weights.items():
+        assert torch.equal(best[f"base_model.model.{path}.lora_B.weight"], weight)
     for group in trainer.create_optimizer().param_groups:
         assert group["weight_decay"] == 0 or not group["params"]
 
@@ -271,6 +276,8 @@ def test_early_stopping_and_evaluation_stay_out_of_the_calibration(make_trainer,
         eval_steps=2,
         save_strategy="steps",
         save_steps=2,
+        save_total_limit=1,
+        learning_rate=0.5,  # so high that the last step is not the best one
         load_best_model_at_end=True,
         metric_for_best_model="loss",
         eval_dataset=rows.select(range(4)),
@@ -279,6 +286,9 @@ def test_early_stopping_and_evaluation_stay_out_of_the_calibration(make_trainer,
     assert any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
     trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert trainable and all(".lora_B." in name for name in trainable)
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors")
+    for path, weight in trainer.weights.items():
+        assert torch.equal(best[f"base_model.model.{path}.lora_B.weight"], weight)
 
 
 def test_given_masks_skip_the_calibration_and_bring_their_A(make_trainer, adapter_folder):
