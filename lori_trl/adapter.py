@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,6 +89,9 @@ def save_lori_adapter(
         state_dict (`Mapping[str, Tensor]`, *optional*): the gathered weights, where the model is sharded.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the tokenizer to put beside.
         recipe (`Mapping[str, Any]`, *optional*): the recipe as it was run.
+
+    Raises:
+        `RuntimeError`: a tensor of the adapter is missing or incomplete. Nothing is replaced then.
     """
     with staged(folder) as stage:
         model.save_pretrained(stage, selected_adapters=[adapter_name], state_dict=state_dict)
@@ -95,6 +99,7 @@ def save_lori_adapter(
             for file in (stage / adapter_name).iterdir():
                 file.rename(stage / file.name)
             (stage / adapter_name).rmdir()
+        _check_complete(stage / PEFT_FILES[1], model, adapter_name)
         for task_masks in masks.values():
             task_masks.save_pretrained(stage)
         if processing_class is not None:
@@ -112,6 +117,23 @@ def save_lori_adapter(
         drawn = (stage / PICTURE_NAME).is_file()
     if not drawn:
         (Path(folder) / PICTURE_NAME).unlink(missing_ok=True)  # that of masks before these
+
+
+def _check_complete(file: Path, model: PeftModel, adapter_name: str) -> None:
+    """Raise `RuntimeError` unless a file has every A and B of an adapter, whole: gathering shards can go wrong."""
+    expected = {}
+    for path, layer in lora_layers(model, adapter_name).items():
+        for name, part in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            expected[f"base_model.model.{path}.{name}.weight"] = list(part[adapter_name].weight.shape)
+    with safe_open(file, framework="pt") as opened:
+        found = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    wrong = [name for name, shape in expected.items() if found.get(name) != shape]
+    if wrong:
+        raise RuntimeError(
+            f"Of the adapter's {len(expected)} tensors, {len(wrong)} are missing or incomplete: "
+            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}. A save needs all of them, whole; nothing was "
+            "replaced. With FSDP, set `fsdp_state_dict_type: FULL_STATE_DICT` in the launch file."
+        )
 
 
 def read_lori_config(folder: str | Path) -> dict[str, Any]:

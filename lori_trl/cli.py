@@ -383,7 +383,8 @@ def _bad_input(program: str, errors: tuple[type[Exception], ...] = (ValueError, 
     try:
         yield
     except errors as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -136,6 +136,25 @@ def test_a_failing_save_leaves_the_old_adapter_whole(make_trainer, tmp_path, mon
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
 
 
+@pytest.mark.parametrize("fault", ["missing", "half"])
+def test_a_save_that_is_not_whole_is_no_save(make_trainer, tmp_path, fault):
+    trainer = make_trainer(max_steps=1, calibration_max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    state = dict(trainer.model.state_dict())
+    name = next(name for name in state if "lora_B" in name)
+    if fault == "missing":
+        del state[name]
+    else:
+        state[name] = state[name][: state[name].shape[0] // 2]
+    with pytest.raises(
+        RuntimeError, match="Of the adapter's 28 tensors, 1 are missing or incomplete: base_model.*FULL"
+    ):
+        trainer._save(state_dict=state)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+
+
 def test_staging_replaces_the_config_last(tmp_path, monkeypatch):
     order = []
     replace = os.replace
