@@ -182,9 +182,6 @@ def test_only_B_is_trained_and_without_weight_decay(make_trainer):
     trainer = make_trainer(weight_decay=0.1)
     trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trainable and all(".lora_B." in name for name in trainable)
-    best = load_file(Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors")
-    for path, weight in trainer.weights.items():
-        assert torch.equal(best[f"base_model.model.{path}.lora_B.weight"], weight)
     for group in trainer.create_optimizer().param_groups:
         assert group["weight_decay"] == 0 or not group["params"]
 
