@@ -357,9 +357,14 @@ class LoriTrainerMixin:
             )
 
     def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
-        """Write LoRI's card in place of TRL's, in `output_dir`. Its facts come from the run; a failure is logged."""
+        """
+        Write LoRI's card in place of TRL's, with the adapter, in `output_dir`. Its facts come from the run.
+
+        TRL calls this before every checkpoint, too. Those bring their own card: nothing is saved twice then.
+        """
         self.card_facts.name_dataset(dataset_name)
-        self.save_model(_internal_call=True)
+        if not self.is_in_train:
+            self.save_model(_internal_call=True)
 
     # ---- the Hub -----------------------------------------------------------------------------------------------
 
@@ -443,7 +448,8 @@ class LoriTrainerMixin:
         else:
             found = _last_complete_checkpoint(Path(self.args.output_dir))
             if found is None and (calibration / "masks" / f"{self.task_name}.safetensors").is_file():
-                self._resume_masks(calibration)  # killed between the calibration's end and the first checkpoint
+                # Killed between the calibration's end and the first checkpoint.
+                self._resume_masks(calibration, self._check_same_run(calibration))
                 return None, None
             found = found or _last_complete_checkpoint(calibration)
         if found is None:
@@ -451,10 +457,10 @@ class LoriTrainerMixin:
                 f"`resume_from_checkpoint=True`, but `output_dir={self.args.output_dir}` holds no complete "
                 "checkpoint. Allowed is a folder that an earlier run saved to. Leave it unset to start anew."
             )
-        phase = self._check_same_run(found)["phase"]
-        if phase == "adaptation":
-            self._resume_masks(found)
-        return phase, str(found)
+        config = self._check_same_run(found)
+        if config["phase"] == "adaptation":
+            self._resume_masks(found, config)
+        return config["phase"], str(found)
 
     def _check_same_run(self, folder: Path) -> dict[str, Any]:
         """Return a checkpoint's `lori_config.json`; raise if it is not of a run like this one."""
@@ -473,17 +479,19 @@ class LoriTrainerMixin:
                 )
         return theirs
 
-    def _resume_masks(self, folder: Path) -> None:
-        self.calibration = self._check_same_run(folder)["calibration"]
+    def _resume_masks(self, folder: Path, config: dict[str, Any]) -> None:
+        self.calibration = config["calibration"]
         self.masks = self._adopt(LoriMasks.from_pretrained(folder, task=self.task_name))
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
-        freeze_projections(self.model, self.adapter_name)
-        refresh_values(self.model, self.adapter_name)
+        self._take_over_loaded_adapter()
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        self._take_over_loaded_adapter()
+
+    def _take_over_loaded_adapter(self) -> None:
         freeze_projections(self.model, self.adapter_name)
         refresh_values(self.model, self.adapter_name)
 

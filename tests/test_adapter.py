@@ -75,6 +75,7 @@ def test_checkpoints_hold_the_same(make_trainer, tmp_path):
         names = {file.name for file in (tmp_path / "out" / folder).iterdir()}
         assert {"adapter_model.safetensors", "adapter_config.json", "lori_config.json", "README.md"} <= names
         assert "training_args.bin" not in names
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()  # a checkpoint is saved once, in its folder
     assert LoriMasks.from_pretrained(tmp_path / "out" / "checkpoint-4").num_selected > 0
 
 
