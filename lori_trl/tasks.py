@@ -104,7 +104,11 @@ TASKS: dict[str, Task] = {
             "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/main/data/training/"
             "saferpaca_Instructions_2000.json",
             # Its files have no header line: without names, the first instruction of each would become one.
-            (Benchmark("hex_phi", "LLM-Tuning-Safety/HEx-PHI", load={"column_names": ["instruction"]}, gated=True),),
+            (
+                Benchmark(
+                    "hex_phi", "LLM-Tuning-Safety/HEx-PHI", load={"names": ["instruction"], "header": None}, gated=True
+                ),
+            ),
         ),
     )
 }
