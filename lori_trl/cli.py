@@ -269,6 +269,10 @@ def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, A
     for config in configs:
         set_here = {key: value for key, value in vars(config).items() if key in given}
         recipe |= {key: value.value if isinstance(value, Enum) else value for key, value in set_here.items()}
+    for one, other in (("dataset_path", "dataset_name"), ("dataset_name", "dataset_path")):
+        if one in given and other not in given:  # one's own data in place of the recipe's
+            setattr(script, other, None)
+            recipe.pop(other, None)
     for secret_or_ours in ("hub_token", "env", "recipe", "dry_run"):
         recipe.pop(secret_or_ours, None)
     script.recipe = str(file) if name is not None else None
@@ -310,7 +314,7 @@ def _build_trainer(script, args, model_args):
     from .tasks import data_name, load_training_data
     from .trainer import LoriSFTTrainer
 
-    data = load_training_data(script)
+    data = load_training_data(script, args.dataset_text_field)
     evaluated = args.eval_strategy != "no" or args.eval_on_start
     if evaluated and script.dataset_test_split not in data:
         raise ValueError(
