@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import lora_config  # noqa: F401  (puts this folder on the path for all tests alike)
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl.scripts.sft import main as trl_sft
 from trl.scripts.sft import make_parser as trl_parser
@@ -229,6 +230,26 @@ def test_continual_recipes_run(name, driven):
     output = driven(name, "--adapter_name_or_path", str(start))
     check_run(output, name, 32, 64)
     assert [task["task"] for task in json.loads((output / "lori_config.json").read_text())["tasks"]][0] == "safety"
+
+
+def test_continual_learning_on_a_given_mask_as_the_header_says(driven):
+    """Safety and code trained on one A: the code mask fits, and entries outside it keep their safety values."""
+    same = ("--projection_seed", "7")
+    safety, code = driven("safety_lori_s", *same, to="safety"), driven("code_lori_s", *same, to="code")
+    given = ("--adapter_name_or_path", str(safety), "--mask_name_or_path", str(code))
+    output = driven("continual_safety_code_lori_s", *given, to="safety-code")
+    runs = [json.loads((folder / "lori_config.json").read_text()) for folder in (safety, code, output)]
+    assert len({run["projection"]["fingerprint"] for run in runs}) == 1
+    mask = LoriMasks.from_pretrained(output, task="code")
+    assert mask == LoriMasks.from_pretrained(code)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (safety, output))
+    moved = 0
+    for path, selected in mask.items():
+        key = f"base_model.model.{path}.lora_B.weight"
+        changed = before[key] != after[key]
+        assert not changed[~selected].any()
+        moved += changed.sum()
+    assert moved > 0
 
 
 def test_loraf_recipes_run_one_after_the_other(driven):
