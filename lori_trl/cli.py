@@ -190,13 +190,15 @@ def _recipes(options: argparse.Namespace) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(box=None, title="`lori recipes show NAME` prints one", title_justify="left")
-        for column in ("recipe", "task", "base", "variant", "rank", "source", "measured here"):
-            table.add_column(column, no_wrap=column == "recipe")
+        table = Table("recipe", "task", "base", "variant", "rank", "source", box=None, padding=(0, 1, 0, 0))
+        runs = []
         for file in list_recipes():
             if file.parent.name != "merge":  # `lori merge` has its own
-                table.add_row(file.name, *recipe_facts(file).values())
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+                *facts, measured = recipe_facts(file).values()
+                table.add_row(file.name, *facts)
+                runs += [f"run here: {file.name}: {measured}"] if measured else []
+        console = Console(width=max(Console().width, 104))  # no name is cut, in a pipe neither
+        console.print(table, *runs, sep="\n", highlight=False, soft_wrap=True)
         return
     file = find_recipe(options.recipe)
     if options.action == "show":

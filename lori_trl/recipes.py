@@ -85,8 +85,9 @@ def recipe_facts(file: Path) -> dict[str, str]:
     Say what a recipe is, from its keys and its header.
 
     Returns:
-        `dict[str, str]`: `task`, `base`, `variant`, `rank`, `source` (the header's `Reproduces:`), and `measured`, the
-        time and figures of a run in this project (the header's `Measured:`); empty where there is none.
+        `dict[str, str]`: `task`, `base`, `variant`, `rank` (`kept` where an adapter is continued), `source` (the
+        header's `Reproduces:`), and `measured`, the time and figures of a run in this project (the header's
+        `Measured:`); empty where there is none.
     """
     recipe, text = read_recipe(file), file.read_text(encoding="utf-8")
     header = dict(re.findall(r"^# (\w+): +(.+)$", text, flags=re.MULTILINE))
@@ -94,13 +95,13 @@ def recipe_facts(file: Path) -> dict[str, str]:
         variant = "DoRA" if recipe.get("use_dora") else "LoRA" if recipe.get("use_peft") else "full"
     else:
         variant = "LoRAF" if recipe.get("disjoint_masks") else "LoRI-S" if recipe.get("sparsity", 0.9) else "LoRI-D"
-    rank = "-" if variant == "full" else "the adapter's" if "adapter" in header.get("Needs", "") else ""
+    rank = "-" if variant == "full" else "kept" if "adapter" in header.get("Needs", "") else ""
     return {
         "task": recipe.get("task_name") or str(recipe.get("dataset_name", "")).removesuffix("-data"),
         "base": str(recipe.get("model_name_or_path", "")).rpartition("/")[2],
         "variant": variant,
         "rank": str(recipe.get("lora_r", rank)),
-        "source": re.split(r" \(|,|;", header.get("Reproduces", "").removeprefix("paper "))[0],
+        "source": header.get("Reproduces", "").removeprefix("paper ").partition(" (")[0],
         "measured": header.get("Measured", ""),
     }
 
