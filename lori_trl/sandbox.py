@@ -17,7 +17,6 @@ import collections
 import ctypes
 import errno
 import json
-import logging
 import os
 import select
 import signal
@@ -28,8 +27,6 @@ import types
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
-
-logger = logging.getLogger(__name__)
 
 LAYERS = ("pids", "mounts", "network", "nobody", "landlock", "seccomp")
 SETUP_SECONDS = 30  # from the start of a process until the sample's clock starts, on a machine that has much to do
@@ -43,7 +40,7 @@ class Outcome(NamedTuple):
     """Hold the verdict on one program.
 
     passed (`bool`): whether all tests passed within the limits.
-    reason (`str`): `"passed"`, `"timed out"`, `"memory"` or `"failed: ..."`, what follows being at most 300 characters.
+    reason (`str`): `"passed"`, `"timed out"`, `"memory"` or `"failed: ..."`, of at most 300 printable characters.
     """
 
     passed: bool
@@ -142,7 +139,6 @@ def isolation() -> dict[str, tuple[str, ...]]:
         "no reading of the user's files": ("mounts", "landlock"),
         "no further processes, none left behind": ("pids", "seccomp"),
         "no hold on other processes": ("pids", "landlock", "seccomp"),
-        "no privileges": ("nobody", "seccomp"),
     }
     return {promise: tuple(layer for layer in layers if layer in _layers()) for promise, layers in by.items()}
 
@@ -155,6 +151,9 @@ def _layers() -> tuple[str, ...]:
             f"`sys.platform={sys.platform!r}` has none of the limits that generated code is run under. "
             "Linux has all of them, macOS some. Run the evaluation there, e.g. in WSL or a container."
         )
+    import logging
+
+    logger = logging.getLogger(__name__)
     program, test = "def f():\n    import colorsys\n    return 1", "def check(f): assert f() == 1"
     kept: tuple[str, ...] = ()
     refused = {}
@@ -179,7 +178,7 @@ def _layers() -> tuple[str, ...]:
 def _run(
     program: str, prompt: str, test: str, entry_point: str, timeout: float, memory_bytes: int, layers: tuple[str, ...]
 ) -> Outcome:
-    # Imported here, since the child would pay for them in every run.
+    # Imported here, as `logging` is above: the child would pay for them in every run.
     import subprocess
     import tempfile
 
@@ -210,7 +209,8 @@ def _run(
     verdict = json.loads(answer) if answer else {"error": errors.decode(errors="replace")[-2000:]}
     if "error" in verdict:
         raise RuntimeError(f"The sandbox could not be set up, so nothing was run: {verdict['error']}")
-    return Outcome(verdict["passed"], verdict["reason"])
+    # The reason may hold the program's own words.
+    return Outcome(verdict["passed"], "".join(c if c.isprintable() else " " for c in verdict["reason"])[:300])
 
 
 # ---- The supervisor
@@ -272,12 +272,12 @@ def _end(sample: int, wait: bool) -> int:
         pid, how = os.waitpid(sample, os.WNOHANG)
         status = how if pid else None
         time.sleep(0.001)
+    for kill in (os.killpg, os.kill) if status is None else (os.killpg,):
+        try:
+            kill(sample, signal.SIGKILL)
+        except ProcessLookupError:  # it has no group yet, or the group is empty
+            pass
     if status is None:
-        for kill in (os.killpg, os.kill):  # its group, where it has come so far as to have one
-            try:
-                kill(sample, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         _, status = os.waitpid(sample, 0)
     # In a process namespace all have died with their first. Elsewhere orphans come to the supervisor (subreaper).
     while True:
@@ -374,7 +374,7 @@ class CandidateError(Exception):
 
 
 class _NoAnswer(BaseException):
-    """Say that the sample has not answered as a function does: by no test to be caught as if it were the candidate's."""
+    """Say that the sample has not answered as a function does; no `except Exception` of a test may catch that."""
 
 
 def _test(job: dict, fault: str | None, tests: int, requests: int, replies: int, verdicts: int) -> None:
@@ -630,17 +630,9 @@ def _unpack(data: dict, objects: list) -> list:
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1,
-    2,
-    4,
-    8,
-    32,
-    4096,
-    16384,
-    1 << 18,
-)
-MNT_DETACH = 2
+NEW_NETWORK = CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 4096, 16384, 1 << 18, 2
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 # name: (x86_64, aarch64). All that a program of the standard library in one thread needs; all else is refused.
 SYSTEM_CALLS = """
@@ -672,16 +664,15 @@ def _confine(job: dict, scratch: str | None) -> None:
         "RLIMIT_CPU": seconds,
         "RLIMIT_FSIZE": MAX_FILE_BYTES,
         "RLIMIT_NOFILE": 64,
+        "RLIMIT_NPROC": 0,  # does not bind root
         "RLIMIT_AS": job["memory_bytes"],
     }
     folder = scratch
-    namespaces = CLONE_NEWNS * ("mounts" in layers) | (CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS) * (
-        "network" in layers
-    )
+    namespaces = (CLONE_NEWNS if "mounts" in layers else 0) | (NEW_NETWORK if "network" in layers else 0)
     if namespaces:
         _unshare(namespaces)
     if "mounts" in layers:
-        _change_root(scratch or "/tmp")
+        _change_root(os.getcwd())
         folder = scratch and "/scratch"
     elif scratch is None:
         os.chdir("/")
@@ -693,7 +684,6 @@ def _confine(job: dict, scratch: str | None) -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        limits["RLIMIT_NPROC"] = 0
     for name, most in limits.items():
         try:
             resource.setrlimit(getattr(resource, name), (most, most))
@@ -748,7 +738,8 @@ def _unshare(namespaces: int) -> None:
 def _readable() -> list[str]:
     """List the folders that Python itself reads: its library and the shared libraries."""
     own = [os.path.dirname(os.path.realpath(os.__file__)), os.path.join(sys.base_prefix, "lib")]
-    return [path for path in dict.fromkeys([*own, "/usr/lib", "/usr/lib64", "/lib", "/lib64"]) if os.path.isdir(path)]
+    paths = {*own, "/usr/lib", "/usr/lib64", "/lib", "/lib64"}
+    return sorted(filter(os.path.isdir, paths), key=len)  # what lies in another comes after it
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
@@ -764,16 +755,16 @@ def _change_root(root: str) -> None:
     _mount("none", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={SCRATCH_BYTES},nr_inodes=2000,mode=755")
     for path in paths:
         inside = root + path
-        if os.path.realpath(path) != path and any(os.path.realpath(path).startswith(other + "/") for other in paths):
-            os.makedirs(os.path.dirname(inside), exist_ok=True)
-            os.symlink(os.path.realpath(path), inside)
-            continue
-        if os.path.isdir(inside):  # below one that is there
+        if os.path.isdir(inside):  # within another
             continue
         os.makedirs(inside)
         _mount(path, inside, None, MS_BIND | MS_REC)
         given = os.statvfs(path).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)
         _mount("none", inside, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | given)
+    for path in paths:
+        for name in ("site-packages", "dist-packages", "python3/dist-packages"):  # may hold the tests' own text
+            if os.path.isdir(f"{root}{path}/{name}"):
+                _mount("none", f"{root}{path}/{name}", "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.mkdir(root + "/scratch")
     os.chdir(root)
     _check("pivot_root", _libc().syscall(*_call("pivot_root"), b".", b"."))
