@@ -206,7 +206,7 @@ def _run(
             raise
     if process.returncode < 0:
         return Outcome(False, f"failed: the supervisor was ended by signal {-process.returncode}")
-    verdict = json.loads(answer) if answer else {"error": errors.decode(errors="replace")[-2000:]}
+    verdict = json.loads(answer) if answer else {"error": errors.decode(errors="replace").strip().rpartition("\n")[2]}
     if "error" in verdict:
         raise RuntimeError(f"The sandbox could not be set up, so nothing was run: {verdict['error']}")
     # The reason may hold the program's own words.
@@ -226,13 +226,13 @@ def _supervise() -> None:
     # The tester comes first and reads the tests itself: no copy of them is in the memory that the sample inherits.
     tester = os.fork()
     if tester == 0:
-        _child(_test, job, None, (0, request_pipe[1], reply_pipe[0], verdict_pipe[1]))
+        _child(_test, job, False, (0, request_pipe[1], reply_pipe[0], verdict_pipe[1]))
     os.close(0)
     if "pids" in job["layers"]:
         _unshare(CLONE_NEWPID)
     sample = os.fork()
     if sample == 0:
-        _child(_serve, job, os.getcwd(), (request_pipe[0], reply_pipe[1]))
+        _child(_serve, job, True, (request_pipe[0], reply_pipe[1]))
     for end in (*request_pipe, *reply_pipe, verdict_pipe[1]):
         os.close(end)
     verdict = _await_verdict(verdict_pipe[0], job["timeout"])
@@ -309,13 +309,13 @@ def _descendants() -> list[int]:
     return found[1:]
 
 
-def _child(role, job: dict, scratch: str | None, fds: tuple[int, ...]) -> None:
+def _child(role, job: dict, has_scratch: bool, fds: tuple[int, ...]) -> None:
     """Confine this forked process and play its role; never return."""
     # An error before the role starts says that the sandbox is not up. The role's first frame says that it is.
     fault = None
     try:
         _keep_only(fds)
-        _confine(job, scratch)
+        _confine(job, has_scratch)
     except BaseException as error:
         fault = f"{type(error).__name__}: {error}"
     try:
@@ -350,6 +350,8 @@ def _serve(job: dict, fault: str | None, requests: int, replies: int) -> None:
             objects: list = []
             if candidate is None:
                 exec(compile(job["program"], "<candidate>", "exec", dont_inherit=True), module.__dict__)
+                if job["entry_point"] not in module.__dict__:
+                    raise NameError(f"the program defines no {job['entry_point']!r}")
                 candidate = module.__dict__[job["entry_point"]]
                 answer = {}
             else:
@@ -652,8 +654,11 @@ sched_yield 24 124, sched_getaffinity 204 123, getrandom 318 278, wait4 61 260, 
 AUDIT_ARCHITECTURE = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
-def _confine(job: dict, scratch: str | None) -> None:
-    """Take from this process all that it does not need; raise OSError if a layer of `job["layers"]` is refused."""
+def _confine(job: dict, has_scratch: bool) -> None:
+    """Take from this process all that it does not need; raise OSError if a layer of `job["layers"]` is refused.
+
+    The current folder is the scratch folder, before and, if `has_scratch`, after.
+    """
     import resource
 
     layers = job["layers"]
@@ -667,20 +672,18 @@ def _confine(job: dict, scratch: str | None) -> None:
         "RLIMIT_NPROC": 0,  # does not bind root
         "RLIMIT_AS": job["memory_bytes"],
     }
-    folder = scratch
+    if not has_scratch and "mounts" not in layers:
+        os.chdir("/")
     namespaces = (CLONE_NEWNS if "mounts" in layers else 0) | (NEW_NETWORK if "network" in layers else 0)
     if namespaces:
         _unshare(namespaces)
     if "mounts" in layers:
         _change_root(os.getcwd())
-        folder = scratch and "/scratch"
-    elif scratch is None:
-        os.chdir("/")
     if "nobody" in layers:
         if os.getuid() != 0:
             raise PermissionError("only root can become nobody")
-        if folder is not None:
-            os.chown(folder, NOBODY, NOBODY)
+        if has_scratch:
+            os.chown(".", NOBODY, NOBODY)
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -698,7 +701,7 @@ def _confine(job: dict, scratch: str | None) -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(PR_SET_DUMPABLE, 0)
     if "landlock" in layers:
-        _restrict_files(folder)
+        _restrict_files(has_scratch)
     if "seccomp" in layers:
         _restrict_system_calls()
 
@@ -776,8 +779,8 @@ def _call(name: str) -> tuple[ctypes.c_long]:
     return (ctypes.c_long({"pivot_root": (155, 41)}[name][AUDIT_ARCHITECTURE[os.uname().machine][0]]),)
 
 
-def _restrict_files(scratch: str | None) -> None:
-    """Landlock: read below Python's library, read and write files in the scratch folder, touch nothing else."""
+def _restrict_files(has_scratch: bool) -> None:
+    """Landlock: read below Python's library, read and write files in the current folder, touch nothing else."""
     long, libc = ctypes.c_long, _libc()
     abi = _check("landlock", libc.syscall(long(LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint(1)))
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
@@ -787,8 +790,8 @@ def _restrict_files(scratch: str | None) -> None:
     ruleset = libc.syscall(long(LANDLOCK_CREATE_RULESET), handled, ctypes.c_size_t(len(handled)), ctypes.c_uint(0))
     _check("landlock_create_ruleset", ruleset)
     rules = [(path, read_only) for path in _readable()]
-    if scratch is not None:
-        rules.append((scratch, read_only | write))
+    if has_scratch:
+        rules.append((".", read_only | write))
     for path, access in rules:
         folder = os.open(path, os.O_PATH)
         rule = struct.pack("=Qi", access, folder)
