@@ -29,6 +29,13 @@ from functools import cache
 from typing import NamedTuple
 
 LAYERS = ("pids", "mounts", "network", "nobody", "landlock", "seccomp")
+PROMISES = {
+    "no network": ("network", "seccomp"),
+    "no writes outside the scratch folder": ("mounts", "landlock"),
+    "no reading of the user's files": ("mounts", "landlock"),
+    "no signals to other processes, no tracing of them": ("pids", "seccomp"),
+    "no process left behind, not even by a fork that hides": ("pids", "seccomp"),
+}
 SETUP_SECONDS = 30  # from the start of a process until the sample's clock starts, on a machine that has much to do
 MAX_FRAME_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 16 * 2**20
@@ -130,17 +137,15 @@ def run_programs(
 def isolation() -> dict[str, tuple[str, ...]]:
     """Say what this machine enforces on a sample, and by what; an empty tuple means that nothing does.
 
-    Found by trial, once a process. The limits on time, address space, file size and open files, the empty environment
-    and the death of the sample itself at the end do not depend on it.
+    Found by trial, once a process. The limits on time, file size, open files and (not on macOS) address space, the
+    empty environment and the end of the sample itself do not depend on it. Where nothing enforces the last promise,
+    Linux's subreaper finds what a sample has left, and macOS finds what stayed in its process group.
+
+    The layers are `"pids"`, `"mounts"` and `"network"` (namespaces; `"mounts"` with a root of its own that holds
+    Python's library, read-only, and 32 MiB in memory), `"nobody"` (another user, where the caller is root),
+    `"landlock"` and `"seccomp"` (a list of the system calls that are allowed).
     """
-    by = {
-        "no network": ("network", "seccomp"),
-        "no writes outside the scratch folder": ("mounts", "landlock"),
-        "no reading of the user's files": ("mounts", "landlock"),
-        "no further processes, none left behind": ("pids", "seccomp"),
-        "no hold on other processes": ("pids", "landlock", "seccomp"),
-    }
-    return {promise: tuple(layer for layer in layers if layer in _layers()) for promise, layers in by.items()}
+    return {promise: tuple(layer for layer in layers if layer in _layers()) for promise, layers in PROMISES.items()}
 
 
 @cache
@@ -155,6 +160,9 @@ def _layers() -> tuple[str, ...]:
 
     logger = logging.getLogger(__name__)
     program, test = "def f():\n    import colorsys\n    return 1", "def check(f): assert f() == 1"
+    bare = _run(program, "", test, "f", SETUP_SECONDS, 2**30, ())
+    if not bare.passed:
+        raise RuntimeError(f"The sandbox does not work on this machine: {bare.reason}")
     kept: tuple[str, ...] = ()
     refused = {}
     for layer in LAYERS if sys.platform == "linux" else ():
@@ -167,10 +175,12 @@ def _layers() -> tuple[str, ...]:
         else:
             refused[layer] = outcome.reason
     logger.info("The sandbox for generated code uses %s; refused here: %s.", kept, refused)
-    if not {"network", "seccomp"} & {*kept} or not {"mounts", "landlock"} & {*kept}:
+    unmet = [promise for promise, layers in PROMISES.items() if not {*layers} & {*kept}]
+    if unmet:
         logger.warning(
-            "This machine confines generated code in part only (`lori_trl.sandbox.isolation()` says where): it may "
-            "reach the network or your files. Run the evaluation on Linux 5.13 or later, or in a container."
+            "This machine does not hold generated code to: %s. Run the evaluation on Linux 5.13 or later, or in a "
+            "container that holds nothing of worth.",
+            "; ".join(unmet),
         )
     return kept
 
@@ -182,7 +192,9 @@ def _run(
     import subprocess
     import tempfile
 
-    job = {"program": program, "timeout": timeout, "memory_bytes": memory_bytes, "layers": layers}
+    limits = {"timeout": timeout, "memory_bytes": memory_bytes, "layers": layers}
+    job = {"program": program, "entry_point": entry_point, **limits}
+    problem = {"prompt": prompt, "test": test, "entry_point": entry_point}
     with tempfile.TemporaryDirectory(prefix="lori-sandbox-", ignore_cleanup_errors=True) as scratch:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", __file__],
@@ -194,10 +206,7 @@ def _run(
             start_new_session=True,
         )
         try:
-            frames = _frame({**job, "entry_point": entry_point}) + _frame(
-                {"prompt": prompt, "test": test, "entry_point": entry_point}
-            )
-            answer, errors = process.communicate(frames, timeout + 2 * SETUP_SECONDS)
+            answer, errors = process.communicate(_frame(job) + _frame(problem), timeout + 2 * SETUP_SECONDS)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -239,13 +248,9 @@ def _supervise() -> None:
     os.kill(tester, signal.SIGKILL)
     status = _end(sample, wait=verdict.get("reason") == "ended")
     if verdict.get("reason") == "ended":
-        verdict["reason"] = "failed: " + (
-            f"the program was ended by signal {os.WTERMSIG(status)}"
-            if os.WIFSIGNALED(status)
-            else f"the program ended itself with exit code {os.waitstatus_to_exitcode(status)}"
-        )
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
-            verdict["reason"] = "timed out"
+        code = os.waitstatus_to_exitcode(status)
+        how = f"ended itself with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
+        verdict["reason"] = f"failed: the program {how}"
     os.write(1, json.dumps(verdict).encode())
 
 
@@ -275,7 +280,7 @@ def _end(sample: int, wait: bool) -> int:
     for kill in (os.killpg, os.kill) if status is None else (os.killpg,):
         try:
             kill(sample, signal.SIGKILL)
-        except ProcessLookupError:  # it has no group yet, or the group is empty
+        except (ProcessLookupError, PermissionError):  # no group yet, or one of the dead (on macOS not permitted)
             pass
     if status is None:
         _, status = os.waitpid(sample, 0)
@@ -332,7 +337,7 @@ def _keep_only(fds: tuple[int, ...]) -> None:
     for fd in sorted({*fds} - {0, 1, 2}):
         os.closerange(last + 1, fd)
         last = fd
-    os.closerange(last + 1, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(last + 1, 256)  # the supervisor was started with three, and has opened a few pipes
 
 
 # ---- The sample: executes the untrusted text, decides nothing
@@ -346,6 +351,7 @@ def _serve(job: dict, fault: str | None, requests: int, replies: int) -> None:
     sys.modules["candidate"] = module
     candidate = None
     while (request := _receive(requests)) is not None:
+        nonce = request["nonce"]
         try:
             objects: list = []
             if candidate is None:
@@ -353,18 +359,17 @@ def _serve(job: dict, fault: str | None, requests: int, replies: int) -> None:
                 if job["entry_point"] not in module.__dict__:
                     raise NameError(f"the program defines no {job['entry_point']!r}")
                 candidate = module.__dict__[job["entry_point"]]
-                answer = {}
+                reply = _frame({"nonce": nonce})
             else:
                 args, kwargs = _unpack(request["data"], objects)
-                answer = {"data": _pack([candidate(*args, **kwargs)], objects)}
-            reply = _frame({"nonce": request["nonce"], **answer})
+                reply = _frame({"nonce": nonce, "data": _pack([candidate(*args, **kwargs)], objects)})
         except BaseException as error:
             try:
                 message = str(error)[:200]
             except Exception:
                 message = ""
             names = [cls.__name__ for cls in type(error).__mro__]
-            reply = _frame({"nonce": request["nonce"], "raised": names, "message": message})
+            reply = _frame({"nonce": nonce, "raised": names, "message": message})
         _write(replies, reply)
 
 
@@ -373,10 +378,6 @@ def _serve(job: dict, fault: str | None, requests: int, replies: int) -> None:
 
 class CandidateError(Exception):
     """Stand for an exception of the sample's own making."""
-
-
-class _NoAnswer(BaseException):
-    """Say that the sample has not answered as a function does; no `except Exception` of a test may catch that."""
 
 
 def _test(job: dict, fault: str | None, tests: int, requests: int, replies: int, verdicts: int) -> None:
@@ -393,33 +394,23 @@ def _test(job: dict, fault: str | None, tests: int, requests: int, replies: int,
 
 
 def _judge(problem: dict, requests: int, replies: int) -> Outcome:
-    misconduct: list[_NoAnswer] = []
+    misconduct: list[NoAnswer] = []
 
-    def ask(question: dict) -> dict:
+    def candidate(*args, **kwargs):
         try:
-            return _ask(question, requests, replies)
-        except _NoAnswer as error:
+            return _call(args, kwargs, requests, replies)
+        except NoAnswer as error:
             misconduct.append(error)
             raise
 
-    def candidate(*args, **kwargs):
-        objects: list = []
-        reply = ask({"data": _pack([args, kwargs], objects)})
-        try:
-            (result,) = _unpack(reply["data"], objects)
-        except Exception as error:
-            misconduct.append(_NoAnswer(f"failed: an answer that is no plain data ({type(error).__name__})"))
-            raise misconduct[-1] from None
-        return result
-
     try:
-        ask({})
+        _ask({}, requests, replies)
         namespace = {"__name__": "tests"}
         exec(_compile(problem["prompt"]), namespace)
         namespace[problem["entry_point"]] = candidate
         exec(compile(problem["test"], "<test>", "exec", dont_inherit=True), namespace)
         namespace["check"](candidate)
-    except _NoAnswer as error:
+    except NoAnswer as error:
         return Outcome(False, str(error))
     except MemoryError:
         return Outcome(False, "memory")
@@ -436,8 +427,19 @@ def _compile(prompt: str) -> types.CodeType:
         return compile(prompt + "\n    pass\n", "<prompt>", "exec", dont_inherit=True)
 
 
+def _call(args: tuple, kwargs: dict, requests: int, replies: int) -> object:
+    """Call the sample's function; return its result, or raise the like of what it raised."""
+    objects: list = []
+    reply = _ask({"data": _pack([args, kwargs], objects)}, requests, replies)
+    try:
+        (result,) = _unpack(reply["data"], objects)
+    except Exception as error:
+        raise NoAnswer(f"failed: an answer that is none ({type(error).__name__})") from None
+    return result
+
+
 def _ask(question: dict, requests: int, replies: int) -> dict:
-    """Put one question to the sample; return its answer or raise what it raised."""
+    """Put one question to the sample, and make sure that the reply belongs to it."""
     nonce = os.urandom(8).hex()
     try:
         _send(requests, {"nonce": nonce, **question})
@@ -445,11 +447,11 @@ def _ask(question: dict, requests: int, replies: int) -> dict:
     except BrokenPipeError:
         reply = None
     except (ValueError, RecursionError) as error:
-        raise _NoAnswer(f"failed: {error}"[:300]) from None
+        raise NoAnswer(f"failed: {error}"[:300]) from None
     if reply is None:
-        raise _NoAnswer("ended")
+        raise NoAnswer("ended")
     if reply.get("nonce") != nonce:
-        raise _NoAnswer("failed: the program wrote into the channel of its answers")
+        raise NoAnswer("failed: the program wrote into the channel of its answers")
     if "raised" in reply:
         raise _raised(reply["raised"], reply.get("message"))
     return reply
@@ -468,16 +470,21 @@ def _raised(names: object, message: object) -> BaseException:
                 return cls(str(message)[:200])
             except TypeError:  # the Unicode errors take five arguments
                 continue
-    return _NoAnswer(f"failed: {said}")  # SystemExit and its like
+    # NoAnswer itself, SystemExit and its like
+    return NoAnswer(str(message)[:300] if names[:1] == ["NoAnswer"] else f"failed: {said}")
 
 
 # ---- Plain data across the pipe. Never pickle.
 
 
+class NoAnswer(BaseException):
+    """Say that no answer could be had as of a function. No `except Exception` of a test may take it for one."""
+
+
 def _frame(message: dict) -> bytes:
     body = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
     if len(body) > MAX_FRAME_BYTES:
-        raise ValueError(f"{len(body)} bytes of data in one call, over {MAX_FRAME_BYTES}")
+        raise NoAnswer(f"failed: {len(body)} bytes of data in one call, over {MAX_FRAME_BYTES}")
     return struct.pack(">I", len(body)) + body
 
 
@@ -502,13 +509,13 @@ def _read(fd: int, size: int) -> bytes | None:
 
 
 def _receive(fd: int) -> dict | None:
-    """Read one frame; None at the end of the stream, ValueError for what is none."""
+    """Read one frame; None at the end of the stream, NoAnswer or ValueError for what is none."""
     head = _read(fd, 4)
     if head is None:
         return None
     (size,) = struct.unpack(">I", head)
     if size > MAX_FRAME_BYTES:
-        raise ValueError(f"{size} bytes of data in one call, over {MAX_FRAME_BYTES}")
+        raise NoAnswer(f"failed: {size} bytes of data in one call, over {MAX_FRAME_BYTES}")
     body = _read(fd, size)
     message = None if body is None else json.loads(body)
     if message is not None and not isinstance(message, dict):
@@ -555,7 +562,7 @@ def _pack(values: list, objects: list) -> dict:
             return {"Fraction": [node(value.numerator), node(value.denominator)]}
         if hasattr(type(value), "__next__") or isinstance(value, type({}.values())):
             return {"iterator": [node(item) for item in value]}
-        raise TypeError(f"{type(value).__name__!r} is no plain data, which alone goes between program and tests")
+        raise NoAnswer(f"failed: {type(value).__name__!r} is no plain data, as alone goes between program and tests")
 
     packed = [node(value) for value in values]
     contents = []
@@ -651,6 +658,7 @@ gettid 186 178, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177
 getrusage 98 165, getrlimit 97 163, futex 202 98, set_robust_list 273 99, rseq 334 293, membarrier 324 283,
 sched_yield 24 124, sched_getaffinity 204 123, getrandom 318 278, wait4 61 260, exit 60 93, exit_group 231 94
 """
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 AUDIT_ARCHITECTURE = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
@@ -770,13 +778,9 @@ def _change_root(root: str) -> None:
                 _mount("none", f"{root}{path}/{name}", "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.mkdir(root + "/scratch")
     os.chdir(root)
-    _check("pivot_root", _libc().syscall(*_call("pivot_root"), b".", b"."))
+    _check("pivot_root", _libc().syscall(ctypes.c_long(PIVOT_ROOT[os.uname().machine]), b".", b"."))
     _check("umount", _libc().umount2(b".", MNT_DETACH))
     os.chdir("/scratch")
-
-
-def _call(name: str) -> tuple[ctypes.c_long]:
-    return (ctypes.c_long({"pivot_root": (155, 41)}[name][AUDIT_ARCHITECTURE[os.uname().machine][0]]),)
 
 
 def _restrict_files(has_scratch: bool) -> None:
