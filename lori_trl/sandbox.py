@@ -127,6 +127,7 @@ def run_programs(
     """
     from concurrent.futures import ThreadPoolExecutor
 
+    _layers()  # once, before there are threads
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
         yield from pool.map(lambda one: run_program(*one, timeout=timeout, memory_bytes=memory_bytes), programs)
@@ -246,8 +247,9 @@ def _supervise() -> None:
         os.close(end)
     verdict = _await_verdict(verdict_pipe[0], job["timeout"])
     os.kill(tester, signal.SIGKILL)
-    status = _end(sample, wait=verdict.get("reason") == "ended")
-    if verdict.get("reason") == "ended":
+    ended = verdict.get("reason") == "failed: the program ended"
+    status = _end(sample, wait=ended)
+    if ended:
         code = os.waitstatus_to_exitcode(status)
         how = f"ended itself with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
         verdict["reason"] = f"failed: the program {how}"
@@ -411,12 +413,12 @@ def _judge(problem: dict, requests: int, replies: int) -> Outcome:
         exec(compile(problem["test"], "<test>", "exec", dont_inherit=True), namespace)
         namespace["check"](candidate)
     except NoAnswer as error:
-        return Outcome(False, str(error))
+        return Outcome(False, f"failed: {error}")
     except MemoryError:
         return Outcome(False, "memory")
     except BaseException as error:
         return Outcome(False, f"failed: {type(error).__name__}: {str(error)[:200]}".removesuffix(": "))
-    return Outcome(False, str(misconduct[0])) if misconduct else Outcome(True, "passed")
+    return Outcome(False, f"failed: {misconduct[0]}") if misconduct else Outcome(True, "passed")
 
 
 def _compile(prompt: str) -> types.CodeType:
@@ -434,7 +436,7 @@ def _call(args: tuple, kwargs: dict, requests: int, replies: int) -> object:
     try:
         (result,) = _unpack(reply["data"], objects)
     except Exception as error:
-        raise NoAnswer(f"failed: an answer that is none ({type(error).__name__})") from None
+        raise NoAnswer(f"an answer that is none ({type(error).__name__})") from None
     return result
 
 
@@ -447,11 +449,11 @@ def _ask(question: dict, requests: int, replies: int) -> dict:
     except BrokenPipeError:
         reply = None
     except (ValueError, RecursionError) as error:
-        raise NoAnswer(f"failed: {error}"[:300]) from None
+        raise NoAnswer(str(error)) from None
     if reply is None:
-        raise NoAnswer("ended")
+        raise NoAnswer("the program ended")
     if reply.get("nonce") != nonce:
-        raise NoAnswer("failed: the program wrote into the channel of its answers")
+        raise NoAnswer("the program wrote into the channel of its answers")
     if "raised" in reply:
         raise _raised(reply["raised"], reply.get("message"))
     return reply
@@ -471,7 +473,7 @@ def _raised(names: object, message: object) -> BaseException:
             except TypeError:  # the Unicode errors take five arguments
                 continue
     # NoAnswer itself, SystemExit and its like
-    return NoAnswer(str(message)[:300] if names[:1] == ["NoAnswer"] else f"failed: {said}")
+    return NoAnswer(str(message) if names[:1] == ["NoAnswer"] else said)
 
 
 # ---- Plain data across the pipe. Never pickle.
@@ -484,7 +486,7 @@ class NoAnswer(BaseException):
 def _frame(message: dict) -> bytes:
     body = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
     if len(body) > MAX_FRAME_BYTES:
-        raise NoAnswer(f"failed: {len(body)} bytes of data in one call, over {MAX_FRAME_BYTES}")
+        raise NoAnswer(f"{len(body)} bytes of data in one call, over {MAX_FRAME_BYTES}")
     return struct.pack(">I", len(body)) + body
 
 
@@ -515,7 +517,7 @@ def _receive(fd: int) -> dict | None:
         return None
     (size,) = struct.unpack(">I", head)
     if size > MAX_FRAME_BYTES:
-        raise NoAnswer(f"failed: {size} bytes of data in one call, over {MAX_FRAME_BYTES}")
+        raise NoAnswer(f"{size} bytes of data in one call, over {MAX_FRAME_BYTES}")
     body = _read(fd, size)
     message = None if body is None else json.loads(body)
     if message is not None and not isinstance(message, dict):
@@ -562,7 +564,7 @@ def _pack(values: list, objects: list) -> dict:
             return {"Fraction": [node(value.numerator), node(value.denominator)]}
         if hasattr(type(value), "__next__") or isinstance(value, type({}.values())):
             return {"iterator": [node(item) for item in value]}
-        raise NoAnswer(f"failed: {type(value).__name__!r} is no plain data, as alone goes between program and tests")
+        raise NoAnswer(f"{type(value).__name__!r} is no plain data, as alone goes between program and tests")
 
     packed = [node(value) for value in values]
     contents = []

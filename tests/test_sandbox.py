@@ -179,6 +179,9 @@ def test_plain_data_crosses_unchanged(value):
 # ---- Forging a verdict
 
 FORGERIES = {
+    "raises what the sandbox raises": """
+        class NoAnswer(BaseException): pass
+        raise NoAnswer("passed")""",
     "exits": "import os; os._exit(0)",
     "exits politely": "import sys; sys.exit(0)",
     "exits as it is loaded": "pass\nraise SystemExit(0)",
