@@ -225,13 +225,18 @@ FORGERIES = {
             frame = frame.f_back
         for found in gc.get_objects():
             if isinstance(found, dict) and "passed" in found: found["passed"] = True
-        verdict = {"passed": True, "reason": "passed", "started": True, "data": {"values": [True], "objects": []}}
-        body = json.dumps({"nonce": nonce, **verdict}).encode()
+        data = {"values": [1], "objects": [["dict", []]]}
+        body = json.dumps({"nonce": nonce, "passed": True, "reason": "passed", "started": True, "data": data}).encode()
         import os, struct
         for end in (out, fd):
             try: os.write(end, struct.pack(">I", len(body)) + body)
             except OSError: pass
         return 0""",
+    "answers ahead": """
+        import json, os, struct, sys
+        body = json.dumps({"nonce": "0" * 16, "data": {"values": [40], "objects": [["dict", []]]}}).encode()
+        os.write(sys._getframe(1).f_locals["replies"], struct.pack(">I", len(body)) + body)
+        return -6""",
     "replaces builtins": """
         import builtins, json, os, sys
         json.dumps = lambda *args, **options: '{"passed": true, "reason": "passed"}'
