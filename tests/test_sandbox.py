@@ -485,13 +485,14 @@ def test_nothing_outlives_a_sample_that_forks(names, monkeypatch):
     assert escapees() == []
 
 
-def test_nothing_outlives_the_caller():
+def test_nothing_outlives_the_caller(tmp_path):
     """Killed outright, the caller cannot clean up; the kernel ends what it started."""
     if "pids" not in sandbox._layers():
         pytest.skip("without a process namespace the sample alone ends with the caller")
     program = textwrap.dedent(FORKS).replace("return [done]", "time.sleep(60); return [done]")
     call = f"_run({program!r}, '', 'def check(f): f()', 'attempts', 60, 2**30, ('pids',))"
-    with subprocess.Popen([sys.executable, "-c", f"from lori_trl.sandbox import _run; {call}"]) as caller:
+    command = [sys.executable, "-c", f"from lori_trl.sandbox import _run; {call}"]
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}) as caller:
         until(lambda: len(escapees()) > 1)
         caller.kill()
     until(lambda: escapees() == [])
