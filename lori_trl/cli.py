@@ -225,6 +225,7 @@ def _eval(options: argparse.Namespace) -> None:
     from .evaluation.harness import evaluate, load_tasks
     from .evaluation.loss import held_out_rows, measure_loss
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT and transformers about each other's names
     for name in ("limit", "batch_size", "max_new_tokens", "num_samples"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"`--{name} {value}` is too few. Allowed are 1 and more. Pass a positive number.")

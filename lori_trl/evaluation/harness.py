@@ -66,7 +66,7 @@ def load_tasks(
     _import_lm_eval(names)
     from lm_eval.tasks import TaskManager
 
-    with _quiet():
+    with _log_level("lm_eval", logging.ERROR):  # it warns of much that is meant here
         settings: dict[str, Any] = {"paths": {}, "limit": limit}
         manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=settings)
         members = {
@@ -133,7 +133,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet():
+    with _log_level("lm_eval", logging.ERROR):
         lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         for task in tasks.values():
             longest = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
@@ -142,17 +142,17 @@ def evaluate(
                     f"`--max_new_tokens {longest}` leaves no room for a prompt: the model takes {lm.max_length} "
                     f"tokens in all. Pass fewer, e.g. `--max_new_tokens {lm.max_length // 2}`."
                 )
-        logging.getLogger(HFLM.__module__).setLevel(logging.WARNING)  # it says when a prompt is cut
-        output = simple_evaluate(
-            lm,
-            tasks=list(tasks.values()),
-            confirm_run_unsafe_code=True,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with _log_level(HFLM.__module__, logging.WARNING):  # it says when a prompt is cut
+            output = simple_evaluate(
+                lm,
+                tasks=list(tasks.values()),
+                confirm_run_unsafe_code=True,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     results: dict[tuple[str, str], Result] = {}
     for name, task in tasks.items():
         for result in _results(task, output["results"][name], batch_size, seed):
@@ -164,11 +164,16 @@ def _results(task: "Task", output: Mapping[str, Any], batch_size: int, seed: int
     """Turn lm-eval's output for one task into results; `metric,filter` and `metric_stderr,filter` are its keys."""
     benchmark, paths = task.config.dataset_kwargs["benchmark"], task.config.metadata["paths"]
     rows = task.eval_docs
+    own = task.config.custom_dataset is benign_rows
     common = {
         "task": task.config.task_alias or task.config.task,
         "n": len(rows),
-        "dataset": None if benchmark in paths else _hub_name(BENCHMARKS[benchmark].source),
-        "data": {"source": _source(benchmark, paths), "rows": len(rows), "sha256": rows_hash(rows)},
+        "dataset": None if own or benchmark in paths else _hub_name(BENCHMARKS[benchmark].source),
+        "data": {
+            "source": BENIGN_FILE.name if own else _source(benchmark, paths),
+            "rows": len(rows),
+            "sha256": rows_hash(rows),
+        },
         "settings": {
             **{key: value for key, value in (task.config.generation_kwargs or {}).items() if key != "until"},
             "num_samples": task.config.repeats,
@@ -320,12 +325,11 @@ def _import_lm_eval(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _quiet():
-    """Let lm-eval log only errors meanwhile: it warns of much that is meant here."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _log_level(name: str, level: int):
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
