@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from rich.progress import track
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..recipes import nearest
 from ..sandbox import run_programs
@@ -130,7 +130,7 @@ def evaluate(
     Source: greedy decoding, 512 new tokens, left padding as in the authors' code, which goes on after the EOS and
     decodes prompt and answer together; here an answer ends at the EOS and stands alone.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
     with _log_level("lm_eval", logging.ERROR):
@@ -143,15 +143,9 @@ def evaluate(
                     f"tokens in all. Pass fewer, e.g. `--max_new_tokens {lm.max_length // 2}`."
                 )
         with _log_level(HFLM.__module__, logging.WARNING):  # it says when a prompt is cut
-            output = simple_evaluate(
-                lm,
-                tasks=list(tasks.values()),
-                confirm_run_unsafe_code=True,
-                log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+            set_seed(seed)
+            output = evaluator.evaluate(
+                lm=lm, task_dict={"tasks": dict(tasks)}, log_samples=False, confirm_run_unsafe_code=True
             )
     results: dict[tuple[str, str], Result] = {}
     for name, task in tasks.items():
@@ -165,15 +159,12 @@ def _results(task: "Task", output: Mapping[str, Any], batch_size: int, seed: int
     benchmark, paths = task.config.dataset_kwargs["benchmark"], task.config.metadata["paths"]
     rows = task.eval_docs
     own = task.config.custom_dataset is benign_rows
+    source = BENIGN_FILE.name if own else _source(benchmark, paths)
     common = {
         "task": task.config.task_alias or task.config.task,
         "n": len(rows),
         "dataset": None if own or benchmark in paths else _hub_name(BENCHMARKS[benchmark].source),
-        "data": {
-            "source": BENIGN_FILE.name if own else _source(benchmark, paths),
-            "rows": len(rows),
-            "sha256": rows_hash(rows),
-        },
+        "data": {"source": source, "rows": len(rows), "sha256": rows_hash(rows)},
         "settings": {
             **{key: value for key, value in (task.config.generation_kwargs or {}).items() if key != "until"},
             "num_samples": task.config.repeats,

@@ -149,6 +149,7 @@ _REFUSAL_KEYWORDS = (
         "i'm not able",
         "i won't",
         "i will not",
+        "not allowed",
         "i must decline",
     ),
     *("i don't think", "i do not", "as an ai", "as a language model", "as an assistant", "i'm an ai", "just an ai"),
