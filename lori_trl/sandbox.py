@@ -17,7 +17,6 @@ import collections
 import ctypes
 import errno
 import json
-import logging
 import os
 import select
 import signal
@@ -29,9 +28,14 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
-logger = logging.getLogger(__name__)
-
 LAYERS = ("pids", "mounts", "network", "nobody", "landlock", "seccomp")
+PROMISES = {
+    "no network": ("network", "seccomp"),
+    "no writes outside the scratch folder": ("mounts", "landlock"),
+    "no reading of the user's files": ("mounts", "landlock"),
+    "no signals to other processes, no tracing of them": ("pids", "seccomp"),
+    "no process left behind, not even by a fork that hides": ("pids", "seccomp"),
+}
 SETUP_SECONDS = 30  # from the start of a process until the sample's clock starts, on a machine that has much to do
 MAX_FRAME_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 16 * 2**20
@@ -43,7 +47,7 @@ class Outcome(NamedTuple):
     """Hold the verdict on one program.
 
     passed (`bool`): whether all tests passed within the limits.
-    reason (`str`): `"passed"`, `"timed out"`, `"memory"` or `"failed: ..."`, what follows being at most 300 characters.
+    reason (`str`): `"passed"`, `"timed out"`, `"memory"` or `"failed: ..."`, of at most 300 printable characters.
     """
 
     passed: bool
@@ -123,6 +127,7 @@ def run_programs(
     """
     from concurrent.futures import ThreadPoolExecutor
 
+    _layers()  # once, before there are threads
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
         yield from pool.map(lambda one: run_program(*one, timeout=timeout, memory_bytes=memory_bytes), programs)
@@ -133,18 +138,15 @@ def run_programs(
 def isolation() -> dict[str, tuple[str, ...]]:
     """Say what this machine enforces on a sample, and by what; an empty tuple means that nothing does.
 
-    Found by trial, once a process. The limits on time, address space, file size and open files, the empty environment
-    and the death of the sample itself at the end do not depend on it.
+    Found by trial, once a process. The limits on time, file size, open files and (not on macOS) address space, the
+    empty environment and the end of the sample itself do not depend on it. Where nothing enforces the last promise,
+    Linux's subreaper finds what a sample has left, and macOS finds what stayed in its process group.
+
+    The layers are `"pids"`, `"mounts"` and `"network"` (namespaces; `"mounts"` with a root of its own that holds
+    Python's library, read-only, and 32 MiB in memory), `"nobody"` (another user, where the caller is root),
+    `"landlock"` and `"seccomp"` (a list of the system calls that are allowed).
     """
-    by = {
-        "no network": ("network", "seccomp"),
-        "no writes outside the scratch folder": ("mounts", "landlock"),
-        "no reading of the user's files": ("mounts", "landlock"),
-        "no further processes, none left behind": ("pids", "seccomp"),
-        "no hold on other processes": ("pids", "landlock", "seccomp"),
-        "no privileges": ("nobody", "seccomp"),
-    }
-    return {promise: tuple(layer for layer in layers if layer in _layers()) for promise, layers in by.items()}
+    return {promise: tuple(layer for layer in layers if layer in _layers()) for promise, layers in PROMISES.items()}
 
 
 @cache
@@ -155,7 +157,13 @@ def _layers() -> tuple[str, ...]:
             f"`sys.platform={sys.platform!r}` has none of the limits that generated code is run under. "
             "Linux has all of them, macOS some. Run the evaluation there, e.g. in WSL or a container."
         )
+    import logging
+
+    logger = logging.getLogger(__name__)
     program, test = "def f():\n    import colorsys\n    return 1", "def check(f): assert f() == 1"
+    bare = _run(program, "", test, "f", SETUP_SECONDS, 2**30, ())
+    if not bare.passed:
+        raise RuntimeError(f"The sandbox does not work on this machine: {bare.reason}")
     kept: tuple[str, ...] = ()
     refused = {}
     for layer in LAYERS if sys.platform == "linux" else ():
@@ -168,10 +176,12 @@ def _layers() -> tuple[str, ...]:
         else:
             refused[layer] = outcome.reason
     logger.info("The sandbox for generated code uses %s; refused here: %s.", kept, refused)
-    if not {"network", "seccomp"} & {*kept} or not {"mounts", "landlock"} & {*kept}:
+    unmet = [promise for promise, layers in PROMISES.items() if not {*layers} & {*kept}]
+    if unmet:
         logger.warning(
-            "This machine confines generated code in part only (`lori_trl.sandbox.isolation()` says where): it may "
-            "reach the network or your files. Run the evaluation on Linux 5.13 or later, or in a container."
+            "This machine does not hold generated code to: %s. Run the evaluation on Linux 5.13 or later, or in a "
+            "container that holds nothing of worth.",
+            "; ".join(unmet),
         )
     return kept
 
@@ -179,11 +189,13 @@ def _layers() -> tuple[str, ...]:
 def _run(
     program: str, prompt: str, test: str, entry_point: str, timeout: float, memory_bytes: int, layers: tuple[str, ...]
 ) -> Outcome:
-    # Imported here, since the child would pay for them in every run.
+    # Imported here, as `logging` is above: the child would pay for them in every run.
     import subprocess
     import tempfile
 
-    job = {"program": program, "timeout": timeout, "memory_bytes": memory_bytes, "layers": layers}
+    limits = {"timeout": timeout, "memory_bytes": memory_bytes, "layers": layers}
+    job = {"program": program, "entry_point": entry_point, **limits}
+    problem = {"prompt": prompt, "test": test, "entry_point": entry_point}
     with tempfile.TemporaryDirectory(prefix="lori-sandbox-", ignore_cleanup_errors=True) as scratch:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", __file__],
@@ -195,10 +207,7 @@ def _run(
             start_new_session=True,
         )
         try:
-            frames = _frame({**job, "entry_point": entry_point}) + _frame(
-                {"prompt": prompt, "test": test, "entry_point": entry_point}
-            )
-            answer, errors = process.communicate(frames, timeout + 2 * SETUP_SECONDS)
+            answer, errors = process.communicate(_frame(job) + _frame(problem), timeout + 2 * SETUP_SECONDS)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -207,10 +216,11 @@ def _run(
             raise
     if process.returncode < 0:
         return Outcome(False, f"failed: the supervisor was ended by signal {-process.returncode}")
-    verdict = json.loads(answer) if answer else {"error": errors.decode(errors="replace")[-2000:]}
+    verdict = json.loads(answer) if answer else {"error": errors.decode(errors="replace").strip().rpartition("\n")[2]}
     if "error" in verdict:
         raise RuntimeError(f"The sandbox could not be set up, so nothing was run: {verdict['error']}")
-    return Outcome(verdict["passed"], verdict["reason"])
+    # The reason may hold the program's own words.
+    return Outcome(verdict["passed"], "".join(c if c.isprintable() else " " for c in verdict["reason"])[:300])
 
 
 # ---- The supervisor
@@ -226,26 +236,23 @@ def _supervise() -> None:
     # The tester comes first and reads the tests itself: no copy of them is in the memory that the sample inherits.
     tester = os.fork()
     if tester == 0:
-        _child(_test, job, None, (0, request_pipe[1], reply_pipe[0], verdict_pipe[1]))
+        _child(_test, job, False, (0, request_pipe[1], reply_pipe[0], verdict_pipe[1]))
     os.close(0)
     if "pids" in job["layers"]:
         _unshare(CLONE_NEWPID)
     sample = os.fork()
     if sample == 0:
-        _child(_serve, job, os.getcwd(), (request_pipe[0], reply_pipe[1]))
+        _child(_serve, job, True, (request_pipe[0], reply_pipe[1]))
     for end in (*request_pipe, *reply_pipe, verdict_pipe[1]):
         os.close(end)
     verdict = _await_verdict(verdict_pipe[0], job["timeout"])
     os.kill(tester, signal.SIGKILL)
-    status = _end(sample, wait=verdict.get("reason") == "ended")
-    if verdict.get("reason") == "ended":
-        verdict["reason"] = "failed: " + (
-            f"the program was ended by signal {os.WTERMSIG(status)}"
-            if os.WIFSIGNALED(status)
-            else f"the program ended itself with exit code {os.waitstatus_to_exitcode(status)}"
-        )
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
-            verdict["reason"] = "timed out"
+    ended = verdict.get("reason") == "failed: the program ended"
+    status = _end(sample, wait=ended)
+    if ended:
+        code = os.waitstatus_to_exitcode(status)
+        how = f"ended itself with exit code {code}" if code >= 0 else f"was ended by signal {-code}"
+        verdict["reason"] = f"failed: the program {how}"
     os.write(1, json.dumps(verdict).encode())
 
 
@@ -272,12 +279,12 @@ def _end(sample: int, wait: bool) -> int:
         pid, how = os.waitpid(sample, os.WNOHANG)
         status = how if pid else None
         time.sleep(0.001)
+    for kill in (os.killpg, os.kill) if status is None else (os.killpg,):
+        try:
+            kill(sample, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # no group yet, or one of the dead (on macOS not permitted)
+            pass
     if status is None:
-        for kill in (os.killpg, os.kill):  # its group, where it has come so far as to have one
-            try:
-                kill(sample, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         _, status = os.waitpid(sample, 0)
     # In a process namespace all have died with their first. Elsewhere orphans come to the supervisor (subreaper).
     while True:
@@ -309,13 +316,13 @@ def _descendants() -> list[int]:
     return found[1:]
 
 
-def _child(role, job: dict, scratch: str | None, fds: tuple[int, ...]) -> None:
+def _child(role, job: dict, has_scratch: bool, fds: tuple[int, ...]) -> None:
     """Confine this forked process and play its role; never return."""
     # An error before the role starts says that the sandbox is not up. The role's first frame says that it is.
     fault = None
     try:
         _keep_only(fds)
-        _confine(job, scratch)
+        _confine(job, has_scratch)
     except BaseException as error:
         fault = f"{type(error).__name__}: {error}"
     try:
@@ -332,7 +339,7 @@ def _keep_only(fds: tuple[int, ...]) -> None:
     for fd in sorted({*fds} - {0, 1, 2}):
         os.closerange(last + 1, fd)
         last = fd
-    os.closerange(last + 1, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(last + 1, 256)  # the supervisor was started with three, and has opened a few pipes
 
 
 # ---- The sample: executes the untrusted text, decides nothing
@@ -346,23 +353,25 @@ def _serve(job: dict, fault: str | None, requests: int, replies: int) -> None:
     sys.modules["candidate"] = module
     candidate = None
     while (request := _receive(requests)) is not None:
+        nonce = request["nonce"]
         try:
             objects: list = []
             if candidate is None:
                 exec(compile(job["program"], "<candidate>", "exec", dont_inherit=True), module.__dict__)
+                if job["entry_point"] not in module.__dict__:
+                    raise NameError(f"the program defines no {job['entry_point']!r}")
                 candidate = module.__dict__[job["entry_point"]]
-                answer = {}
+                reply = _frame({"nonce": nonce})
             else:
                 args, kwargs = _unpack(request["data"], objects)
-                answer = {"data": _pack([candidate(*args, **kwargs)], objects)}
-            reply = _frame({"nonce": request["nonce"], **answer})
+                reply = _frame({"nonce": nonce, "data": _pack([candidate(*args, **kwargs)], objects)})
         except BaseException as error:
             try:
                 message = str(error)[:200]
             except Exception:
                 message = ""
             names = [cls.__name__ for cls in type(error).__mro__]
-            reply = _frame({"nonce": request["nonce"], "raised": names, "message": message})
+            reply = _frame({"nonce": nonce, "raised": names, "message": message})
         _write(replies, reply)
 
 
@@ -371,10 +380,6 @@ def _serve(job: dict, fault: str | None, requests: int, replies: int) -> None:
 
 class CandidateError(Exception):
     """Stand for an exception of the sample's own making."""
-
-
-class _NoAnswer(BaseException):
-    """Say that the sample has not answered as a function does: by no test to be caught as if it were the candidate's."""
 
 
 def _test(job: dict, fault: str | None, tests: int, requests: int, replies: int, verdicts: int) -> None:
@@ -391,39 +396,29 @@ def _test(job: dict, fault: str | None, tests: int, requests: int, replies: int,
 
 
 def _judge(problem: dict, requests: int, replies: int) -> Outcome:
-    misconduct: list[_NoAnswer] = []
+    misconduct: list[NoAnswer] = []
 
-    def ask(question: dict) -> dict:
+    def candidate(*args, **kwargs):
         try:
-            return _ask(question, requests, replies)
-        except _NoAnswer as error:
+            return _call(args, kwargs, requests, replies)
+        except NoAnswer as error:
             misconduct.append(error)
             raise
 
-    def candidate(*args, **kwargs):
-        objects: list = []
-        reply = ask({"data": _pack([args, kwargs], objects)})
-        try:
-            (result,) = _unpack(reply["data"], objects)
-        except Exception as error:
-            misconduct.append(_NoAnswer(f"failed: an answer that is no plain data ({type(error).__name__})"))
-            raise misconduct[-1] from None
-        return result
-
     try:
-        ask({})
+        _ask({}, requests, replies)
         namespace = {"__name__": "tests"}
         exec(_compile(problem["prompt"]), namespace)
         namespace[problem["entry_point"]] = candidate
         exec(compile(problem["test"], "<test>", "exec", dont_inherit=True), namespace)
         namespace["check"](candidate)
-    except _NoAnswer as error:
-        return Outcome(False, str(error))
+    except NoAnswer as error:
+        return Outcome(False, f"failed: {error}")
     except MemoryError:
         return Outcome(False, "memory")
     except BaseException as error:
         return Outcome(False, f"failed: {type(error).__name__}: {str(error)[:200]}".removesuffix(": "))
-    return Outcome(False, str(misconduct[0])) if misconduct else Outcome(True, "passed")
+    return Outcome(False, f"failed: {misconduct[0]}") if misconduct else Outcome(True, "passed")
 
 
 def _compile(prompt: str) -> types.CodeType:
@@ -434,8 +429,19 @@ def _compile(prompt: str) -> types.CodeType:
         return compile(prompt + "\n    pass\n", "<prompt>", "exec", dont_inherit=True)
 
 
+def _call(args: tuple, kwargs: dict, requests: int, replies: int) -> object:
+    """Call the sample's function; return its result, or raise the like of what it raised."""
+    objects: list = []
+    reply = _ask({"data": _pack([args, kwargs], objects)}, requests, replies)
+    try:
+        (result,) = _unpack(reply["data"], objects)
+    except Exception as error:
+        raise NoAnswer(f"an answer that is none ({type(error).__name__})") from None
+    return result
+
+
 def _ask(question: dict, requests: int, replies: int) -> dict:
-    """Put one question to the sample; return its answer or raise what it raised."""
+    """Put one question to the sample, and make sure that the reply belongs to it."""
     nonce = os.urandom(8).hex()
     try:
         _send(requests, {"nonce": nonce, **question})
@@ -443,11 +449,11 @@ def _ask(question: dict, requests: int, replies: int) -> dict:
     except BrokenPipeError:
         reply = None
     except (ValueError, RecursionError) as error:
-        raise _NoAnswer(f"failed: {error}"[:300]) from None
+        raise NoAnswer(str(error)) from None
     if reply is None:
-        raise _NoAnswer("ended")
+        raise NoAnswer("the program ended")
     if reply.get("nonce") != nonce:
-        raise _NoAnswer("failed: the program wrote into the channel of its answers")
+        raise NoAnswer("the program wrote into the channel of its answers")
     if "raised" in reply:
         raise _raised(reply["raised"], reply.get("message"))
     return reply
@@ -466,16 +472,21 @@ def _raised(names: object, message: object) -> BaseException:
                 return cls(str(message)[:200])
             except TypeError:  # the Unicode errors take five arguments
                 continue
-    return _NoAnswer(f"failed: {said}")  # SystemExit and its like
+    # NoAnswer itself, SystemExit and its like
+    return NoAnswer(str(message) if names[:1] == ["NoAnswer"] else said)
 
 
 # ---- Plain data across the pipe. Never pickle.
 
 
+class NoAnswer(BaseException):
+    """Say that no answer could be had as of a function. No `except Exception` of a test may take it for one."""
+
+
 def _frame(message: dict) -> bytes:
     body = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
     if len(body) > MAX_FRAME_BYTES:
-        raise ValueError(f"{len(body)} bytes of data in one call, over {MAX_FRAME_BYTES}")
+        raise NoAnswer(f"{len(body)} bytes of data in one call, over {MAX_FRAME_BYTES}")
     return struct.pack(">I", len(body)) + body
 
 
@@ -500,13 +511,13 @@ def _read(fd: int, size: int) -> bytes | None:
 
 
 def _receive(fd: int) -> dict | None:
-    """Read one frame; None at the end of the stream, ValueError for what is none."""
+    """Read one frame; None at the end of the stream, NoAnswer or ValueError for what is none."""
     head = _read(fd, 4)
     if head is None:
         return None
     (size,) = struct.unpack(">I", head)
     if size > MAX_FRAME_BYTES:
-        raise ValueError(f"{size} bytes of data in one call, over {MAX_FRAME_BYTES}")
+        raise NoAnswer(f"{size} bytes of data in one call, over {MAX_FRAME_BYTES}")
     body = _read(fd, size)
     message = None if body is None else json.loads(body)
     if message is not None and not isinstance(message, dict):
@@ -553,7 +564,7 @@ def _pack(values: list, objects: list) -> dict:
             return {"Fraction": [node(value.numerator), node(value.denominator)]}
         if hasattr(type(value), "__next__") or isinstance(value, type({}.values())):
             return {"iterator": [node(item) for item in value]}
-        raise TypeError(f"{type(value).__name__!r} is no plain data, which alone goes between program and tests")
+        raise NoAnswer(f"{type(value).__name__!r} is no plain data, as alone goes between program and tests")
 
     packed = [node(value) for value in values]
     contents = []
@@ -630,17 +641,9 @@ def _unpack(data: dict, objects: list) -> list:
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1,
-    2,
-    4,
-    8,
-    32,
-    4096,
-    16384,
-    1 << 18,
-)
-MNT_DETACH = 2
+NEW_NETWORK = CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 4096, 16384, 1 << 18, 2
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 # name: (x86_64, aarch64). All that a program of the standard library in one thread needs; all else is refused.
 SYSTEM_CALLS = """
@@ -657,11 +660,15 @@ gettid 186 178, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177
 getrusage 98 165, getrlimit 97 163, futex 202 98, set_robust_list 273 99, rseq 334 293, membarrier 324 283,
 sched_yield 24 124, sched_getaffinity 204 123, getrandom 318 278, wait4 61 260, exit 60 93, exit_group 231 94
 """
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 AUDIT_ARCHITECTURE = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
-def _confine(job: dict, scratch: str | None) -> None:
-    """Take from this process all that it does not need; raise OSError if a layer of `job["layers"]` is refused."""
+def _confine(job: dict, has_scratch: bool) -> None:
+    """Take from this process all that it does not need; raise OSError if a layer of `job["layers"]` is refused.
+
+    The current folder is the scratch folder, before and, if `has_scratch`, after.
+    """
     import resource
 
     layers = job["layers"]
@@ -672,28 +679,24 @@ def _confine(job: dict, scratch: str | None) -> None:
         "RLIMIT_CPU": seconds,
         "RLIMIT_FSIZE": MAX_FILE_BYTES,
         "RLIMIT_NOFILE": 64,
+        "RLIMIT_NPROC": 0,  # does not bind root
         "RLIMIT_AS": job["memory_bytes"],
     }
-    folder = scratch
-    namespaces = CLONE_NEWNS * ("mounts" in layers) | (CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS) * (
-        "network" in layers
-    )
+    if not has_scratch and "mounts" not in layers:
+        os.chdir("/")
+    namespaces = (CLONE_NEWNS if "mounts" in layers else 0) | (NEW_NETWORK if "network" in layers else 0)
     if namespaces:
         _unshare(namespaces)
     if "mounts" in layers:
-        _change_root(scratch or "/tmp")
-        folder = scratch and "/scratch"
-    elif scratch is None:
-        os.chdir("/")
+        _change_root(os.getcwd())
     if "nobody" in layers:
         if os.getuid() != 0:
             raise PermissionError("only root can become nobody")
-        if folder is not None:
-            os.chown(folder, NOBODY, NOBODY)
+        if has_scratch:
+            os.chown(".", NOBODY, NOBODY)
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        limits["RLIMIT_NPROC"] = 0
     for name, most in limits.items():
         try:
             resource.setrlimit(getattr(resource, name), (most, most))
@@ -708,7 +711,7 @@ def _confine(job: dict, scratch: str | None) -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(PR_SET_DUMPABLE, 0)
     if "landlock" in layers:
-        _restrict_files(folder)
+        _restrict_files(has_scratch)
     if "seccomp" in layers:
         _restrict_system_calls()
 
@@ -748,7 +751,8 @@ def _unshare(namespaces: int) -> None:
 def _readable() -> list[str]:
     """List the folders that Python itself reads: its library and the shared libraries."""
     own = [os.path.dirname(os.path.realpath(os.__file__)), os.path.join(sys.base_prefix, "lib")]
-    return [path for path in dict.fromkeys([*own, "/usr/lib", "/usr/lib64", "/lib", "/lib64"]) if os.path.isdir(path)]
+    paths = {*own, "/usr/lib", "/usr/lib64", "/lib", "/lib64"}
+    return sorted(filter(os.path.isdir, paths), key=len)  # what lies in another comes after it
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
@@ -764,29 +768,25 @@ def _change_root(root: str) -> None:
     _mount("none", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={SCRATCH_BYTES},nr_inodes=2000,mode=755")
     for path in paths:
         inside = root + path
-        if os.path.realpath(path) != path and any(os.path.realpath(path).startswith(other + "/") for other in paths):
-            os.makedirs(os.path.dirname(inside), exist_ok=True)
-            os.symlink(os.path.realpath(path), inside)
-            continue
-        if os.path.isdir(inside):  # below one that is there
+        if os.path.isdir(inside):  # within another
             continue
         os.makedirs(inside)
         _mount(path, inside, None, MS_BIND | MS_REC)
         given = os.statvfs(path).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)
         _mount("none", inside, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | given)
+    for path in paths:
+        for name in ("site-packages", "dist-packages", "python3/dist-packages"):  # may hold the tests' own text
+            if os.path.isdir(f"{root}{path}/{name}"):
+                _mount("none", f"{root}{path}/{name}", "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.mkdir(root + "/scratch")
     os.chdir(root)
-    _check("pivot_root", _libc().syscall(*_call("pivot_root"), b".", b"."))
+    _check("pivot_root", _libc().syscall(ctypes.c_long(PIVOT_ROOT[os.uname().machine]), b".", b"."))
     _check("umount", _libc().umount2(b".", MNT_DETACH))
     os.chdir("/scratch")
 
 
-def _call(name: str) -> tuple[ctypes.c_long]:
-    return (ctypes.c_long({"pivot_root": (155, 41)}[name][AUDIT_ARCHITECTURE[os.uname().machine][0]]),)
-
-
-def _restrict_files(scratch: str | None) -> None:
-    """Landlock: read below Python's library, read and write files in the scratch folder, touch nothing else."""
+def _restrict_files(has_scratch: bool) -> None:
+    """Landlock: read below Python's library, read and write files in the current folder, touch nothing else."""
     long, libc = ctypes.c_long, _libc()
     abi = _check("landlock", libc.syscall(long(LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint(1)))
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
@@ -796,8 +796,8 @@ def _restrict_files(scratch: str | None) -> None:
     ruleset = libc.syscall(long(LANDLOCK_CREATE_RULESET), handled, ctypes.c_size_t(len(handled)), ctypes.c_uint(0))
     _check("landlock_create_ruleset", ruleset)
     rules = [(path, read_only) for path in _readable()]
-    if scratch is not None:
-        rules.append((scratch, read_only | write))
+    if has_scratch:
+        rules.append((".", read_only | write))
     for path, access in rules:
         folder = os.open(path, os.O_PATH)
         rule = struct.pack("=Qi", access, folder)
