@@ -198,27 +198,28 @@ def _results(task: "Task", output: Mapping[str, Any], batch_size: int, seed: int
 def benchmark_rows(benchmark: str, paths: Mapping[str, str], limit: int | None, **metadata: Any) -> dict[str, Dataset]:
     """Load the rows of a benchmark and check that they have what scoring needs."""
     rows = load_benchmark(benchmark, paths.get(benchmark))
-    missing = {"prompt", *_COLUMNS.get(benchmark, _NLU_COLUMNS)} - set(rows.column_names)
+    columns = {"prompt", *_COLUMNS.get(benchmark, _NLU_COLUMNS)}
+    missing = columns - set(rows.column_names)
     if missing:
         raise ValueError(
             f"The rows of `{_source(benchmark, paths)}` have the columns {', '.join(rows.column_names)}. {benchmark} "
             f"also needs {', '.join(sorted(missing))}. Add them, or pass the data set's raw rows."
         )
     rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-    if "choices" in missing | set(_COLUMNS.get(benchmark, _NLU_COLUMNS)):
-        for number, row in enumerate(rows):
-            if row["answer"] not in row["choices"]:
-                raise ValueError(
-                    f"Row {number} of `{_source(benchmark, paths)}` has `answer={row['answer']!r}`. Allowed are its "
-                    f"`choices={row['choices']}`. Correct the row."
-                )
+    for number, row in enumerate(rows if "choices" in columns else []):
+        if row["answer"] not in row["choices"]:
+            raise ValueError(
+                f"Row {number} of `{_source(benchmark, paths)}` has `answer={row['answer']!r}`. Allowed are its "
+                f"`choices={row['choices']}`. Correct the row."
+            )
     return {"test": rows}
 
 
 def benign_rows(benchmark: str, paths: Mapping[str, str], limit: int | None, **metadata: Any) -> dict[str, Dataset]:
-    """Load the harmless instructions, in the prompt that the harmful ones have."""
-    harmful = benchmark_rows(benchmark, paths, limit)["test"]
-    prompt = alpaca_prompt if "### Instruction:" in harmful[0]["prompt"] else hex_phi_prompt
+    """Load the harmless instructions, in the prompt that the harmful ones have: Alpaca's or HEx-PHI's."""
+    prompt = hex_phi_prompt
+    if benchmark in paths and "### Instruction:" in load_benchmark(benchmark, paths[benchmark])[0]["prompt"]:
+        prompt = alpaca_prompt
     instructions = [json.loads(line)["instruction"] for line in BENIGN_FILE.read_text(encoding="utf-8").splitlines()]
     return {"test": Dataset.from_list([{"prompt": prompt(instruction)} for instruction in instructions[:limit]])}
 
