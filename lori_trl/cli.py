@@ -236,10 +236,9 @@ def _eval(options: argparse.Namespace) -> None:
         )
     paths = _local_data(options.dataset_path)
     base_name = models.find_base_model(options.base_model, options.models)
-    folders = [name for name in options.models if Path(name).is_dir()]
+    folders = [name for name in options.models if os.path.isdir(name) and os.access(name, os.W_OK)]
     for folder in folders:
         results.read_results(folder)
-        _check_writable(folder)
     held_out = {}
     if "loss" in options.metrics:
         if not paths:
@@ -284,11 +283,15 @@ def _eval(options: argparse.Namespace) -> None:
         measure(base_name, "base", model, tokenizer, None)
         for name in adapters:
             with models.with_adapter(model, name) as adapted:
-                measure(name, _label(name, options.models), adapted, tokenizer, base_name)
+                own = models.own_tokenizer(name, tokenizer)
+                measure(name, _label(name, options.models), adapted, own, base_name)
         del model
     for name in whole:
         measure(name, _label(name, options.models), *models.load_model(name, options.dtype), None)
     console.print(results.results_table(compared))
+    elsewhere = [name for name in options.models if name not in folders]
+    if elsewhere and options.output_path is None:
+        print(f"No file was written for {', '.join(elsewhere)}: `--output_path FILE` writes one for all models.")
 
 
 def _label(name: str, names: list[str]) -> str:

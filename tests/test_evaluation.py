@@ -571,6 +571,7 @@ def test_wrong_calls(adapters, data, tmp_path, capsys, model_folder):
     empty = write_rows(tmp_path / "empty.jsonl", [])
     bare = write_rows(tmp_path / "bare.jsonl", [{"prompt": "w1"}])
     odd = write_rows(tmp_path / "odd.jsonl", [{"prompt": "w1", "choices": ["w2"], "answer": "w3"}])
+    word = write_rows(tmp_path / "word.jsonl", [{"prompt": "w1", "answer": "ten"}])
     other = AutoModelForCausalLM.from_pretrained(model_folder).config
     other.hidden_size, other.intermediate_size = 64, 96
     wide = tmp_path / "wide" / "tiny-llama"
@@ -585,6 +586,8 @@ def test_wrong_calls(adapters, data, tmp_path, capsys, model_folder):
         ([*one, *gsm8k, str(empty)], ["no rows"]),
         ([*one, *gsm8k, str(bare)], ["gsm8k also needs answer"]),
         ([*one, "--tasks", "boolq", "--dataset_path", str(odd)], ["Row 0 of `odd.jsonl` has `answer='w3'`"]),
+        ([*one, *gsm8k, str(word)], ["`answer='ten'`. Allowed is a number and nothing else"]),
+        ([*one, "--tasks", "safety"], ["cannot be fetched from `LLM-Tuning-Safety/HEx-PHI`", "accepted their terms"]),
         ([*one, *gsm8k, "nowhere.jsonl"], ["`--dataset_path nowhere.jsonl` does not exist"]),
         ([*one, *gsm8k, f"gsm={data}"], ["`gsm` is no task"]),
         ([*one, *gsm8k, str(data), str(data)], ["has two paths for all tasks"]),

@@ -122,7 +122,7 @@ def evaluate(
         seed (`int`, *optional*, defaults to `42`): of the samples; greedy answers do not depend on it.
 
     Returns:
-        `list[Result]`: every figure, a benchmark's together.
+        `list[Result]`: every figure.
 
     Raises:
         `ValueError`: the model has no room for the longest answer.
@@ -147,14 +147,15 @@ def evaluate(
             output = evaluator.evaluate(
                 lm=lm, task_dict={"tasks": dict(tasks)}, log_samples=False, confirm_run_unsafe_code=True
             )
-    results: dict[tuple[str, str], Result] = {}
+    results: dict[tuple[str, str], Result] = {}  # two parts of a benchmark have its majority baseline in common
     for name, task in tasks.items():
-        for result in _results(task, output["results"][name], batch_size, seed):
+        settings = {"batch_size": batch_size, "seed": seed, "dtype": str(model.dtype), "versions": versions("lm-eval")}
+        for result in _results(task, output["results"][name], settings):
             results[result.task, result.metric] = result
-    return sorted(results.values(), key=lambda result: list(dict.fromkeys(t for t, _ in results)).index(result.task))
+    return list(results.values())
 
 
-def _results(task: "Task", output: Mapping[str, Any], batch_size: int, seed: int) -> list[Result]:
+def _results(task: "Task", output: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Result]:
     """Turn lm-eval's output for one task into results; `metric,filter` and `metric_stderr,filter` are its keys."""
     benchmark, paths = task.config.dataset_kwargs["benchmark"], task.config.metadata["paths"]
     rows = task.eval_docs
@@ -170,9 +171,7 @@ def _results(task: "Task", output: Mapping[str, Any], batch_size: int, seed: int
             "num_samples": task.config.repeats,
             "num_fewshot": 0,
             "limit": task.config.metadata["limit"],
-            "batch_size": batch_size,
-            "seed": seed,
-            "versions": versions("lm-eval"),
+            **settings,
         },
     }
     results = []
@@ -197,7 +196,16 @@ def _results(task: "Task", output: Mapping[str, Any], batch_size: int, seed: int
 
 def benchmark_rows(benchmark: str, paths: Mapping[str, str], limit: int | None, **metadata: Any) -> dict[str, Dataset]:
     """Load the rows of a benchmark and check that they have what scoring needs."""
-    rows = load_benchmark(benchmark, paths.get(benchmark))
+    try:
+        rows = load_benchmark(benchmark, paths.get(benchmark))
+    except OSError as error:
+        if benchmark in paths:
+            raise
+        raise ConnectionError(
+            f"The rows of {benchmark} cannot be fetched from `{BENCHMARKS[benchmark].source}` ({_first_line(error)}). "
+            f"They come from the network{', once you have accepted their terms' * BENCHMARKS[benchmark].gated}. "
+            "Connect and log in, or pass a local file as `--dataset_path`."
+        ) from error
     columns = {"prompt", *_COLUMNS.get(benchmark, _NLU_COLUMNS)}
     missing = columns - set(rows.column_names)
     if missing:
@@ -206,11 +214,13 @@ def benchmark_rows(benchmark: str, paths: Mapping[str, str], limit: int | None, 
             f"also needs {', '.join(sorted(missing))}. Add them, or pass the data set's raw rows."
         )
     rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-    for number, row in enumerate(rows if "choices" in columns else []):
-        if row["answer"] not in row["choices"]:
+    for number, row in enumerate(rows if "answer" in columns else []):
+        allowed = row["choices"] if "choices" in columns else [str(extract_number(str(row["answer"])))]
+        if str(row["answer"]).replace(",", "") not in allowed:
+            what = f"one of its `choices={allowed}`" if "choices" in columns else "a number and nothing else"
             raise ValueError(
-                f"Row {number} of `{_source(benchmark, paths)}` has `answer={row['answer']!r}`. Allowed are its "
-                f"`choices={row['choices']}`. Correct the row."
+                f"Row {number} of `{_source(benchmark, paths)}` has `answer={row['answer']!r}`. Allowed is {what}. "
+                "Correct the row."
             )
     return {"test": rows}
 
@@ -243,7 +253,7 @@ def score_loglikelihoods(doc: Mapping[str, Any], results: Sequence[tuple[float, 
 
 def score_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Score a generated number, strictly and flexibly."""
-    answer = Decimal(doc["answer"].replace(",", ""))
+    answer = Decimal(str(doc["answer"]).replace(",", ""))
     strict = extract_number(results[0], strict=True)
     return {
         "accuracy_strict": float(strict == answer),
@@ -300,6 +310,10 @@ def _own_path(path: str, folders: Mapping[str, str], benchmark: str) -> str:
 def _source(benchmark: str, paths: Mapping[str, str]) -> str:
     """Name where rows come from: a file without its folders, or their source on the Hub."""
     return Path(paths[benchmark]).name if benchmark in paths else BENCHMARKS[benchmark].source
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _hub_name(source: str) -> str | None:

@@ -101,7 +101,7 @@ def measure_loss(
         n=measured.tokens,
         stderr=None if math.isnan(measured.stderr) else measured.stderr,
         data={"source": file.name, "rows": len(rows), "sha256": rows_hash(rows)},
-        settings={"batch_size": batch_size, "versions": versions()},
+        settings={"batch_size": batch_size, "dtype": str(model.dtype), "versions": versions()},
     )
 
 

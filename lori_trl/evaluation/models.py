@@ -82,6 +82,11 @@ def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
         ) from error
 
 
+def own_tokenizer(name: str, of_base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that lies beside an adapter, which may end its answers differently, or the base's."""
+    return AutoTokenizer.from_pretrained(name) if (Path(name) / "tokenizer_config.json").is_file() else of_base
+
+
 @contextmanager
 def with_adapter(base: PreTrainedModel, name: str) -> Iterator[PeftModel]:
     """

@@ -125,19 +125,19 @@ def write_file(file: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
 
 def results_table(results: Mapping[str, Sequence[Result]]) -> Table:
     """Return a table: a row for every figure, a column for every model; values with their standard errors."""
-    table = Table("task", "metric", title="evaluation", title_justify="left")
+    table = Table("task", title="evaluation", title_justify="left")
+    table.add_column("metric", overflow="fold")
     table.add_column("n", justify="right")
     for name in results:
         table.add_column(name, justify="right")
     cells = {name: {(result.task, result.metric): result for result in figures} for name, figures in results.items()}
-    last_task = None
-    for key in dict.fromkeys(key for figures in cells.values() for key in figures):
-        if last_task not in (None, key[0]):
-            table.add_section()
-        last_task = key[0]
-        row = [figures.get(key) for figures in cells.values()]
-        n = next(result.n for result in row if result is not None)
-        table.add_row(*key, f"{n:,}", *("" if result is None else _cell(result) for result in row))
+    keys = list(dict.fromkeys(key for figures in cells.values() for key in figures))
+    for task in dict.fromkeys(task for task, _ in keys):
+        for key in (key for key in keys if key[0] == task):
+            row = [figures.get(key) for figures in cells.values()]
+            n = next(result.n for result in row if result is not None)
+            table.add_row(*key, f"{n:,}", *("" if result is None else _cell(result) for result in row))
+        table.add_section()
     return table
 
 
