@@ -373,8 +373,14 @@ def generate(model, tokenizer, prompt: str, new_tokens: int) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_figures_are_those_of_a_computation_by_hand(model, tokenizer, data):
-    tasks = load_tasks(["boolq", "gsm8k"], paths={None: str(data)}, max_new_tokens=12)
+def test_figures_are_those_of_a_computation_by_hand(model, tokenizer, data, tmp_path):
+    prompts = [f"w{i} w{2 * i}" for i in range(1, 8)]
+    numbers = [extract_number(generate(model, tokenizer, prompt, 12)) for prompt in prompts]  # of "w12", 12
+    answers = [str(number) if i % 3 else "1,000" for i, number in enumerate(numbers)]
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    gsm8k = write_rows(tmp_path / "gsm8k.jsonl", rows)
+    paths = {"boolq": str(data), "gsm8k": str(gsm8k)}
+    tasks = load_tasks(["boolq", "gsm8k"], paths=paths, max_new_tokens=12)
     figures = {(r.task, r.metric): r for r in evaluate(model, tokenizer, tasks, batch_size=3)}
 
     rows = [json.loads(line) for line in (data / "boolq" / "test.jsonl").read_text().splitlines()]
@@ -395,11 +401,8 @@ def test_figures_are_those_of_a_computation_by_hand(model, tokenizer, data):
     share = sum(label == row["answer"] for label, row in zip(likeliest, rows, strict=True)) / 7
     assert figures["boolq", "accuracy_loglikelihood"].value == pytest.approx(share)
 
-    rows = [json.loads(line) for line in (data / "gsm8k" / "test.jsonl").read_text().splitlines()]
-    numbers = [extract_number(generate(model, tokenizer, row["prompt"], 12)) for row in rows]  # of "w12", 12
-    share = sum(number == Decimal(row["answer"]) for number, row in zip(numbers, rows, strict=True)) / len(rows)
-    assert figures["gsm8k", "accuracy_flexible"].value == pytest.approx(share)
-    assert figures["gsm8k", "accuracy_strict"].value == 0 and figures["gsm8k", "unparsed_strict"].value == 6
+    assert figures["gsm8k", "accuracy_flexible"].value == pytest.approx(4 / 7)
+    assert figures["gsm8k", "accuracy_strict"].value == 0 and figures["gsm8k", "unparsed_strict"].value == 7
 
 
 def test_samples_of_generated_code(model, tokenizer, data):
