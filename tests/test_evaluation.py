@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import lora_config
+from hub_server import HubServer, client_of
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from lori_trl.cli import main
+from lori_trl.compact import export_compact
 from lori_trl.evaluation import (
     Result,
     completion_loss,
@@ -34,6 +36,7 @@ from lori_trl.evaluation import (
     write_results,
 )
 from lori_trl.evaluation.harness import BENIGN_FILE, run_samples, score_benign, score_harmful, score_samples
+from lori_trl.masks import COMPACT_NAME
 from lori_trl.model_card import render_model_card
 from lori_trl.tasks import BENCHMARKS, TASKS
 
@@ -556,6 +559,38 @@ def test_one_table_for_the_base_and_several_models(adapters, data, tmp_path, cap
     facts = [json.loads(Path(adapters[0], name).read_text()) for name in ("lori_config.json", "adapter_config.json")]
     card = render_model_card(*facts, {}, eval_results=json.loads(Path(adapters[0], "eval_results.json").read_text()))
     assert "accuracy_flexible" in card and str(tmp_path) not in card
+
+
+def test_adapters_on_the_hub_and_compact_files(
+    adapter_folder, plain_adapter, model_folder, data, tmp_path, monkeypatch, capsys
+):
+    compact = export_compact(adapter_folder, tmp_path / COMPACT_NAME)
+    together = tmp_path / "all.json"
+    call = ["--base_model", str(model_folder), "--metrics", "loss", "--dataset_path", str(data / "gsm8k")]
+    names = ["me/lori", "me/plain", "me/compact", str(compact)]
+    with HubServer() as hub, client_of(hub, tmp_path / "home", monkeypatch):
+        hub.create("me/lori", files=contents(adapter_folder))
+        hub.create("me/plain", files=contents(plain_adapter))
+        hub.create("me/compact", files={compact.name: compact.read_bytes()})
+        assert main(["eval", *names, *call]) == 0
+        assert f"No file was written for me/lori, me/plain, me/compact, {compact}" in capsys.readouterr().out
+        assert main(["eval", *names, *call, "--output_path", str(together)]) == 0
+        assert main(["eval", "me/lori", "me/plain", *call[2:]]) == 0  # they name their base
+        with pytest.raises(SystemExit):
+            main(["eval", "me/compact", *call[2:]])
+        assert "`me/compact` does not name one" in capsys.readouterr().err
+    losses = {result["model"]["name"]: result["value"] for result in json.loads(together.read_text())["results"]}
+    assert losses["me/lori"] == losses["me/compact"] == losses[compact.name] != losses["me/plain"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_help_ends_in_an_example(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", "--help"])
+    assert exit.value.code == 0 and "example:\n  lori eval" in capsys.readouterr().out
 
 
 def test_the_loss_alone_needs_no_lm_eval(adapters, data, monkeypatch, capsys):
