@@ -34,3 +34,5 @@ def test_the_wheel_lists_its_recipes(tmp_path):
     assert {line.split()[0] for line in listed.splitlines() if ".yaml" in line} == expected | {"run"}
     shipped = target / "lori_trl" / "shipped"
     assert list(shipped.glob("model_cards/*.jinja")) and list(shipped.glob("recipes/quickstart/train.jsonl"))
+    task_files = {file.relative_to(ROOT) for file in (ROOT / "lori_trl" / "evaluation" / "tasks").rglob("*.*l")}
+    assert len(task_files) == 23 and all((target / file).is_file() for file in task_files)
