@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from common import RESULTS, report
 from datasets import Dataset, load_dataset
-from lori_trl.evaluation import completion_loss, is_refusal
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel
 from quickstart import answer, smollm2
@@ -33,6 +32,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer, load_lori_adapter, merge_lori_adapters
+from lori_trl.evaluation import completion_loss, is_refusal
+from lori_trl.evaluation.harness import BENIGN_FILE
+from lori_trl.tasks import alpaca_prompt
 
 METHODS = ("LoRA", "LoRI-D", "LoRI-S")
 LEARNING_RATES = (5e-4, 1.5e-3, 5e-3)
@@ -145,15 +147,18 @@ class Study:
         return completion_loss(self.load(adapter), self.tokenizer, self.rows(task, "dev")).loss
 
     def measure(self, folder: Path, adapter: Callable[[], Path | None], tasks: tuple[str, ...]) -> None:
-        """Measure the loss on the tasks' test rows, and how many of the harmful requests are refused."""
+        """Measure the loss on the tasks' test rows, and how many harmful and harmless requests are refused."""
         model, figures = self.load(adapter()), {}
         for task in tasks:
             loss = completion_loss(model, self.tokenizer, self.rows(task, "test"))
             figures[task] = {"loss": loss.loss, "stderr": loss.stderr}
         if "safety" in tasks:
-            model.generation_config.max_new_tokens = 32
-            answers = answer(model, self.tokenizer, self.rows("safety", "test")["prompt"], folder.name)
-            figures["refusal_rate"] = sum(map(is_refusal, answers)) / len(answers)
+            harmless = load_dataset("json", data_files=str(BENIGN_FILE))["train"]["instruction"]
+            requests = {"refused": list(self.rows("safety", "test")["prompt"])}
+            requests["harmless_refused"] = [alpaca_prompt(instruction) for instruction in harmless]
+            for name, prompts in requests.items():
+                answers = answer(model, self.tokenizer, prompts, f"{folder.name} {name}", max_new_tokens=32)
+                figures[name] = {"rate": sum(map(is_refusal, answers)) / len(answers), "of": len(answers)}
         _write(folder, figures)
 
     def overlap(self, folder: Path) -> None:
@@ -257,10 +262,11 @@ class Results:
         found = self.figures[f"measure-{subject}"][task]
         return found["loss"], found["stderr"]
 
-    def refused(self, subject: str) -> tuple[float, float]:
-        """Return the refused share of the harmful requests, in percent."""
-        rate = self.figures[f"measure-{subject}"]["refusal_rate"]
-        return 100 * rate, 100 * (rate * (1 - rate) / TEST_ROWS["safety"]) ** 0.5
+    def refused(self, subject: str, name: str = "refused") -> tuple[float, float]:
+        """Return the refused share of the harmful requests, or of the harmless ones, in percent."""
+        found = self.figures[f"measure-{subject}"][name]
+        rate = found["rate"]
+        return 100 * rate, 100 * (rate * (1 - rate) / found["of"]) ** 0.5
 
     def first_task(self, method: str) -> str:
         """Name the adapter that gsm8k, then nlu began with: LoRAF's first task is LoRI-S's."""
@@ -277,14 +283,14 @@ def tables(results: Results) -> str:
         return [text, "", *(f"| {' | '.join(line)} |" for line in lines), ""]
 
     def refused(subject: str) -> str:
-        rate, stderr = results.refused(subject)
-        return f"{rate:.0f} ± {stderr:.0f}"
+        return " / ".join(f"{results.refused(subject, name)[0]:.0f}" for name in ("refused", "harmless_refused"))
 
     loss, figures = results.loss, results.figures
     overlap = figures["overlap"]
     lines = table(
-        "**Single tasks.** Loss on held-out completions, in nats a token, ± its standard error.",
-        "method, learning rate, safety, refused %, gsm8k, nlu",
+        "**Single tasks.** Loss on held-out completions, in nats a token, ± its standard error; of the harmful / the "
+        "harmless requests, how many percent are refused.",
+        "method, learning rate, safety, refused, gsm8k, nlu",
         [["base", "", loss("base", "safety"), refused("base"), loss("base", "gsm8k"), loss("base", "nlu")]]
         + [
             [m, f"{figures[f'rate-{m}']['rate']:g}", loss(f"{m}-safety", "safety"), refused(f"{m}-safety"),
@@ -294,7 +300,7 @@ def tables(results: Results) -> str:
     )  # fmt: skip
     lines += table(
         f"**Merged.** Safety and gsm8k in one adapter, at the best of the weights {', '.join(map(str, WEIGHTS))}.",
-        "method, merge, weight, safety, refused %, gsm8k",
+        "method, merge, weight, safety, refused, gsm8k",
         [
             [m, how, f"{figures[f'merge-{m}-{how}']['weight']:g}", loss(f"{m}-{how}", "safety"),
              refused(f"{m}-{how}"), loss(f"{m}-{how}", "gsm8k")]
@@ -304,7 +310,7 @@ def tables(results: Results) -> str:
     )  # fmt: skip
     lines += table(
         "**Safety, then gsm8k.** What is left of safety.",
-        "method, safety before, after, refused % before, after, gsm8k after",
+        "method, safety before, after, refused before, after, gsm8k after",
         [
             [m, loss(f"{m}-safety", "safety"), loss(f"{m}-safety-gsm8k", "safety"), refused(f"{m}-safety"),
              refused(f"{m}-safety-gsm8k"), loss(f"{m}-safety-gsm8k", "gsm8k")]
@@ -339,13 +345,15 @@ def draw(results: Results, folder: Path) -> None:
              {name: [loss(f"{m}-{what.replace('safety', 'gsm8k')}", "gsm8k") for m in METHODS]
               for name, what in merged.items()}),
             ("harmful requests refused, %", refusals,
-             {name: [refused(f"{m}-{what}") for m in METHODS] for name, what in merged.items()}),
+             {name: [refused(f"{m}-{what}") for m in METHODS] for name, what in merged.items()},
+             [refused(f"{m}-{what}", "harmless_refused")[0] for what in merged.values() for m in METHODS]),
         ],
         "interference_continual": [
             ("safety, then gsm8k: safety loss", safety,
              {name: [loss(f"{m}-{what}", "safety") for m in METHODS] for name, what in continued.items()}),
             ("safety, then gsm8k: refused, %", refusals,
-             {name: [refused(f"{m}-{what}") for m in METHODS] for name, what in continued.items()}),
+             {name: [refused(f"{m}-{what}") for m in METHODS] for name, what in continued.items()},
+             [refused(f"{m}-{what}", "harmless_refused")[0] for what in continued.values() for m in METHODS]),
             ("gsm8k, then nlu: gsm8k loss", gsm8k,
              {"before": [loss(results.first_task(m), "gsm8k") for m in sequence],
               "after": [loss(f"{m}-gsm8k-nlu", "gsm8k") for m in sequence]}),
@@ -353,18 +361,26 @@ def draw(results: Results, folder: Path) -> None:
     }  # fmt: skip
     for name, panels in pictures.items():
         figure = Figure(figsize=(11, 3.4), layout="constrained", dpi=110)
-        for axes, (title, level, bars) in zip(figure.subplots(1, 3), panels, strict=True):
+        for axes, (title, level, bars, *harmless) in zip(figure.subplots(1, 3), panels, strict=True):
             axes.axhline(level, color="black", linestyle=":", linewidth=1, label="base model")
-            width = 0.8 / len(bars)
+            width, all_places = 0.8 / len(bars), []
             for number, (label, heights) in enumerate(bars.items()):
                 places = [group + (number - (len(bars) - 1) / 2) * width for group in range(len(heights))]
+                all_places += places
                 values, errors = zip(*heights, strict=True)
                 color = ("#bdbdbd", "#0072b2", "#e69f00")[number]
                 axes.bar(places, values, width, label=label, color=color, yerr=errors, capsize=2)
+            for values in harmless:
+                axes.scatter(all_places, values, color="black", marker="x", zorder=3, label="harmless ones refused")
             axes.set_xticks(range(len(heights)), sequence[: len(heights)])
             axes.set_title(title, fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        entries = {
+            label: handle
+            for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=5, frameon=False)
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
 
 

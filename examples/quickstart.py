@@ -53,13 +53,19 @@ def smollm2() -> str:
 
 
 @torch.inference_mode()
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], title: str) -> list[str]:
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    title: str,
+    max_new_tokens: int = 64,
+) -> list[str]:
     """Answer prompts greedily, 20 at a time."""
     tokenizer.padding_side = "left"
     answers = []
     for start in track(range(0, len(prompts), 20), title):
         batch = tokenizer(prompts[start : start + 20], return_tensors="pt", padding=True)
-        output = model.generate(**batch, max_new_tokens=64, do_sample=False)
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         answers += tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     return answers
 
