@@ -27,7 +27,7 @@ from .adapter import FORMAT_VERSION as ADAPTER_FORMAT_VERSION
 from .download import MAX_JSON_BYTES, hash_file, is_repo_id
 from .masks import COMPACT_NAME, LoriMasks, check_header, choose_mask_files
 from .model_card import PICTURE_NAME
-from .projections import fingerprint, module_path
+from .projections import Fingerprint, module_path
 from .recipes import nearest
 from .streaming import SafetensorsWriter
 
@@ -63,9 +63,11 @@ def concat(factors: Sequence[Factors], density: None = None) -> tuple[Tensor, Te
 
     Source: paper eq. 3 and 4, with each adapter's alpha / rank, which the paper's equations leave out.
     """
-    A = torch.cat([factor.A for factor in factors])
-    B = torch.cat([_scaled(factor.B, factor.weight * factor.scaling) for factor in factors], dim=1)
-    return A, B
+    ranks = [factor.A.shape[0] for factor in factors]
+    B = factors[0].B.new_empty(factors[0].B.shape[0], sum(ranks))
+    for factor, columns in zip(factors, B.split(ranks, dim=1), strict=True):
+        torch.mul(factor.B, factor.weight * factor.scaling, out=columns)
+    return torch.cat([factor.A for factor in factors]), B
 
 
 def linear(factors: Sequence[Factors], density: None = None) -> tuple[Tensor, Tensor]:
@@ -78,8 +80,8 @@ def linear(factors: Sequence[Factors], density: None = None) -> tuple[Tensor, Te
     Source: paper eq. 5. Its delta leaves out alpha / rank; here that of each adapter goes with its B, once, so one
     adapter of weight w counts w squared times its delta.
     """
-    A = sum(_scaled(factor.A, factor.weight) for factor in factors)
-    B = sum(_scaled(factor.B, factor.weight * factor.scaling) for factor in factors)
+    A = sum(factor.A * factor.weight for factor in factors)
+    B = sum(factor.B * (factor.weight * factor.scaling) for factor in factors)
     return A, B
 
 
@@ -101,10 +103,6 @@ def _as_peft(combine: Callable[..., Tensor], takes_density: bool) -> Callable[..
         return A, B
 
     return merge
-
-
-def _scaled(tensor: Tensor, by: float) -> Tensor:
-    return tensor if by == 1 else tensor * by
 
 
 METHODS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -249,8 +247,9 @@ class Source:
             def read(path: str) -> tuple[Tensor, Tensor]:
                 A, B = (opened.get_tensor(self.names[path, part]).float() for part in ("lora_A", "lora_B"))
                 for name, tensor in (("lora_A", A), ("lora_B", B)):
-                    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-                        count = tensor.numel() - int(tensor.isfinite().sum())
+                    if tensor.sum().isfinite():
+                        continue  # a sum of which one term is not finite is not either
+                    if count := tensor.numel() - int(tensor.isfinite().sum()):
                         raise ValueError(
                             f"`{self.name}`: {name} of {path} has {count} entries that are NaN or infinite. All must "
                             "be finite, or nothing of the merge would be. Use a checkpoint from before the run "
@@ -472,9 +471,15 @@ def _model_order(path: str) -> tuple:
     return layer, number, path
 
 
-def _skip_what_peft_draws(plan: Plan, order: Sequence[str]) -> None:
-    """Advance torch's generator by what PEFT draws to initialise the merged adapter, before `dare` draws."""
+def _states_of_peft(plan: Plan, seed: int) -> dict[str, Tensor]:
+    """
+    Return the states of torch's generator in which PEFT draws, with `dare`, for each module: module path -> state.
+
+    Before that, `add_weighted_adapter` draws to initialise the merged adapter's modules.
+    """
+    order, states = sorted(plan.paths, key=_model_order), {}
     init = plan.sources[0].config.get("init_lora_weights", True)
+    torch.manual_seed(seed)
     for path in order:
         rows, columns = plan.shapes[path]
         A = torch.nn.Linear(columns, plan.rank, bias=False).weight
@@ -483,6 +488,13 @@ def _skip_what_peft_draws(plan: Plan, order: Sequence[str]) -> None:
             torch.nn.init.normal_(A)
         elif init:
             torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    for path in order:
+        states[path] = torch.get_rng_state()
+        shapes = [source.shapes[path] for source in plan.sources if path in source.shapes]
+        drawn = [(rank, columns) for _, rank, columns in shapes] + [(rows, rank) for rows, rank, _ in shapes]
+        for shape in drawn if plan.density < 1 else []:
+            torch.bernoulli(torch.full(shape, plan.density))
+    return states
 
 
 def _check_call(adapters: Sequence[Any], weights: Sequence[float], method: str, density: float | None) -> None:
@@ -587,28 +599,28 @@ class _Independence:
 
     def __init__(self):
         self.excess: dict[tuple[int, int], list[tuple[float, int]]] = {}
-        self.equal: dict[tuple[int, int], bool] = {}
+        self.shared: dict[tuple[int, int], bool] = {}
 
     def add(self, factors: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Take one module's A of every source into account."""
-        rows = {number: torch.nn.functional.normalize(A, dim=1) for number, (A, _) in factors.items()}
-        for first, second in combinations(sorted(factors), 2):
-            squared = (rows[first] @ rows[second].T).square()
-            pairs = int(rows[first].any(1).sum()) * int(rows[second].any(1).sum())  # rows of zeros are padding
-            if pairs:
-                excess = squared.sum().item() / pairs * rows[first].shape[1]
-                self.excess.setdefault((first, second), []).append((excess, pairs))
-            same = torch.equal(factors[first][0], factors[second][0])
-            self.equal[first, second] = same and self.equal.get((first, second), True)
+        squares = {number: A.square().sum(1) for number, (A, _) in factors.items()}
+        for pair in combinations(sorted(factors), 2):
+            first, second = (factors[number][0] for number in pair)
+            norms = torch.outer(*(squares[number] for number in pair))
+            counted = norms > 0  # rows of zeros are padding
+            if (pairs := int(counted.sum())) == 0:
+                continue
+            excess = ((first @ second.T).square()[counted] / norms[counted]).mean().item() * first.shape[1]
+            self.excess.setdefault(pair, []).append((excess, pairs))
+            self.shared[pair] = self.shared.get(pair, True) and excess > self.LIMIT and torch.equal(first, second)
 
     def report(self, sources: Sequence[Source]) -> list[dict[str, Any]]:
         """Return each pair's mean squared cosine in units of chance; warn of those that are not independent."""
         entries = []
-        for (first, second), found in self.excess.items():
+        for pair, found in self.excess.items():
             pairs = sum(count for _, count in found)
             excess = sum(value * count for value, count in found) / pairs
-            names = [sources[first].title, sources[second].title]
-            shared = self.equal[first, second]
+            names, shared = [sources[number].title for number in pair], self.shared[pair]
             entries.append({"adapters": names, "same_A": shared, "squared_cosine_over_chance": round(excess, 4)})
             if shared:
                 logger.warning(
@@ -722,8 +734,8 @@ def merge_lori_adapters(
         plan = Plan(sources, weights, method, density)
         with staged(output_dir) as stage, ThreadPoolExecutor(1) as pool:
             hashes = [pool.submit(source.hashes) for source in sources]
-            independence = _write_factors(plan, stage / PEFT_FILES[1], seed)
-            projection = {"init": None, "seed": None, "fingerprint": fingerprint(_MergedA(stage / PEFT_FILES[1]))}
+            found, independence = _write_factors(plan, stage / PEFT_FILES[1], seed)
+            projection = {"init": None, "seed": None, "fingerprint": found}
             for source in sources:
                 known = source.lori_config["projection"] if source.lori_config is not None else projection
                 projection = known if known["fingerprint"] == projection["fingerprint"] else projection
@@ -766,63 +778,55 @@ def merge_lori_adapters(
     return output_dir
 
 
-def _write_factors(plan: Plan, file: Path, seed: int) -> list[dict[str, Any]]:
-    """Merge all modules into a safetensors file. Returns the report on the independence of the sources' A."""
-    order = sorted(plan.paths, key=_model_order)
-    names = {path: [f"base_model.model.{path}.lora_{part}.weight" for part in "AB"] for path in order}
+def _write_factors(plan: Plan, file: Path, seed: int) -> tuple[str, list[dict[str, Any]]]:
+    """Merge all modules into a file. Returns A's fingerprint and the report on the independence of the sources' A."""
+    names = {path: [f"base_model.model.{path}.lora_{part}.weight" for part in "AB"] for path in plan.paths}
     shapes = {}
     for path, (rows, columns) in plan.shapes.items():
         shapes |= dict(zip(names[path], ((plan.rank, columns), (rows, plan.rank)), strict=True))
-    independence, anything = _Independence(), False
-    with torch.random.fork_rng(devices=[]), SafetensorsWriter(file, shapes, {"format": "pt"}) as writer:
-        if plan.method == "dare" and len(plan.sources) > 1:
-            torch.manual_seed(seed)
-            _skip_what_peft_draws(plan, order)
-        for path, factors in _read_modules(plan, order):
+    independence, taken, anything = _Independence(), Fingerprint(), False
+    with (
+        torch.random.fork_rng(devices=[]),
+        SafetensorsWriter(file, shapes, {"format": "pt"}) as writer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        states = _states_of_peft(plan, seed) if plan.method == "dare" and len(plan.sources) > 1 else {}
+        behind = pool.submit(lambda: None)
+        for path, factors in _read_modules(plan):
+            if path in states:
+                torch.set_rng_state(states[path])
             independence.add(factors)
             A, B = plan.merge(path, factors)
             anything = anything or bool(B.any())
-            for name, tensor in zip(names[path], (A, B), strict=True):
-                writer.write(name, tensor)
+            behind.result()  # one module at a time waits for being written
+            behind = pool.submit(_store, writer, taken, path, names[path], A, B)
+        behind.result()
     if not anything:
         raise ValueError(
             f"The merge of {', '.join(f'`{source.title}`' for source in plan.sources)} is empty: every entry of its B "
             "is 0, so it would change no weight of the base model. At least one trained adapter is needed. Check the "
             "adapters, the weights and the density."
         )
-    return independence.report(plan.sources)
+    return str(taken), independence.report(plan.sources)
+
+
+def _store(writer: SafetensorsWriter, taken: Fingerprint, path: str, names: list[str], A: Tensor, B: Tensor) -> None:
+    for name, tensor in zip(names, (A, B), strict=True):
+        writer.write(name, tensor)
+    taken.add(path, A)
 
 
 _MODULES_AT_ONCE = 7  # those of a layer
 
 
-def _read_modules(plan: Plan, order: Sequence[str]) -> Iterator[tuple[str, dict[int, tuple[Tensor, Tensor]]]]:
+def _read_modules(plan: Plan) -> Iterator[tuple[str, dict[int, tuple[Tensor, Tensor]]]]:
     """Yield module after module with the A and B that the sources have of it; few of them are in memory at once."""
-    for start in range(0, len(order), _MODULES_AT_ONCE):
+    for start in range(0, len(plan.paths), _MODULES_AT_ONCE):
         with ExitStack() as stack:
             readers = [stack.enter_context(source.opened()) for source in plan.sources]
-            for path in order[start : start + _MODULES_AT_ONCE]:
+            for path in plan.paths[start : start + _MODULES_AT_ONCE]:
                 has_it = [number for number, source in enumerate(plan.sources) if path in source.shapes]
                 yield path, {number: readers[number](path) for number in has_it}
-
-
-class _MergedA(Mapping):
-    """Every A of a written adapter, read when it is asked for."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        with safe_open(file, framework="pt") as opened:
-            self.names = {module_path(name): name for name in opened.keys() if ".lora_A." in name}  # noqa: SIM118
-
-    def __getitem__(self, path: str) -> Tensor:
-        with safe_open(self.file, framework="pt") as opened:
-            return opened.get_tensor(self.names[path])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def _tasks(sources: Sequence[Source]) -> list[str]:
