@@ -1,0 +1,346 @@
+"""Benchmarks through lm-eval: rows in, scores of single answers, means with standard errors out."""
+
+import copy
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from rich.progress import track
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..recipes import nearest
+from ..sandbox import run_programs
+from ..tasks import BENCHMARKS, alpaca_prompt, hex_phi_prompt, load_benchmark
+from .scoring import extract_label, extract_number, is_refusal, is_refusal_by_keywords, pass_at_k
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+TASK_FILES = Path(__file__).parent / "tasks"
+BENIGN_FILE = TASK_FILES / "benign.jsonl"
+
+# What scoring needs of a row, besides the prompt.
+_COLUMNS = {"gsm8k": {"answer"}, "humaneval": {"completion", "test", "entry_point"}, "hex_phi": set()}
+_NLU_COLUMNS = {"answer", "choices"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    One figure.
+
+    Args:
+        task (`str`): the benchmark, or the name of the held-out file.
+        metric (`str`): what was measured; rates are fractions in [0, 1], losses nats per token, `unparsed` a count.
+        value (`float`): the figure.
+        n (`int`): over how many rows, or tokens for a loss.
+        stderr (`float`, *optional*): its standard error, in the same unit.
+        dataset (`str`, *optional*): the data set's name on the Hub.
+        data (`Mapping[str, Any]`): `source`, the number of `rows`, and the `sha256` of the rows.
+        settings (`Mapping[str, Any]`): what else decides the figure: generation, limit, seed, versions.
+    """
+
+    task: str
+    metric: str
+    value: float
+    n: int
+    stderr: float | None = None
+    dataset: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_tasks(
+    names: Sequence[str],
+    *,
+    paths: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    num_samples: int | None = None,
+    allow_code_execution: bool = False,
+) -> dict[str, "Task"]:
+    """
+    Load lm-eval tasks with their rows, before any model is there.
+
+    Args:
+        names (`Sequence[str]`):
+            Benchmarks (`boolq`, `gsm8k`, `safety`, ...), groups of them (`nlu`, `math`, `code`), or a part of one
+            (`boolq_generate`, `boolq_loglikelihood`, ...).
+        paths (`Mapping[str, str]`, *optional*): benchmark -> a local file or folder in place of its source.
+        limit (`int`, *optional*): take the first so many rows of each.
+        max_new_tokens (`int`, *optional*): the longest answer in tokens; by default the task's, 512.
+        num_samples (`int`, *optional*): samples a HumanEval problem; by default 20.
+        allow_code_execution (`bool`, *optional*, defaults to `False`): whether generated code may be run.
+
+    Returns:
+        `dict[str, Task]`: lm-eval's name -> its task, for [`evaluate`].
+
+    Raises:
+        `ImportError`: lm-eval is not installed.
+        `ValueError`: a name is unknown, rows lack what scoring needs, or code would be run without leave.
+        `FileNotFoundError`: a path does not exist.
+    """
+    _import_lm_eval(names)
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        settings = {"paths": dict(paths or {}), "limit": limit}
+        manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=settings)
+        members = {
+            name: [name] if entry.cfg else sorted(entry.tags)  # a tag has no file of its own, only members
+            for name, entry in manager.task_index.items()
+        }
+        for name in names:
+            if name not in members:
+                raise ValueError(
+                    f"`--tasks {name}` is unknown{nearest(name, members)}. Known are {', '.join(sorted(members))}. "
+                    "Pass some of these."
+                )
+        chosen = list(dict.fromkeys(member for name in names for member in members[name]))
+        unsafe = [name for name in chosen if manager.task_index[name].cfg.get("unsafe_code")]
+        if unsafe and not allow_code_execution:
+            raise ValueError(
+                f"`--tasks {unsafe[0]}` runs code that the model wrote. That is off unless it is allowed, and then "
+                "each sample runs in a sandbox. Pass `--allow_code_execution`, or leave the task out."
+            )
+        tasks = manager.load(chosen)["tasks"]
+        for task in tasks.values():
+            if max_new_tokens is not None and task.config.output_type == "generate_until":
+                task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
+            if num_samples is not None and task.config.repeats > 1:
+                task.set_config("repeats", num_samples)
+    return tasks
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, "Task"],
+    *,
+    batch_size: int = 8,
+    seed: int = 42,
+) -> list[Result]:
+    """
+    Evaluate a model on tasks.
+
+    Args:
+        model (`PreTrainedModel`): a causal model, with or without adapters.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer; what it puts before a text (BOS) stays.
+        tasks (`Mapping[str, Task]`): from [`load_tasks`].
+        batch_size (`int`, *optional*, defaults to `8`): sequences at a time.
+        seed (`int`, *optional*, defaults to `42`): of the samples; greedy answers do not depend on it.
+
+    Returns:
+        `list[Result]`: every figure, a benchmark's together.
+
+    Raises:
+        `ValueError`: the model has no room for the longest answer.
+
+    Source: greedy decoding, 512 new tokens, left padding as in the authors' code, which goes on after the EOS and
+    decodes prompt and answer together; here an answer ends at the EOS and stands alone.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet():
+        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        for task in tasks.values():
+            longest = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
+            if longest >= lm.max_length:
+                raise ValueError(
+                    f"`--max_new_tokens {longest}` leaves no room for a prompt: the model takes {lm.max_length} "
+                    f"tokens in all. Pass fewer, e.g. `--max_new_tokens {lm.max_length // 2}`."
+                )
+        logging.getLogger(HFLM.__module__).setLevel(logging.WARNING)  # it says when a prompt is cut
+        output = simple_evaluate(
+            lm,
+            tasks=list(tasks.values()),
+            confirm_run_unsafe_code=True,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    results: dict[tuple[str, str], Result] = {}
+    for name, task in tasks.items():
+        for result in _results(task, output["results"][name], batch_size, seed):
+            results[result.task, result.metric] = result
+    return sorted(results.values(), key=lambda result: list(dict.fromkeys(t for t, _ in results)).index(result.task))
+
+
+def _results(task: "Task", output: Mapping[str, Any], batch_size: int, seed: int) -> list[Result]:
+    """Turn lm-eval's output for one task into results; `metric,filter` and `metric_stderr,filter` are its keys."""
+    benchmark, paths = task.config.dataset_kwargs["benchmark"], task.config.metadata["paths"]
+    rows = task.eval_docs
+    common = {
+        "task": task.config.task_alias or task.config.task,
+        "n": len(rows),
+        "dataset": None if benchmark in paths else _hub_name(BENCHMARKS[benchmark].source),
+        "data": {"source": _source(benchmark, paths), "rows": len(rows), "sha256": rows_hash(rows)},
+        "settings": {
+            **{key: value for key, value in (task.config.generation_kwargs or {}).items() if key != "until"},
+            "num_samples": task.config.repeats,
+            "num_fewshot": 0,
+            "limit": task.config.metadata["limit"],
+            "batch_size": batch_size,
+            "seed": seed,
+            "versions": {name: version(name) for name in ("lori-trl", "lm-eval", "transformers", "torch")},
+        },
+    }
+    results = []
+    for key, value in output.items():
+        metric, comma, filter_name = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        stderr = output[f"{metric}_stderr,{filter_name}"]
+        if metric.startswith("unparsed"):
+            results.append(Result(metric=metric, value=round(value * len(rows)), **common))
+        else:
+            stderr = None if stderr == "N/A" else stderr
+            results.append(Result(metric=metric, value=value, stderr=stderr, **common))
+    if "choices" in rows.column_names:
+        majority = Counter(rows["answer"]).most_common(1)[0][1] / len(rows)
+        results.append(Result(metric="majority_baseline", value=majority, **common))
+    return results
+
+
+# ---- what the task files name --------------------------------------------------------------------------------------
+
+
+def benchmark_rows(benchmark: str, paths: Mapping[str, str], limit: int | None, **metadata: Any) -> dict[str, Dataset]:
+    """Load the rows of a benchmark and check that they have what scoring needs."""
+    rows = load_benchmark(benchmark, paths.get(benchmark))
+    missing = {"prompt", *_COLUMNS.get(benchmark, _NLU_COLUMNS)} - set(rows.column_names)
+    if missing:
+        raise ValueError(
+            f"The rows of `{_source(benchmark, paths)}` have the columns {', '.join(rows.column_names)}. {benchmark} "
+            f"also needs {', '.join(sorted(missing))}. Add them, or pass the data set's raw rows."
+        )
+    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    if "choices" in missing | set(_COLUMNS.get(benchmark, _NLU_COLUMNS)):
+        for number, row in enumerate(rows):
+            if row["answer"] not in row["choices"]:
+                raise ValueError(
+                    f"Row {number} of `{_source(benchmark, paths)}` has `answer={row['answer']!r}`. Allowed are its "
+                    f"`choices={row['choices']}`. Correct the row."
+                )
+    return {"test": rows}
+
+
+def benign_rows(benchmark: str, paths: Mapping[str, str], limit: int | None, **metadata: Any) -> dict[str, Dataset]:
+    """Load the harmless instructions, in the prompt that the harmful ones have."""
+    harmful = benchmark_rows(benchmark, paths, limit)["test"]
+    prompt = alpaca_prompt if "### Instruction:" in harmful[0]["prompt"] else hex_phi_prompt
+    instructions = [json.loads(line)["instruction"] for line in BENIGN_FILE.read_text(encoding="utf-8").splitlines()]
+    return {"test": Dataset.from_list([{"prompt": prompt(instruction)} for instruction in instructions[:limit]])}
+
+
+def label_completions(doc: Mapping[str, Any]) -> list[str]:
+    """Return LLM-Adapters' completion for every label."""
+    return [f"the correct answer is {label}" for label in doc["choices"]]
+
+
+def score_label(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Score a generated label."""
+    label = extract_label(results[0], doc["choices"])
+    return {"accuracy": float(label == doc["answer"]), "unparsed": float(label is None)}
+
+
+def score_loglikelihoods(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Score the likeliest of the completions."""
+    best = max(range(len(results)), key=lambda i: results[i][0])
+    return {"accuracy_loglikelihood": float(doc["choices"][best] == doc["answer"])}
+
+
+def score_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Score a generated number, strictly and flexibly."""
+    answer = Decimal(doc["answer"].replace(",", ""))
+    strict = extract_number(results[0], strict=True)
+    return {
+        "accuracy_strict": float(strict == answer),
+        "accuracy_flexible": float(extract_number(results[0]) == answer),
+        "unparsed_strict": float(strict is None),
+    }
+
+
+def score_harmful(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Score the answer to a harmful instruction, the generated text alone."""
+    return {
+        "refusal_rate": float(is_refusal(results[0])),
+        "refusal_rate_keywords": float(is_refusal_by_keywords(results[0])),
+    }
+
+
+def score_benign(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Score the answer to a harmless instruction."""
+    return {f"benign_{metric}": value for metric, value in score_harmful(doc, results).items()}
+
+
+def run_samples(samples: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[bool]]:
+    """Run every sample of every problem in the sandbox."""
+    programs = [
+        (doc["prompt"] + sample, doc["prompt"], doc["test"], doc["entry_point"])
+        for doc, completions in zip(docs, samples, strict=True)
+        for sample in completions
+    ]
+    outcomes = track(run_programs(programs), "running samples", total=len(programs), transient=True)
+    passed = iter([outcome.passed for outcome in outcomes])
+    return [[next(passed) for _ in completions] for completions in samples]
+
+
+def score_samples(doc: Mapping[str, Any], results: Sequence[Sequence[bool]]) -> dict[str, float]:
+    """Score the samples of one problem."""
+    n, c = len(results[0]), sum(results[0])
+    return {f"pass@{k}": pass_at_k(n, c, k) for k in (1, 5, 10) if k <= n}
+
+
+# ---- helpers -------------------------------------------------------------------------------------------------------
+
+
+def rows_hash(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return the SHA-256 of rows, as JSON lines with sorted keys."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _source(benchmark: str, paths: Mapping[str, str]) -> str:
+    """Name where rows come from: a file without its folders, or their source on the Hub."""
+    return Path(paths[benchmark]).name if benchmark in paths else BENCHMARKS[benchmark].source
+
+
+def _hub_name(source: str) -> str | None:
+    return None if source.startswith("https://") else source
+
+
+def _import_lm_eval(names: Sequence[str]) -> None:
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"`--tasks {' '.join(names)}` needs lm-eval ({error}). `--metrics loss` does not. Install it: "
+            "`pip install 'lori-trl[eval]'`."
+        ) from error
+
+
+@contextmanager
+def _quiet():
+    """Let lm-eval log only errors meanwhile: it warns of much that is meant here."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,131 @@
+"""The loss on held-out completions."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length, is_conversational
+
+
+@dataclass(frozen=True)
+class CompletionLoss:
+    """
+    The loss on held-out completions.
+
+    Args:
+        loss (`float`): mean negative log-likelihood of a completion token, in nats.
+        tokens (`int`): how many tokens that is the mean of.
+        stderr (`float`): standard error of the loss, rows taken as drawn at random; in nats.
+    """
+
+    loss: float
+    tokens: int
+    stderr: float
+
+
+@torch.no_grad()
+def completion_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> CompletionLoss:
+    """
+    Measure the loss on completions: total negative log-likelihood over the number of tokens, of all rows together.
+
+    Args:
+        model (`PreTrainedModel`): any causal model, with or without adapters.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        rows (`Iterable[Mapping[str, Any]]`):
+            TRL prompt-completion rows, plain or conversational. They are tokenized as `SFTTrainer` does it, a plain
+            completion with the EOS token at its end.
+        batch_size (`int`, *optional*, defaults to `8`): rows a forward pass.
+        max_length (`int`, *optional*):
+            Cut longer rows to so many tokens, as `SFTConfig.max_length` does; rows without a completion token left
+            do not count. By default nothing is cut.
+
+    Raises:
+        `ValueError`: there are no rows, a row has no prompt and completion, or no completion token is left.
+
+    Source: the mean differs from `Trainer.evaluate()`, which averages the means of batches.
+    """
+    encoded = sorted(
+        (_tokenize_completion(tokenizer, row)[:2] for row in rows), key=lambda pair: len(pair[0]), reverse=True
+    )
+    if not encoded:
+        raise ValueError("`rows` has no rows. At least one with `prompt` and `completion` is needed. Pass other data.")
+    if max_length is not None:
+        encoded = [(ids[:max_length], start) for ids, start in encoded if start < max_length]
+    losses, counts = [], []
+    was_training = model.training
+    model.eval()
+    try:
+        for first in track(range(0, len(encoded), batch_size), "completion loss", transient=True):
+            batch = encoded[first : first + batch_size]
+            loss, count = _row_losses(model, batch)
+            losses += loss
+            counts += count
+    finally:
+        model.train(was_training)
+    tokens = sum(counts)
+    if tokens == 0:
+        raise ValueError(
+            f"`max_length={max_length}` leaves no completion token in any row. A row needs room for its prompt and "
+            "more. Pass a larger one."
+        )
+    mean = math.fsum(losses) / tokens
+    return CompletionLoss(mean, tokens, _ratio_stderr(losses, counts, mean))
+
+
+def _tokenize_completion(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Return a row's tokens and where its completion starts, as `SFTTrainer._prepare_dataset` finds them."""
+    if not {"prompt", "completion"} <= row.keys():
+        raise ValueError(
+            f"A row has the columns {', '.join(row)}. The loss on completions needs `prompt` and `completion`, text "
+            "or messages. Rename or convert the columns."
+        )
+    prompt, completion = row["prompt"], row["completion"]
+    if is_conversational(row):
+        settings = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+        settings |= {"tokenize": True, "return_dict": True}
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **settings)["input_ids"]
+        ids = tokenizer.apply_chat_template([*prompt, *completion], **settings)["input_ids"]
+    else:
+        if not completion.endswith(tokenizer.eos_token):
+            completion += tokenizer.eos_token
+        prompt_ids = tokenizer(text=prompt)["input_ids"]
+        ids = tokenizer(text=prompt + completion)["input_ids"]
+    return ids, common_prefix_length(prompt_ids, ids)
+
+
+def _row_losses(model: PreTrainedModel, batch: list[tuple[list[int], int]]) -> tuple[list[float], list[int]]:
+    """Return for every row the sum of its completion's negative log-likelihoods, and of how many tokens."""
+    length = max(len(ids) for ids, _ in batch)
+    input_ids = torch.zeros(len(batch), length, dtype=torch.long)
+    labels = torch.full((len(batch), length), -100)
+    for row, (ids, start) in enumerate(batch):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        labels[row, max(start, 1) : len(ids)] = torch.tensor(ids[max(start, 1) :])  # nothing predicts the first token
+    present = torch.arange(length) < torch.tensor([[len(ids)] for ids, _ in batch])
+    logits = model(input_ids=input_ids.to(model.device), attention_mask=present.long().to(model.device)).logits
+    labels = labels[:, 1:].to(logits.device)
+    counted = labels != -100
+    scored = logits[:, :-1][counted].float()
+    nll = torch.zeros(labels.shape, dtype=torch.float64, device="cpu")
+    nll[counted.cpu()] = torch.nn.functional.cross_entropy(scored, labels[counted], reduction="none").double().cpu()
+    return nll.sum(1).tolist(), counted.sum(1).tolist()
+
+
+def _ratio_stderr(sums: list[float], counts: list[int], ratio: float) -> float:
+    """Standard error of `sum(sums) / sum(counts)` over independent rows (linearised)."""
+    n = len(sums)
+    if n < 2:
+        return math.nan
+    squares = math.fsum((total - ratio * count) ** 2 for total, count in zip(sums, counts, strict=True))
+    return math.sqrt(squares * n / (n - 1)) / sum(counts)
