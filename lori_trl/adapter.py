@@ -41,6 +41,7 @@ PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_NAME = "lori_config.json"
 RECIPE_NAME = "recipe.yaml"
 FORMAT_VERSION = 1
+RUN_FACTS = ("calibration", "training")  # of lori_config.json: what concerns one task's run
 
 
 @contextmanager
@@ -190,6 +191,16 @@ def checked_lori_config(config: Any, file: str | Path) -> dict[str, Any]:
     return config
 
 
+def task_records(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """
+    Return the history of an adapter, oldest task first, every record with the facts of its own run.
+
+    In the file, those of the newest task stand at the top of `lori_config.json`, not in its record.
+    """
+    facts = {name: config.get(name) for name in RUN_FACTS}
+    return [*config["tasks"][:-1], *({**newest, **facts} for newest in config["tasks"][-1:])]
+
+
 def write_card(
     folder: str | Path,
     target: str | Path,
@@ -259,7 +270,8 @@ def load_lori_adapter(
         adapter_name (`str`, *optional*, defaults to `"default"`): the adapter's name on the model.
 
     Returns:
-        `PeftModel`: its attribute `lori_masks` maps every trained task, oldest first, to its [`LoriMasks`].
+        `PeftModel`: its attribute `lori_masks` maps every trained task, oldest first, to its [`LoriMasks`], and
+        `lori_tasks` has what is on record of their runs.
 
     Raises:
         `FileNotFoundError`: the folder or repository holds no LoRI adapter.
@@ -284,21 +296,22 @@ def load_lori_adapter(
             f"{config['projection']['fingerprint'][:19]}.... B and the masks mean nothing on another A. Fetch the "
             "whole folder again; if the adapter was cast to a lower precision, use the original."
         )
-    model.lori_masks = masks
+    model.lori_masks, model.lori_tasks = masks, task_records(config)
     return model
 
 
 @contextmanager
 def plain_folder(
     folder_or_repo: str | Path,
-    revision: str | None,
-    token: str | None,
+    revision: str | None = None,
+    token: str | None = None,
     choose: Callable[[list[str]], list[str]] | None = None,
 ) -> Iterator[Path]:
     """
     Yield a folder with the plain PEFT files: the given one, the Hub's in the cache, or an unpacked compact one.
 
     Args:
+        folder_or_repo, revision, token: as in [`load_lori_adapter`].
         choose (`Callable`, *optional*): which files of a repository to fetch; by default those of a LoRI adapter.
     """
     from .compact import expand  # the compact form is built on this module

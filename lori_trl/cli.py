@@ -1,4 +1,4 @@
-"""The command line: `lori sft | recipes | push | export | expand`, and `lori-sft`. All that prints is here."""
+"""The command line: `lori sft | tasks | recipes | push | export | expand`, and `lori-sft`. All that prints is here."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .recipes import find_recipe, list_recipes, nearest, read_recipe, validate_recipe
+from .recipes import find_recipe, list_recipes, nearest, read_recipe, recipe_facts, validate_recipe
 
 _SFT_EXAMPLE = """
 several processes: --accelerate_config single | ddp | fsdp2 | zero3 | FILE, and --num_processes N
@@ -49,9 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     copy = actions.add_parser("copy", help="copy a shipped recipe, to change it")
     copy.add_argument("recipe", help="a shipped recipe's name")
     copy.add_argument("target", type=Path, help="the new file")
+    _add_tasks_command(commands)
     _add_hub_commands(commands)
     options = parser.parse_args(arguments)
-    run = {"recipes": _recipes, "push": _push, "export": _export, "expand": _expand}[options.command]
+    run = {"recipes": _recipes, "tasks": _tasks, "push": _push, "export": _export, "expand": _expand}[options.command]
     with _bad_input("lori"):
         try:
             run(options)
@@ -98,6 +99,50 @@ def _add_hub_commands(commands) -> None:
     expand.add_argument("folder", type=Path, help="where to")
 
 
+def _add_tasks_command(commands) -> None:
+    tasks = commands.add_parser(
+        "tasks",
+        help="who owns how much of an adapter's B; extract or remove a task",
+        epilog="example:\n  lori tasks two-tasks --extract math --output_dir math-alone",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks.add_argument("adapter", help="the adapter: a folder, a compact file or a name on the Hub")
+    change = tasks.add_mutually_exclusive_group()
+    change.add_argument("--extract", metavar="TASK", help="write this task's own adapter")
+    change.add_argument("--remove", metavar="TASK", help="write the adapter without this task")
+    tasks.add_argument("--output_dir", type=Path, help="the new folder, for --extract and --remove")
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .continual import extract_task, read_ledger, remove_task
+
+    changed = options.extract or options.remove
+    if (changed is None) != (options.output_dir is None):
+        raise ValueError(
+            f"`--output_dir {options.output_dir}` with {'a' if changed else 'no'} task to extract or remove. They go "
+            "together. Pass both, or neither to see the ledger."
+        )
+    if changed is not None:
+        (extract_task if options.extract else remove_task)(options.adapter, changed, options.output_dir)
+    ledger = read_ledger(options.output_dir or options.adapter)
+    table = Table("task, oldest first", title=f"{options.output_dir or options.adapter}: who owns B")
+    for column in ("trained", "still its own", "of B", "steps", "rows"):
+        table.add_column(column, justify="right")
+    for task in ledger.tasks:
+        facts = task.record["training"] or {}
+        known = [facts.get("steps"), (facts.get("dataset") or {}).get("rows")]
+        share = f"{100 * task.owned / ledger.numel:.2f} %"
+        counts = [f"{task.trained:,}", f"{task.owned:,}", share]
+        table.add_row(task.task, *counts, *("" if fact is None else f"{fact:,}" for fact in known))
+    table.add_section()
+    table.add_row("free", "", f"{ledger.free:,}", f"{100 * ledger.free / ledger.numel:.2f} %")
+    Console().print(table)
+    print(f"{ledger.more_tasks} more disjoint tasks of sparsity {ledger.sparsity:g} fit.")
+
+
 def _push(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -142,8 +187,16 @@ def _expand(options: argparse.Namespace) -> None:
 
 def _recipes(options: argparse.Namespace) -> None:
     if options.action == "list":
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, title="`lori recipes show NAME` prints one", title_justify="left")
+        for column in ("recipe", "task", "base", "variant", "rank", "source", "measured here"):
+            table.add_column(column, no_wrap=column == "recipe")
         for file in list_recipes():
-            print(f"{file.name:32} {file.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}")
+            if file.parent.name != "merge":  # `lori merge` has its own
+                table.add_row(file.name, *recipe_facts(file).values())
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
         return
     file = find_recipe(options.recipe)
     if options.action == "show":
@@ -248,6 +301,11 @@ def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, A
     recipe = {}
     if name is not None:
         file = find_recipe(name)
+        if file.parent.name == "baselines":
+            raise ValueError(
+                f"`--recipe {name}` is a baseline for TRL's own trainer. `lori-sft` trains LoRI adapters. Run it with "
+                f"`trl sft --config {file}`."
+            )
         validate_recipe(file, parser)
         recipe = read_recipe(file)
         arguments = ["--config", str(file), *arguments]
@@ -269,6 +327,10 @@ def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, A
     for config in configs:
         set_here = {key: value for key, value in vars(config).items() if key in given}
         recipe |= {key: value.value if isinstance(value, Enum) else value for key, value in set_here.items()}
+    for one, other in (("dataset_path", "dataset_name"), ("dataset_name", "dataset_path")):
+        if one in given and other not in given:  # one's own data in place of the recipe's
+            setattr(script, other, None)
+            recipe.pop(other, None)
     for secret_or_ours in ("hub_token", "env", "recipe", "dry_run"):
         recipe.pop(secret_or_ours, None)
     script.recipe = str(file) if name is not None else None
@@ -281,12 +343,12 @@ def _dry_run(script, args, model_args) -> None:
     from transformers import AutoConfig
     from trl import get_peft_config
 
-    from .report import count_parameters
+    from .report import KNOWN_CONFIGS, count_parameters
 
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
         peft_config = PeftConfig.from_pretrained(script.adapter_name_or_path)
-    config = AutoConfig.from_pretrained(
+    config = KNOWN_CONFIGS.get(model_args.model_name_or_path) or AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
     counts = count_parameters(config, peft_config, args.sparsity)
@@ -310,7 +372,7 @@ def _build_trainer(script, args, model_args):
     from .tasks import data_name, load_training_data
     from .trainer import LoriSFTTrainer
 
-    data = load_training_data(script)
+    data = load_training_data(script, args.dataset_text_field)
     evaluated = args.eval_strategy != "no" or args.eval_on_start
     if evaluated and script.dataset_test_split not in data:
         raise ValueError(

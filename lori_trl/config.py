@@ -36,6 +36,9 @@ class LoriArguments:
             draws the A that these masks were calibrated on.
         mask_revision (`str`, *optional*):
             Branch, tag or commit of the masks' repository on the Hub; by default the head of `main`.
+        disjoint_masks (`bool`, *optional*, defaults to `False`):
+            Whether the entries of earlier tasks are out of the race when an adapter is continued (LoRAF). No task
+            then ever changes another's entries, and each can be extracted or removed later.
 
         > Parameters that control the calibration
 
@@ -68,7 +71,7 @@ class LoriArguments:
             state are a tenth of B's; `"hook"` keeps B dense and zeroes its gradient outside the mask, as the paper
             does. Both train the same entries to the same values.
 
-    Source: paper section 2.1 and Algorithm 1; defaults from Tables 4 to 7.
+    Source: paper section 2.1 and Algorithm 1; defaults from Tables 4 to 7. Disjoint masks: LoRAF, section 2.2.
     """
 
     task_name: str | None = field(
@@ -95,6 +98,12 @@ class LoriArguments:
     )
     mask_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the masks' repository on the Hub."}
+    )
+    disjoint_masks: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the entries of earlier tasks are out of the race when an adapter is continued (LoRAF)."
+        },
     )
     calibration_learning_rate: float = field(
         default=5e-5, metadata={"help": "Learning rate while calibrating, when all of B is trained."}
@@ -179,8 +188,19 @@ class LoriSFTConfig(LoriArguments, SFTConfig):
     > These parameters have default values different from `SFTConfig`:
     > - `learning_rate`: Defaults to `5e-4` instead of `2e-5` (the paper's LoRI-S, r = 32).
     > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"` (the paper's: no decay).
+    > - `truncation_mode`: Defaults to `"keep_prompt_end"` instead of `"keep_start"`: a prompt-completion row that is
+    >   longer than `max_length` loses the beginning of its prompt, then the end of its completion before the EOS.
+    >   Other rows are cut as with `"keep_start"`.
     > - `bf16`: Defaults to `False` instead of `True` where there is no accelerator: CPUs are slow at it or refuse.
     """
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the adaptation, on the mask."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use, in both phases."})
+    truncation_mode: str = field(
+        default="keep_prompt_end",
+        metadata={
+            "help": "What is kept of rows longer than `max_length`. 'keep_prompt_end': of prompt-completion rows the "
+            "end of the prompt and the EOS, of others the start; 'keep_start' and 'keep_end' are TRL's.",
+            "choices": ["keep_prompt_end", "keep_start", "keep_end"],
+        },
+    )

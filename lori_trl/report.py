@@ -5,11 +5,21 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from .projections import lora_layers
 from .selection import num_to_select
+
+DEFAULT_SPARSITY = 0.9  # the paper's LoRI-S, for comparison in a LoRI-D run
+
+# The base models of the recipes, so that their parameters can be counted without a download: both are behind
+# a network, and Llama-3 behind an agreement.
+_SHAPES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
+KNOWN_CONFIGS = {
+    "meta-llama/Meta-Llama-3-8B": LlamaConfig(vocab_size=128256, num_attention_heads=32, **_SHAPES),
+    "mistralai/Mistral-7B-v0.1": MistralConfig(vocab_size=32000, num_attention_heads=32, **_SHAPES),
+}
 
 
 @dataclass
@@ -42,27 +52,34 @@ class ParameterCounts:
         return 4 * self.lora
 
     def table(self) -> Table:
-        """Return the counts as a table for the terminal."""
-        table = Table(
-            title="LoRI-D" if self.sparsity == 0 else f"LoRI-S, sparsity {self.sparsity}", title_justify="left"
-        )
-        for column, justify in (("parameters", "left"), ("count", "right"), ("share of the base", "right")):
-            table.add_column(column, justify=justify)
+        """
+        Return the counts as a table for the terminal: LoRA, LoRI-D and LoRI-S side by side.
+
+        Source: the column "# Params (%)" of Table 1; its shares are of the base and the adapter together.
+        """
+        sparsity = self.sparsity or DEFAULT_SPARSITY
+        sparse = num_to_select(sparsity, self.lora_B)
+        table = Table(title="what would be trained", title_justify="left")
+        this_run = {0.0: "LoRI-D"}.get(self.sparsity, "LoRI-S")
+        columns = {"LoRA": self.lora, "LoRI-D": self.lora_B, "LoRI-S": sparse}
+        table.add_column("parameters")
+        for name in columns:
+            more = f", {sparsity:g}" if name == "LoRI-S" else ""
+            table.add_column(f"{name}{more}{' (this run)' if name == this_run else ''}", justify="right")
         for name, count in (
             ("base model, frozen", self.base),
-            ("adapter: A and B; plain LoRA trains all of it", self.lora),
-            ("A, frozen", self.lora_A),
-            ("B", self.lora_B),
-            ("B outside the mask, frozen", self.lora_B - self.selected),
-            ("B on the mask: what LoRI trains", self.selected),
+            ("adapter, A", self.lora_A),
+            ("adapter, B", self.lora_B),
         ):
-            table.add_row(name, f"{count:,}", f"{100 * count / self.base:.2f} %")
+            table.add_row(name, *[f"{count:,}"] * 3)
+        table.add_row("trained", *(f"{trained:,}" for trained in columns.values()))
+        whole = self.base + self.lora
+        table.add_row("of base and adapter", *(f"{100 * part / whole:.2f} %" for part in columns.values()))
+        table.add_row("of plain LoRA", *(f"{100 * part / self.lora:.2f} %" for part in columns.values()))
+        densities = ["", *(f"{part / self.lora_B:.8f}" for part in (self.lora_B, sparse))]
+        table.add_row("of B: the density", *densities)
         table.add_section()
-        table.add_row(
-            "density, trained / B", f"{self.selected:,} / {self.lora_B:,}", f"{self.selected / self.lora_B:.8f}"
-        )
-        table.add_row("trained / plain LoRA", "", f"{100 * self.selected / self.lora:.2f} %")
-        table.add_row("adapter file, float32", f"{self.adapter_bytes / 1e6:,.1f} MB", "")
+        table.add_row("adapter file, float32", *[f"{self.adapter_bytes / 1e6:,.1f} MB"] * 3)
         return table
 
     def memory(self, base_bytes: float, gpus: int) -> dict[str, float]:

@@ -309,11 +309,11 @@ def hex_phi_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": hex_phi_prompt(_text(row, "instruction"))}
 
 
-def truncate_prompt_completion(
-    input_ids: list[int], prompt_length: int, max_length: int, bos: int | None = None, eos: int | None = None
-) -> tuple[list[int], int]:
+def kept_positions(
+    input_ids: list[int], prompt_length: int, max_length: int, bos: int | None, eos: int | None
+) -> list[int]:
     """
-    Shorten a tokenized prompt and completion without losing the prompt's end or the EOS.
+    Choose the tokens of a prompt and its completion that stay: the prompt's end and the EOS are among them.
 
     First the prompt loses its beginning (a BOS stays), until it has half of `max_length`; then the completion loses
     what stands before its EOS.
@@ -326,24 +326,22 @@ def truncate_prompt_completion(
         eos (`int`, *optional*): the tokenizer's EOS. What follows the last one, in a chat template, stays with it.
 
     Returns:
-        `tuple[list[int], int]`: the tokens that stay, and how many of them are the prompt's.
+        `list[int]`: ascending positions in `input_ids`; all of them where `max_length` suffices.
 
-    Source: the authors cut 512 tokens into 256 and 256 too, but cut the prompt's end (with `### Response:`) and the
-    EOS.
+    Source: the authors cut 512 tokens into 256 and 256 too, but they cut the prompt's end (with `### Response:`) and
+    the EOS.
     """
-    prompt, completion = input_ids[:prompt_length], input_ids[prompt_length:]
-    if len(input_ids) <= max_length:
-        return input_ids, prompt_length
-    room = max(max_length - len(completion), max_length // 2)
-    if len(prompt) > room:
-        first = prompt[:1] if prompt[0] == bos and room > 1 else []
-        prompt = first + prompt[len(prompt) - room + len(first) :]
-    room = max_length - len(prompt)
-    if len(completion) > room:
-        after_eos = completion[::-1].index(eos) + 1 if eos in completion else 0
-        end = min(after_eos, room)
-        completion = completion[: room - end] + completion[len(completion) - end :]
-    return prompt + completion, len(prompt)
+    length = len(input_ids)
+    if length <= max_length:
+        return list(range(length))
+    in_prompt = min(prompt_length, max(max_length - (length - prompt_length), max_length // 2))
+    prompt = list(range(prompt_length - in_prompt, prompt_length))
+    if in_prompt > 1 and input_ids[0] == bos:
+        prompt[0] = 0
+    completion, room = input_ids[prompt_length:], max_length - in_prompt
+    ending = min(room, completion[::-1].index(eos) + 1) if eos in completion else 0
+    beginning = range(prompt_length, min(length, prompt_length + room) - ending)
+    return prompt + [*beginning, *range(length - ending, length)]
 
 
 def _converter(row: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]] | None:

@@ -118,7 +118,7 @@ def fails(arguments, capsys, *parts):
         (["--calibration_fraction", "0"], ["`calibration_fraction=0.0` is outside (0, 1]"]),
         (["--task_name", "a/b"], ["`task_name='a/b'` cannot name a file"]),
         (["--dataset_path", "nowhere"], ["`dataset_path=nowhere` does not exist"]),
-        (["--dataset_name", "some/data"], ["Exactly one of them"]),
+        (["--dataset_name", "some/data", "--dataset_path", "my_task"], ["Exactly one of them"]),
         (["--dataset_train_split", "validation"], ["not in `my_task`, which has test, train"]),
         (
             ["--eval_strategy", "epoch", "--dataset_test_split", "dev"],
