@@ -22,7 +22,16 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .adapter import CONFIG_NAME, PEFT_FILES, RECIPE_NAME, plain_folder, read_lori_config, staged, write_card
+from .adapter import (
+    CONFIG_NAME,
+    PEFT_FILES,
+    RECIPE_NAME,
+    plain_folder,
+    read_lori_config,
+    staged,
+    task_records,
+    write_card,
+)
 from .adapter import FORMAT_VERSION as ADAPTER_FORMAT_VERSION
 from .download import MAX_JSON_BYTES, hash_file, is_repo_id
 from .masks import COMPACT_NAME, LoriMasks, check_header, choose_mask_files
@@ -656,7 +665,7 @@ def open_sources(adapters: Sequence[str | Path], token: str | None = None) -> It
     with ExitStack() as stack:
         sources = []
         for name in map(str, adapters):
-            folder = stack.enter_context(plain_folder(name, None, token, _choose_files))
+            folder = stack.enter_context(plain_folder(name, token=token, choose=_choose_files))
             if not folder.is_dir():
                 raise FileNotFoundError(
                     f"`{name}` does not exist. An adapter is a folder, a compact file, or a repository on the Hub, "
@@ -740,12 +749,12 @@ def merge_lori_adapters(
                 known = source.lori_config["projection"] if source.lori_config is not None else projection
                 projection = known if known["fingerprint"] == projection["fingerprint"] else projection
             tasks = []
-            for task in _tasks(sources):
+            for task, record in _tasks(sources).items():
                 masks = plan.mask(task)
                 if method == "concat":
                     masks.projection = projection
                 masks.save_pretrained(stage)
-                tasks.append({"task": task, "selected": masks.num_selected})
+                tasks.append({**record, "selected": masks.num_selected})
             _adapter_config(plan, base).save_pretrained(stage)
             lori_config = {
                 **_lori_config(plan, projection, tasks),
@@ -829,10 +838,13 @@ def _read_modules(plan: Plan) -> Iterator[tuple[str, dict[int, tuple[Tensor, Ten
                 yield path, {number: readers[number](path) for number in has_it}
 
 
-def _tasks(sources: Sequence[Source]) -> list[str]:
-    """Every task that has masks, in the order of the adapters, oldest first."""
-    records = [record["task"] for source in sources if source.lori_config for record in source.lori_config["tasks"]]
-    return list(dict.fromkeys(records))
+def _tasks(sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
+    """Return the record of every task that has masks, in the order of the adapters, oldest first."""
+    records: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        for record in task_records(source.lori_config) if source.lori_config is not None else []:
+            records.setdefault(record["task"], record)
+    return records
 
 
 def _common(values: Sequence[Any], otherwise: Any = None) -> Any:
