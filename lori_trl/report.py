@@ -58,28 +58,30 @@ class ParameterCounts:
         Source: the column "# Params (%)" of Table 1; its shares are of the base and the adapter together.
         """
         sparsity = self.sparsity or DEFAULT_SPARSITY
-        sparse = num_to_select(sparsity, self.lora_B)
-        table = Table(title="what would be trained", title_justify="left")
-        this_run = {0.0: "LoRI-D"}.get(self.sparsity, "LoRI-S")
-        columns = {"LoRA": self.lora, "LoRI-D": self.lora_B, "LoRI-S": sparse}
+        columns = {
+            "LoRA": self.lora,
+            "LoRI-D": self.lora_B,
+            f"LoRI-S, s = {sparsity:g}": num_to_select(sparsity, self.lora_B),
+        }
+        table = Table(
+            title=f"what would be trained; this run is LoRI-{'S' if self.sparsity else 'D'}", title_justify="left"
+        )
         table.add_column("parameters")
         for name in columns:
-            more = f", {sparsity:g}" if name == "LoRI-S" else ""
-            table.add_column(f"{name}{more}{' (this run)' if name == this_run else ''}", justify="right")
+            table.add_column(name, justify="right")
         for name, count in (
             ("base model, frozen", self.base),
             ("adapter, A", self.lora_A),
             ("adapter, B", self.lora_B),
         ):
-            table.add_row(name, *[f"{count:,}"] * 3)
+            table.add_row(name, *[f"{count:,}"] * len(columns))
         table.add_row("trained", *(f"{trained:,}" for trained in columns.values()))
-        whole = self.base + self.lora
-        table.add_row("of base and adapter", *(f"{100 * part / whole:.2f} %" for part in columns.values()))
-        table.add_row("of plain LoRA", *(f"{100 * part / self.lora:.2f} %" for part in columns.values()))
-        densities = ["", *(f"{part / self.lora_B:.8f}" for part in (self.lora_B, sparse))]
-        table.add_row("of B: the density", *densities)
+        for name, whole in (("of base and adapter", self.base + self.lora), ("of plain LoRA", self.lora)):
+            table.add_row(name, *(f"{100 * trained / whole:.2f} %" for trained in columns.values()))
+        of_B = [f"{trained / self.lora_B:.8f}" for trained in columns.values()]
+        table.add_row("of B: the density", "", *of_B[1:])
         table.add_section()
-        table.add_row("adapter file, float32", *[f"{self.adapter_bytes / 1e6:,.1f} MB"] * 3)
+        table.add_row("adapter file, float32", *[f"{self.adapter_bytes / 1e6:,.1f} MB"] * len(columns))
         return table
 
     def memory(self, base_bytes: float, gpus: int) -> dict[str, float]:
