@@ -11,7 +11,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .recipes import find_recipe, list_recipes, nearest, read_recipe, recipe_facts, validate_recipe
+from .recipes import (
+    find_recipe,
+    is_merge_recipe,
+    list_recipes,
+    nearest,
+    read_recipe,
+    recipe_facts,
+    validate_recipe,
+)
 
 _SFT_EXAMPLE = """
 several processes: --accelerate_config single | ddp | fsdp2 | zero3 | FILE, and --num_processes N
@@ -50,12 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
     copy.add_argument("recipe", help="a shipped recipe's name")
     copy.add_argument("target", type=Path, help="the new file")
     _add_tasks_command(commands)
+    _add_merge_command(commands)
     _add_hub_commands(commands)
     options = parser.parse_args(arguments)
-    run = {"recipes": _recipes, "tasks": _tasks, "push": _push, "export": _export, "expand": _expand}[options.command]
+    run = {"recipes": _recipes, "tasks": _tasks, "merge": _merge}
+    run |= {"push": _push, "export": _export, "expand": _expand}
     with _bad_input("lori"):
         try:
-            run(options)
+            run[options.command](options)
         except RuntimeError as error:  # the call was right, the Hub was not
             print(f"lori: {error}", file=sys.stderr)
             return 1
@@ -143,6 +153,77 @@ def _tasks(options: argparse.Namespace) -> None:
     print(f"{ledger.more_tasks} more disjoint tasks of sparsity {ledger.sparsity:g} fit.")
 
 
+_MERGE_EXAMPLE = """
+examples:
+  lori merge math-lori-s me/code-lori-s --weights 0.5 0.4 --output_dir math-code
+  lori merge --recipe table8_lori_s_concat.yaml --output_dir merged
+"""
+
+
+def _add_merge_command(commands) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="merge adapters into one",
+        epilog=_MERGE_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_merge_arguments(merge)
+    merge.add_argument("--recipe", help="a YAML file or a shipped recipe's name; options go over it")
+
+
+def _merge_parser() -> argparse.ArgumentParser:
+    """What a merge recipe may hold."""
+    parser = argparse.ArgumentParser(prog="lori merge")
+    _add_merge_arguments(parser)
+    return parser
+
+
+def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    methods = ["concat", "linear", "linear_peft", "magnitude", "ties", "dare"]
+    parser.add_argument("adapters", type=str, nargs="*", help="folders, compact files or names on the Hub")
+    parser.add_argument("--output_dir", type=str, help="where to (default: merged-lori)")
+    parser.add_argument("--weights", type=float, nargs="+", help="one for each adapter, or one for all (default: 1/n)")
+    parser.add_argument(
+        "--method",
+        type=str,
+        choices=methods,
+        help="concat: the weighted sum, exactly, ranks add up (default); linear: A and B summed by themselves; "
+        "linear_peft: with square roots of the weights; magnitude, ties, dare: pruned first, as PEFT does",
+    )
+    parser.add_argument("--density", type=float, help="what magnitude, ties and dare keep, in (0, 1]")
+    parser.add_argument("--seed", type=int, help="of dare's random numbers (default: 0)")
+    parser.add_argument("--base_model", type=str, help="the base model to record, where the adapters name several")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .adapter import read_lori_config
+    from .merging import merge_lori_adapters
+
+    settings = {}
+    if options.recipe is not None:
+        file = find_recipe(options.recipe)
+        validate_recipe(file, _merge_parser())
+        settings = {key: value for key, value in read_recipe(file).items() if value is not None}
+    given = vars(options)
+    for key in ("adapters", "output_dir", "weights", "method", "density", "seed", "base_model"):
+        if given[key] not in (None, []):
+            settings[key] = given[key]
+    if isinstance(weights := settings.get("weights"), list) and len(weights) == 1:
+        settings["weights"] = weights[0]
+    folder = merge_lori_adapters(settings.pop("adapters", []), **settings)
+    config = read_lori_config(folder)
+    table = Table(title=f"merged by {config['merge']['method']}: {config['task']}")
+    for column in ("adapter", "task", "weight", "rank"):
+        table.add_column(column, justify="right" if column in ("weight", "rank") else "left")
+    for adapter in config["merge"]["adapters"]:
+        table.add_row(adapter["source"], adapter["task"], f"{adapter['weight']:g}", str(adapter["rank"]))
+    Console().print(table)
+    print(f"saved to {folder}")
+
+
 def _push(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -193,16 +274,23 @@ def _recipes(options: argparse.Namespace) -> None:
         table = Table(box=None, title="`lori recipes show NAME` prints one", title_justify="left")
         for column in ("recipe", "task", "base", "variant", "rank", "source", "measured here"):
             table.add_column(column, no_wrap=column == "recipe")
+        merges = Table(box=None, title="\nfor `lori merge --recipe NAME`", title_justify="left")
+        for column in ("recipe", "adapters", "weights", "method", "density"):
+            merges.add_column(column, no_wrap=column == "recipe")
         for file in list_recipes():
-            if file.parent.name != "merge":  # `lori merge` has its own
+            if is_merge_recipe(file):
+                recipe = read_recipe(file)
+                values = ", ".join(recipe["adapters"]), recipe["weights"], recipe["method"], recipe.get("density", "")
+                merges.add_row(file.name, *map(str, values))
+            else:
                 table.add_row(file.name, *recipe_facts(file).values())
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+        Console(width=None if sys.stdout.isatty() else 160).print(table, merges)
         return
     file = find_recipe(options.recipe)
     if options.action == "show":
         print(file.read_text(encoding="utf-8"), end="")
     elif options.action == "validate":
-        validate_recipe(file, _sft_parser())
+        validate_recipe(file, _merge_parser() if is_merge_recipe(file) else _sft_parser())
         print(f"{file.name}: no faults")
     elif options.target.exists():
         raise FileExistsError(
