@@ -356,15 +356,17 @@ class Plan:
 
     Args:
         sources (`Sequence[Source]`): the adapters.
-        weights (`Sequence[float]`): their weights.
         method (`str`): one of `METHODS`.
         density (`float` or `None`): what the pruning methods keep, a fraction in (0, 1].
+        seed (`int`): of the random numbers of `dare`.
+        base (`str` or `None`): the base model's name.
     """
 
     sources: Sequence[Source]
-    weights: Sequence[float]
     method: str
-    density: float | None = None
+    density: float | None
+    seed: int
+    base: str | None
 
     @cached_property
     def paths(self) -> list[str]:
@@ -409,13 +411,42 @@ class Plan:
         alpha = self.scaling * self.rank
         return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
-    def merge(self, path: str, factors: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def random_states(self) -> dict[str, Tensor]:
+        """
+        Module path -> the state of torch's generator in which PEFT draws for it, with `dare`, after
+        `torch.manual_seed(seed)`. Before that, `add_weighted_adapter` draws to initialise the merged adapter.
+        """
+        order, states = sorted(self.paths, key=_model_order), {}
+        init = self.sources[0].config.get("init_lora_weights", True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for path in order:
+                rows, columns = self.shapes[path]
+                A = torch.nn.Linear(columns, self.rank, bias=False).weight
+                torch.nn.Linear(self.rank, rows, bias=False)
+                if init == "gaussian":
+                    torch.nn.init.normal_(A)
+                elif init:
+                    torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            for path in order:
+                states[path] = torch.get_rng_state()
+                shapes = [source.shapes[path] for source in self.sources if path in source.shapes]
+                drawn = [(rank, columns) for _, rank, columns in shapes] + [(rows, rank) for rows, rank, _ in shapes]
+                for shape in drawn if self.density < 1 else []:
+                    torch.bernoulli(torch.full(shape, self.density))
+        return states
+
+    def merge(
+        self, path: str, factors: Mapping[int, tuple[Tensor, Tensor]], weights: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
         """
         Merge one module.
 
         Args:
             path (`str`): the module's path.
             factors (`Mapping[int, tuple[Tensor, Tensor]]`): number of a source that has the module -> its A and B.
+            weights (`Sequence[float]`): the weight of every source.
 
         Returns:
             `tuple[Tensor, Tensor]`: A `(rank, in_features)` and B `(out_features, rank)`.
@@ -424,7 +455,7 @@ class Plan:
         if len(self.sources) == 1 and method not in PAPERS:
             method = "concat"  # as PEFT, which merges a single adapter by `linear` whatever the method
         shares = {
-            number: Factors(A, B, self.weights[number], self.sources[number].scalings[path] / self.scaling)
+            number: Factors(A, B, weights[number], self.sources[number].scalings[path] / self.scaling)
             for number, (A, B) in factors.items()
         }
         if method == "concat":
@@ -436,7 +467,10 @@ class Plan:
                 if number not in shares:
                     zeros = torch.zeros(source.rank, columns), torch.zeros(rows, source.rank)
                     shares[number] = Factors(*zeros, 1.0, 1.0)
-        A, B = METHODS[method]([shares[number] for number in sorted(shares)], self.density)
+        with torch.random.fork_rng(devices=[], enabled=method == "dare"):
+            if method == "dare":
+                torch.set_rng_state(self.random_states[path])
+            A, B = METHODS[method]([shares[number] for number in sorted(shares)], self.density)
         return _padded(A, 0, self.rank), _padded(B, 1, self.rank)
 
     def mask(self, task: str) -> LoriMasks | None:
@@ -480,52 +514,11 @@ def _model_order(path: str) -> tuple:
     return layer, number, path
 
 
-def _states_of_peft(plan: Plan, seed: int) -> dict[str, Tensor]:
-    """
-    Return the states of torch's generator in which PEFT draws, with `dare`, for each module: module path -> state.
-
-    Before that, `add_weighted_adapter` draws to initialise the merged adapter's modules.
-    """
-    order, states = sorted(plan.paths, key=_model_order), {}
-    init = plan.sources[0].config.get("init_lora_weights", True)
-    torch.manual_seed(seed)
-    for path in order:
-        rows, columns = plan.shapes[path]
-        A = torch.nn.Linear(columns, plan.rank, bias=False).weight
-        torch.nn.Linear(plan.rank, rows, bias=False)
-        if init == "gaussian":
-            torch.nn.init.normal_(A)
-        elif init:
-            torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    for path in order:
-        states[path] = torch.get_rng_state()
-        shapes = [source.shapes[path] for source in plan.sources if path in source.shapes]
-        drawn = [(rank, columns) for _, rank, columns in shapes] + [(rows, rank) for rows, rank, _ in shapes]
-        for shape in drawn if plan.density < 1 else []:
-            torch.bernoulli(torch.full(shape, plan.density))
-    return states
-
-
-def _check_call(adapters: Sequence[Any], weights: Sequence[float], method: str, density: float | None) -> None:
+def _check_method(method: str, density: float | None) -> None:
     if method not in METHODS:
         raise ValueError(
             f"`method={method!r}` is not known{nearest(str(method), METHODS)}. Allowed are {', '.join(METHODS)}. "
             "Leave it unset for 'concat', which is exact."
-        )
-    if len(weights) != len(adapters):
-        raise ValueError(
-            f"`weights={list(weights)}` are {len(weights)} for {len(adapters)} adapters. One for each is needed, or a "
-            "single number for all. Correct the weights, or leave them unset for the average."
-        )
-    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
-        raise ValueError(
-            f"`weights={list(weights)}` are not all finite numbers. Any finite number is allowed, negative ones too. "
-            "Correct them."
-        )
-    if not any(weights):
-        raise ValueError(
-            f"`weights={list(weights)}` are all 0, so nothing would be merged. At least one must differ from 0. Pass "
-            "e.g. `weights=0.5`."
         )
     if method in PRUNING and not (isinstance(density, (int, float)) and 0 < density <= 1):
         raise ValueError(
@@ -537,6 +530,29 @@ def _check_call(adapters: Sequence[Any], weights: Sequence[float], method: str, 
             f"`density={density}` has no meaning with `method={method!r}`, which prunes nothing. It is for "
             f"{', '.join(PRUNING)}. Leave it unset, or choose one of these."
         )
+
+
+def _checked_weights(weights: float | Sequence[float] | None, count: int) -> list[float]:
+    """Return one weight for each of the adapters."""
+    if weights is None:
+        weights = 1 / count
+    weights = [weights] * count if isinstance(weights, (int, float)) else list(weights)
+    if len(weights) != count:
+        raise ValueError(
+            f"`weights={weights}` are {len(weights)} for {count} adapters. One for each is needed, or a single number "
+            "for all. Correct the weights, or leave them unset for the average."
+        )
+    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+        raise ValueError(
+            f"`weights={weights}` are not all finite numbers. Any finite number is allowed, negative ones too. "
+            "Correct them."
+        )
+    if not any(weights):
+        raise ValueError(
+            f"`weights={weights}` are all 0, so nothing would be merged. At least one must differ from 0. Pass e.g. "
+            "`weights=0.5`."
+        )
+    return weights
 
 
 def _check_bases(sources: Sequence[Source], base_model: str | None) -> str | None:
@@ -651,17 +667,26 @@ class _Independence:
 
 
 @contextmanager
-def open_sources(adapters: Sequence[str | Path], token: str | None = None) -> Iterator[list[Source]]:
+def open_plan(
+    adapters: Sequence[str | Path],
+    method: str,
+    *,
+    density: float | None = None,
+    seed: int = 0,
+    base_model: str | None = None,
+    token: str | None = None,
+) -> Iterator[Plan]:
     """
-    Yield the adapters, fetched, unpacked and checked.
+    Fetch, unpack and check adapters, and yield how they become one.
 
-    Raises: as [`merge_lori_adapters`].
+    Args and raises: as [`merge_lori_adapters`].
     """
     if isinstance(adapters, (str, Path)) or not adapters:
         raise ValueError(
             f"`adapters={adapters!r}` is no list of adapters. Pass one or more folders or Hub names, e.g. "
             "`adapters=['math-lori-s', 'me/code-lori-s']`."
         )
+    _check_method(method, density)
     with ExitStack() as stack:
         sources = []
         for name in map(str, adapters):
@@ -672,7 +697,10 @@ def open_sources(adapters: Sequence[str | Path], token: str | None = None) -> It
                     "namespace/name. Correct the name."
                 )
             sources.append(Source(name, folder))
-        yield sources
+        base = _check_bases(sources, base_model)
+        _check_ranks(sources, method)
+        _check_dtypes(sources)
+        yield Plan(sources, method, density, seed, base)
 
 
 def merge_lori_adapters(
@@ -685,6 +713,7 @@ def merge_lori_adapters(
     seed: int = 0,
     base_model: str | None = None,
     token: str | None = None,
+    search: Mapping[str, Any] | None = None,
 ) -> Path:
     """
     Merge adapters into one, from their files: matrix by matrix, without the base model.
@@ -709,6 +738,8 @@ def merge_lori_adapters(
         seed (`int`, *optional*, defaults to 0): `dare` draws as PEFT does after `torch.manual_seed(seed)`.
         base_model (`str`, *optional*): what to record as the base model, where the adapters name different ones.
         token (`str`, *optional*): a token that may read the repositories; by default that of `hf auth login`.
+        search (`Mapping[str, Any]`, *optional*):
+            How the weights were found, to note in `lori_config.json`: a [`~merge_search.Search`]'s `record`.
 
     Returns:
         `Path`: `output_dir`.
@@ -727,23 +758,17 @@ def merge_lori_adapters(
     ```
     """
     output_dir = Path(output_dir)
-    with open_sources(adapters, token) as sources:
-        if weights is None:
-            weights = 1 / len(sources)
-        weights = [weights] * len(sources) if isinstance(weights, (int, float)) else list(weights)
-        _check_call(sources, weights, method, density)
-        base = _check_bases(sources, base_model)
-        _check_ranks(sources, method)
-        _check_dtypes(sources)
+    with open_plan(adapters, method, density=density, seed=seed, base_model=base_model, token=token) as plan:
+        sources = plan.sources
+        weights = _checked_weights(weights, len(sources))
         for source in sources:
             if source.folder.resolve() == output_dir.resolve():
                 raise ValueError(
                     f"`output_dir={output_dir}` is one of the adapters to merge, which it would replace. Pass another."
                 )
-        plan = Plan(sources, weights, method, density)
         with staged(output_dir) as stage, ThreadPoolExecutor(1) as pool:
             hashes = [pool.submit(source.hashes) for source in sources]
-            found, independence = _write_factors(plan, stage / PEFT_FILES[1], seed)
+            found, independence = _write_factors(plan, weights, stage / PEFT_FILES[1])
             projection = {"init": None, "seed": None, "fingerprint": found}
             for source in sources:
                 known = source.lori_config["projection"] if source.lori_config is not None else projection
@@ -755,7 +780,7 @@ def merge_lori_adapters(
                     masks.projection = projection
                 masks.save_pretrained(stage)
                 tasks.append({**record, "selected": masks.num_selected})
-            _adapter_config(plan, base).save_pretrained(stage)
+            adapter_config(plan).save_pretrained(stage)
             lori_config = {
                 **_lori_config(plan, projection, tasks),
                 "merge": {
@@ -773,6 +798,7 @@ def merge_lori_adapters(
                     ],
                     **({"density": density} if density is not None else {}),
                     **({"seed": seed} if method == "dare" else {}),
+                    **({"search": dict(search)} if search is not None else {}),
                     "independence": independence,
                 },
             }
@@ -787,25 +813,18 @@ def merge_lori_adapters(
     return output_dir
 
 
-def _write_factors(plan: Plan, file: Path, seed: int) -> tuple[str, list[dict[str, Any]]]:
+def _write_factors(plan: Plan, weights: Sequence[float], file: Path) -> tuple[str, list[dict[str, Any]]]:
     """Merge all modules into a file. Returns A's fingerprint and the report on the independence of the sources' A."""
     names = {path: [f"base_model.model.{path}.lora_{part}.weight" for part in "AB"] for path in plan.paths}
     shapes = {}
     for path, (rows, columns) in plan.shapes.items():
         shapes |= dict(zip(names[path], ((plan.rank, columns), (rows, plan.rank)), strict=True))
     independence, taken, anything = _Independence(), Fingerprint(), False
-    with (
-        torch.random.fork_rng(devices=[]),
-        SafetensorsWriter(file, shapes, {"format": "pt"}) as writer,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        states = _states_of_peft(plan, seed) if plan.method == "dare" and len(plan.sources) > 1 else {}
+    with SafetensorsWriter(file, shapes, {"format": "pt"}) as writer, ThreadPoolExecutor(1) as pool:
         behind = pool.submit(lambda: None)
-        for path, factors in _read_modules(plan):
-            if path in states:
-                torch.set_rng_state(states[path])
+        for path, factors in read_modules(plan):
             independence.add(factors)
-            A, B = plan.merge(path, factors)
+            A, B = plan.merge(path, factors, weights)
             anything = anything or bool(B.any())
             behind.result()  # one module at a time waits for being written
             behind = pool.submit(_store, writer, taken, path, names[path], A, B)
@@ -828,7 +847,7 @@ def _store(writer: SafetensorsWriter, taken: Fingerprint, path: str, names: list
 _MODULES_AT_ONCE = 7  # those of a layer
 
 
-def _read_modules(plan: Plan) -> Iterator[tuple[str, dict[int, tuple[Tensor, Tensor]]]]:
+def read_modules(plan: Plan) -> Iterator[tuple[str, dict[int, tuple[Tensor, Tensor]]]]:
     """Yield module after module with the A and B that the sources have of it; few of them are in memory at once."""
     for start in range(0, len(plan.paths), _MODULES_AT_ONCE):
         with ExitStack() as stack:
@@ -851,7 +870,8 @@ def _common(values: Sequence[Any], otherwise: Any = None) -> Any:
     return values[0] if all(value == values[0] for value in values) else otherwise
 
 
-def _adapter_config(plan: Plan, base: str | None) -> LoraConfig:
+def adapter_config(plan: Plan) -> LoraConfig:
+    """Return PEFT's configuration of the merged adapter."""
     configs = [source.config for source in plan.sources]
     targets = [config.get("target_modules") for config in configs]
     by_name = all(isinstance(target, list) for target in targets) and not any(
@@ -861,7 +881,7 @@ def _adapter_config(plan: Plan, base: str | None) -> LoraConfig:
         r=plan.rank,
         lora_alpha=plan.alpha,
         target_modules=sorted({name for target in targets for name in target}) if by_name else plan.paths,
-        base_model_name_or_path=base,
+        base_model_name_or_path=plan.base,
         task_type=_common([config.get("task_type") for config in configs]),
         lora_dropout=_common([config.get("lora_dropout", 0.0) for config in configs], 0.0),
         fan_in_fan_out=any(config.get("fan_in_fan_out") for config in configs),

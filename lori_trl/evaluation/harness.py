@@ -1,15 +1,12 @@
 """Benchmarks through lm-eval: rows in, scores of single answers, means with standard errors out."""
 
 import copy
-import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from decimal import Decimal
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..recipes import nearest
 from ..sandbox import run_programs
 from ..tasks import BENCHMARKS, alpaca_prompt, hex_phi_prompt, load_benchmark
+from .results import Result, rows_hash, versions
 from .scoring import extract_label, extract_number, is_refusal, is_refusal_by_keywords, pass_at_k
 
 if TYPE_CHECKING:
@@ -33,36 +31,10 @@ _COLUMNS = {"gsm8k": {"answer"}, "humaneval": {"completion", "test", "entry_poin
 _NLU_COLUMNS = {"answer", "choices"}
 
 
-@dataclass(frozen=True)
-class Result:
-    """
-    One figure.
-
-    Args:
-        task (`str`): the benchmark, or the name of the held-out file.
-        metric (`str`): what was measured; rates are fractions in [0, 1], losses nats per token, `unparsed` a count.
-        value (`float`): the figure.
-        n (`int`): over how many rows, or tokens for a loss.
-        stderr (`float`, *optional*): its standard error, in the same unit.
-        dataset (`str`, *optional*): the data set's name on the Hub.
-        data (`Mapping[str, Any]`): `source`, the number of `rows`, and the `sha256` of the rows.
-        settings (`Mapping[str, Any]`): what else decides the figure: generation, limit, seed, versions.
-    """
-
-    task: str
-    metric: str
-    value: float
-    n: int
-    stderr: float | None = None
-    dataset: str | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
 def load_tasks(
     names: Sequence[str],
     *,
-    paths: Mapping[str, str] | None = None,
+    paths: Mapping[str | None, str] | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
     num_samples: int | None = None,
@@ -75,7 +47,9 @@ def load_tasks(
         names (`Sequence[str]`):
             Benchmarks (`boolq`, `gsm8k`, `safety`, ...), groups of them (`nlu`, `math`, `code`), or a part of one
             (`boolq_generate`, `boolq_loglikelihood`, ...).
-        paths (`Mapping[str, str]`, *optional*): benchmark -> a local file or folder in place of its source.
+        paths (`Mapping[str | None, str]`, *optional*):
+            Local data in place of the sources: one of `names` (`None` for all) -> a .jsonl or .json file, or a folder
+            with one, or with a folder for each benchmark.
         limit (`int`, *optional*): take the first so many rows of each.
         max_new_tokens (`int`, *optional*): the longest answer in tokens; by default the task's, 512.
         num_samples (`int`, *optional*): samples a HumanEval problem; by default 20.
@@ -92,17 +66,17 @@ def load_tasks(
     _import_lm_eval(names)
     from lm_eval.tasks import TaskManager
 
-    with _quiet():
-        settings = {"paths": dict(paths or {}), "limit": limit}
+    with _log_level("lm_eval", logging.ERROR):  # it warns of much that is meant here
+        settings: dict[str, Any] = {"paths": {}, "limit": limit}
         manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=settings)
         members = {
             name: [name] if entry.cfg else sorted(entry.tags)  # a tag has no file of its own, only members
             for name, entry in manager.task_index.items()
         }
-        for name in names:
+        for name in [*names, *(name for name in paths or {} if name is not None)]:
             if name not in members:
                 raise ValueError(
-                    f"`--tasks {name}` is unknown{nearest(name, members)}. Known are {', '.join(sorted(members))}. "
+                    f"`{name}` is no task{nearest(name, members)}. Known are {', '.join(sorted(members))}. "
                     "Pass some of these."
                 )
         chosen = list(dict.fromkeys(member for name in names for member in members[name]))
@@ -112,6 +86,14 @@ def load_tasks(
                 f"`--tasks {unsafe[0]}` runs code that the model wrote. That is off unless it is allowed, and then "
                 "each sample runs in a sandbox. Pass `--allow_code_execution`, or leave the task out."
             )
+        configs = {name: manager.task_index[name].cfg for name in chosen}
+        for name, path in (paths or {}).items():
+            folders = {
+                config["dataset_kwargs"]["benchmark"]: config.get("task_alias", task)
+                for task, config in configs.items()
+                if name is None or task in members[name]
+            }
+            settings["paths"] |= {benchmark: _own_path(path, folders, benchmark) for benchmark in folders}
         tasks = manager.load(chosen)["tasks"]
         for task in tasks.values():
             if max_new_tokens is not None and task.config.output_type == "generate_until":
@@ -151,7 +133,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet():
+    with _log_level("lm_eval", logging.ERROR):
         lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         for task in tasks.values():
             longest = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
@@ -160,17 +142,17 @@ def evaluate(
                     f"`--max_new_tokens {longest}` leaves no room for a prompt: the model takes {lm.max_length} "
                     f"tokens in all. Pass fewer, e.g. `--max_new_tokens {lm.max_length // 2}`."
                 )
-        logging.getLogger(HFLM.__module__).setLevel(logging.WARNING)  # it says when a prompt is cut
-        output = simple_evaluate(
-            lm,
-            tasks=list(tasks.values()),
-            confirm_run_unsafe_code=True,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with _log_level(HFLM.__module__, logging.WARNING):  # it says when a prompt is cut
+            output = simple_evaluate(
+                lm,
+                tasks=list(tasks.values()),
+                confirm_run_unsafe_code=True,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     results: dict[tuple[str, str], Result] = {}
     for name, task in tasks.items():
         for result in _results(task, output["results"][name], batch_size, seed):
@@ -182,11 +164,16 @@ def _results(task: "Task", output: Mapping[str, Any], batch_size: int, seed: int
     """Turn lm-eval's output for one task into results; `metric,filter` and `metric_stderr,filter` are its keys."""
     benchmark, paths = task.config.dataset_kwargs["benchmark"], task.config.metadata["paths"]
     rows = task.eval_docs
+    own = task.config.custom_dataset is benign_rows
     common = {
         "task": task.config.task_alias or task.config.task,
         "n": len(rows),
-        "dataset": None if benchmark in paths else _hub_name(BENCHMARKS[benchmark].source),
-        "data": {"source": _source(benchmark, paths), "rows": len(rows), "sha256": rows_hash(rows)},
+        "dataset": None if own or benchmark in paths else _hub_name(BENCHMARKS[benchmark].source),
+        "data": {
+            "source": BENIGN_FILE.name if own else _source(benchmark, paths),
+            "rows": len(rows),
+            "sha256": rows_hash(rows),
+        },
         "settings": {
             **{key: value for key, value in (task.config.generation_kwargs or {}).items() if key != "until"},
             "num_samples": task.config.repeats,
@@ -194,7 +181,7 @@ def _results(task: "Task", output: Mapping[str, Any], batch_size: int, seed: int
             "limit": task.config.metadata["limit"],
             "batch_size": batch_size,
             "seed": seed,
-            "versions": {name: version(name) for name in ("lori-trl", "lm-eval", "transformers", "torch")},
+            "versions": versions("lm-eval"),
         },
     }
     results = []
@@ -307,12 +294,15 @@ def score_samples(doc: Mapping[str, Any], results: Sequence[Sequence[bool]]) -> 
 # ---- helpers -------------------------------------------------------------------------------------------------------
 
 
-def rows_hash(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return the SHA-256 of rows, as JSON lines with sorted keys."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()
+def _own_path(path: str, folders: Mapping[str, str], benchmark: str) -> str:
+    """Find the part of a path that is for one of several benchmarks."""
+    if len(folders) > 1 and Path(path).is_file():
+        raise ValueError(
+            f"`--dataset_path {path}` is one file for {', '.join(folders.values())}. A file is for one of them. Pass "
+            f"`--dataset_path {folders[benchmark]}={path}`, or a folder that has a folder for each."
+        )
+    own = Path(path, folders[benchmark])
+    return str(own) if own.is_dir() else path
 
 
 def _source(benchmark: str, paths: Mapping[str, str]) -> str:
@@ -335,12 +325,11 @@ def _import_lm_eval(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _quiet():
-    """Let lm-eval log only errors meanwhile: it warns of much that is meant here."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _log_level(name: str, level: int):
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)

@@ -3,12 +3,17 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational
+
+from ..tasks import LoriScriptArguments, load_training_data
+from .results import Result, rows_hash, versions
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,47 @@ def completion_loss(
         )
     mean = math.fsum(losses) / tokens
     return CompletionLoss(mean, tokens, _ratio_stderr(losses, counts, mean))
+
+
+def measure_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, rows: Dataset, batch_size: int
+) -> Result:
+    """Return [`completion_loss`] as a result, under the name of the rows' file, or of its folder for a split."""
+    measured = completion_loss(model, tokenizer, rows, batch_size=batch_size)
+    file = Path(path)
+    return Result(
+        task=file.resolve().parent.name if file.stem in ("train", "test", "validation") else file.stem,
+        metric="loss",
+        value=measured.loss,
+        n=measured.tokens,
+        stderr=None if math.isnan(measured.stderr) else measured.stderr,
+        data={"source": file.name, "rows": len(rows), "sha256": rows_hash(rows)},
+        settings={"batch_size": batch_size, "versions": versions()},
+    )
+
+
+def held_out_rows(path: str, limit: int | None = None) -> Dataset:
+    """
+    Read rows to measure the loss on, in any form that training takes.
+
+    Args:
+        path (`str`): a .jsonl or .json file, or a folder with test.jsonl or test.json.
+        limit (`int`, *optional*): take the first so many.
+
+    Raises:
+        `ValueError`: there are no rows, or the folder has none to test on.
+        `FileNotFoundError`: `path` does not exist.
+    """
+    if Path(path).is_dir():
+        files = [file for file in (Path(path, "test.jsonl"), Path(path, "test.json")) if file.is_file()]
+        if not files:
+            raise ValueError(
+                f"`--dataset_path {path}` has no test.jsonl or test.json. The loss is measured on a file, or on the "
+                "test split of a folder. Pass the file."
+            )
+        path = str(files[0])
+    rows = load_training_data(LoriScriptArguments(dataset_path=path))["train"]
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 def _tokenize_completion(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> tuple[list[int], int]:
