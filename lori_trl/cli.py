@@ -1,4 +1,4 @@
-"""The command line: `lori sft | tasks | recipes | push | export | expand`, and `lori-sft`. All that prints is here."""
+"""The command line: `lori` and its commands, and `lori-sft`. All that prints is here."""
 
 import argparse
 import os
@@ -158,6 +158,7 @@ _MERGE_EXAMPLE = """
 examples:
   lori merge math-lori-s me/code-lori-s --weights 0.5 0.4 --output_dir math-code
   lori merge --recipe table8_lori_s_concat.yaml --output_dir merged
+  lori merge math-lori-s code-lori-s --search coordinate --heldout math.jsonl code.jsonl --output_dir math-code
 """
 
 
@@ -193,7 +194,25 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--density", type=float, help="what magnitude, ties and dare keep, in (0, 1]")
     parser.add_argument("--seed", type=int, help="of dare's random numbers (default: 0)")
-    parser.add_argument("--base_model", type=str, help="the base model to record, where the adapters name several")
+    parser.add_argument(
+        "--base_model",
+        type=str,
+        help="the base model to record, and to search with; by default the one that the adapters name",
+    )
+    parser.add_argument(
+        "--search",
+        type=str,
+        choices=["shared", "coordinate"],
+        help="find the weights that give the lowest loss on --heldout: one for all adapters, or then one for each",
+    )
+    parser.add_argument(
+        "--heldout",
+        type=str,
+        nargs="+",
+        help=".jsonl or .json files that no adapter was trained on; the objective "
+        "is the mean over the files of the loss of a completion token",
+    )
+    parser.add_argument("--grid", type=float, nargs="+", help="the weights to try (default: 0.1 to 1)")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -209,12 +228,21 @@ def _merge(options: argparse.Namespace) -> None:
         validate_recipe(file, _merge_parser())
         settings = {key: value for key, value in read_recipe(file).items() if value is not None}
     given = vars(options)
-    for key in ("adapters", "output_dir", "weights", "method", "density", "seed", "base_model"):
-        if given[key] not in (None, []):
-            settings[key] = given[key]
+    for action in _merge_parser()._actions:
+        if given.get(action.dest) not in (None, []):
+            settings[action.dest] = given[action.dest]
     if isinstance(weights := settings.get("weights"), list) and len(weights) == 1:
         settings["weights"] = weights[0]
-    folder = merge_lori_adapters(settings.pop("adapters", []), **settings)
+    adapters = settings.pop("adapters", [])
+    strategy, heldout, grid = (settings.pop(key, None) for key in ("search", "heldout", "grid"))
+    if strategy is not None:
+        settings |= _search(adapters, strategy, heldout, grid, settings)
+    elif heldout is not None or grid is not None:
+        raise ValueError(
+            f"`--heldout {heldout}`, `--grid {grid}` without `--search`. They are for the search for weights. Add "
+            "`--search shared`, or leave them out."
+        )
+    folder = merge_lori_adapters(adapters, **settings)
     config = read_lori_config(folder)
     table = Table(title=f"merged by {config['merge']['method']}: {config['task']}")
     for column in ("adapter", "task", "weight", "rank"):
@@ -223,6 +251,39 @@ def _merge(options: argparse.Namespace) -> None:
         table.add_row(adapter["source"], adapter["task"], f"{adapter['weight']:g}", str(adapter["rank"]))
     Console().print(table)
     print(f"saved to {folder}")
+
+
+def _search(adapters, strategy, heldout, grid, settings) -> dict[str, Any]:
+    """Search for the weights of a merge, and print what was tried. Returns the weights and the search's record."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .merge_search import GRID, search_merge_weights
+    from .tasks import LoriScriptArguments, load_training_data
+
+    if "weights" in settings:
+        raise ValueError(
+            f"`weights={settings['weights']}` and `--search` exclude each other: the search finds the weights. Leave "
+            "one out."
+        )
+    names = {"/".join(Path(file).with_suffix("").parts[-2:]): file for file in heldout or []}
+    if len(names) < len(heldout or []):
+        raise ValueError(
+            f"`--heldout {' '.join(heldout)}` names a file twice, or two files alike. Each must have a folder's and a "
+            "file's name of its own. Rename one, or leave it out."
+        )
+    rows = {name: load_training_data(LoriScriptArguments(dataset_path=file))["train"] for name, file in names.items()}
+    facts = {key: settings[key] for key in ("method", "density", "seed", "base_model") if key in settings}
+    search = search_merge_weights(adapters, rows, strategy=strategy, grid=grid or GRID, **facts)
+    table = Table(title=f"completion loss by weights, {strategy} search")
+    for column in ("weights", *rows, *(["mean"] if len(rows) > 1 else [])):
+        table.add_column(column, justify="right")
+    for trial in (search.base, *search.trials):
+        losses = [*trial.losses.values(), *([trial.objective] if len(rows) > 1 else [])]
+        name = "base model" if trial is search.base else " ".join(f"{weight:g}" for weight in trial.weights)
+        table.add_row(name, *(f"{loss:.4f}" for loss in losses), style="bold" if trial is search.best else None)
+    Console().print(table)
+    return {"weights": list(search.best.weights), "search": search.record}
 
 
 def _push(options: argparse.Namespace) -> None:

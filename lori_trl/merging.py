@@ -699,7 +699,6 @@ def open_plan(
             sources.append(Source(name, folder))
         base = _check_bases(sources, base_model)
         _check_ranks(sources, method)
-        _check_dtypes(sources)
         yield Plan(sources, method, density, seed, base)
 
 
@@ -761,6 +760,7 @@ def merge_lori_adapters(
     with open_plan(adapters, method, density=density, seed=seed, base_model=base_model, token=token) as plan:
         sources = plan.sources
         weights = _checked_weights(weights, len(sources))
+        _check_dtypes(sources)
         for source in sources:
             if source.folder.resolve() == output_dir.resolve():
                 raise ValueError(
