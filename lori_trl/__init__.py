@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .config import LoriArguments, LoriSFTConfig
     from .hub import push_lori_to_hub
     from .masks import LoriMasks
+    from .merging import merge_lori_adapters
     from .trainer import LoriSFTTrainer, LoriTrainerMixin
 
 _MODULES = {
@@ -17,6 +18,7 @@ _MODULES = {
     "LoriSFTTrainer": "trainer",
     "LoriTrainerMixin": "trainer",
     "load_lori_adapter": "adapter",
+    "merge_lori_adapters": "merging",
     "push_lori_to_hub": "hub",
 }
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def staged(folder: str | Path):
     If anything fails before that, `folder` stays as it was.
     """
     folder = Path(folder)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     for left_by_a_killed_save in folder.glob(".saving-*"):
         shutil.rmtree(left_by_a_killed_save, ignore_errors=True)
@@ -65,6 +66,8 @@ def staged(folder: str | Path):
             os.replace(file, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def save_lori_adapter(
@@ -228,10 +231,11 @@ def write_card(
         card = existing.read_text(encoding="utf-8")
     else:
         config = read_lori_config(folder)
+        newest = [record["task"] for record in config["tasks"][-1:]]
         card = render_model_card(
             config,
             json.loads((folder / PEFT_FILES[0]).read_text(encoding="utf-8")),
-            {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]},
+            {task: LoriMasks.from_pretrained(folder, task=task) for task in newest},
             eval_results=json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None,
             repo_id=repo_id,
             forms=forms,
@@ -297,18 +301,24 @@ def load_lori_adapter(
 
 
 @contextmanager
-def plain_folder(folder_or_repo: str | Path, revision: str | None = None, token: str | None = None) -> Iterator[Path]:
+def plain_folder(
+    folder_or_repo: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    choose: Callable[[list[str]], list[str]] | None = None,
+) -> Iterator[Path]:
     """
     Yield a folder with the plain PEFT files: the given one, the Hub's in the cache, or an unpacked compact one.
 
     Args:
         folder_or_repo, revision, token: as in [`load_lori_adapter`].
+        choose (`Callable`, *optional*): which files of a repository to fetch; by default those of a LoRI adapter.
     """
     from .compact import expand  # the compact form is built on this module
 
     path = Path(folder_or_repo)
     if is_repo_id(folder_or_repo):
-        path = fetch_from_hub(str(folder_or_repo), _choose_adapter_files, revision=revision, token=token)
+        path = fetch_from_hub(str(folder_or_repo), choose or _choose_adapter_files, revision=revision, token=token)
     if path.is_dir() and (path / COMPACT_NAME).is_file() and not (path / PEFT_FILES[1]).is_file():
         path = path / COMPACT_NAME
     if path.is_file():

@@ -1,4 +1,4 @@
-"""The command line: `lori sft | tasks | recipes | push | export | expand`, and `lori-sft`. All that prints is here."""
+"""The command line: `lori` and its commands, and `lori-sft`. All that prints is here."""
 
 import argparse
 import os
@@ -11,7 +11,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .recipes import find_recipe, list_recipes, nearest, read_recipe, recipe_facts, validate_recipe
+from .recipes import (
+    find_recipe,
+    is_merge_recipe,
+    list_recipes,
+    nearest,
+    read_recipe,
+    recipe_facts,
+    validate_recipe,
+)
 
 _SFT_EXAMPLE = """
 several processes: --accelerate_config single | ddp | fsdp2 | zero3 | FILE, and --num_processes N
@@ -50,15 +58,15 @@ def main(arguments: list[str] | None = None) -> int:
     copy.add_argument("recipe", help="a shipped recipe's name")
     copy.add_argument("target", type=Path, help="the new file")
     _add_tasks_command(commands)
+    _add_merge_command(commands)
     _add_hub_commands(commands)
     _add_eval_command(commands)
     options = parser.parse_args(arguments)
-    run = {"recipes": _recipes, "tasks": _tasks, "push": _push, "export": _export, "expand": _expand, "eval": _eval}[
-        options.command
-    ]
+    run = {"recipes": _recipes, "tasks": _tasks, "merge": _merge, "eval": _eval}
+    run |= {"push": _push, "export": _export, "expand": _expand}
     with _bad_input("lori"):
         try:
-            run(options)
+            run[options.command](options)
         except RuntimeError as error:  # the call was right, the Hub was not
             print(f"lori: {error}", file=sys.stderr)
             return 1
@@ -144,6 +152,138 @@ def _tasks(options: argparse.Namespace) -> None:
     table.add_row("free", "", f"{ledger.free:,}", f"{100 * ledger.free / ledger.numel:.2f} %")
     Console().print(table)
     print(f"{ledger.more_tasks} more disjoint tasks of sparsity {ledger.sparsity:g} fit.")
+
+
+_MERGE_EXAMPLE = """
+examples:
+  lori merge math-lori-s me/code-lori-s --weights 0.5 0.4 --output_dir math-code
+  lori merge --recipe table8_lori_s_concat.yaml --output_dir merged
+  lori merge math-lori-s code-lori-s --search coordinate --heldout math.jsonl code.jsonl --output_dir math-code
+"""
+
+
+def _add_merge_command(commands) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="merge adapters into one",
+        epilog=_MERGE_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_merge_arguments(merge)
+    merge.add_argument("--recipe", help="a YAML file or a shipped recipe's name; options go over it")
+
+
+def _merge_parser() -> argparse.ArgumentParser:
+    """What a merge recipe may hold."""
+    parser = argparse.ArgumentParser(prog="lori merge")
+    _add_merge_arguments(parser)
+    return parser
+
+
+def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    methods = ["concat", "linear", "linear_peft", "magnitude", "ties", "dare"]
+    parser.add_argument("adapters", type=str, nargs="*", help="folders, compact files or names on the Hub")
+    parser.add_argument("--output_dir", type=str, help="where to (default: merged-lori)")
+    parser.add_argument("--weights", type=float, nargs="+", help="one for each adapter, or one for all (default: 1/n)")
+    parser.add_argument(
+        "--method",
+        type=str,
+        choices=methods,
+        help="concat: the weighted sum, exactly, ranks add up (default); linear: A and B summed by themselves; "
+        "linear_peft: with square roots of the weights; magnitude, ties, dare: pruned first, as PEFT does",
+    )
+    parser.add_argument("--density", type=float, help="what magnitude, ties and dare keep, in (0, 1]")
+    parser.add_argument("--seed", type=int, help="of dare's random numbers (default: 0)")
+    parser.add_argument(
+        "--base_model",
+        type=str,
+        help="the base model to record, and to search with; by default the one that the adapters name",
+    )
+    parser.add_argument(
+        "--search",
+        type=str,
+        choices=["shared", "coordinate"],
+        help="find the weights that give the lowest loss on --heldout: one for all adapters, or then one for each",
+    )
+    parser.add_argument(
+        "--heldout",
+        type=str,
+        nargs="+",
+        help=".jsonl or .json files that no adapter was trained on; the objective "
+        "is the mean over the files of the loss of a completion token",
+    )
+    parser.add_argument("--grid", type=float, nargs="+", help="the weights to try (default: 0.1 to 1)")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .adapter import read_lori_config
+    from .merging import merge_lori_adapters
+
+    settings = {}
+    if options.recipe is not None:
+        file = find_recipe(options.recipe)
+        validate_recipe(file, _merge_parser())
+        settings = {key: value for key, value in read_recipe(file).items() if value is not None}
+    given = vars(options)
+    for action in _merge_parser()._actions:
+        if given.get(action.dest) not in (None, []):
+            settings[action.dest] = given[action.dest]
+    if isinstance(weights := settings.get("weights"), list) and len(weights) == 1:
+        settings["weights"] = weights[0]
+    adapters = settings.pop("adapters", [])
+    strategy, heldout, grid = (settings.pop(key, None) for key in ("search", "heldout", "grid"))
+    if strategy is not None:
+        settings |= _search(adapters, strategy, heldout, grid, settings)
+    elif heldout is not None or grid is not None:
+        raise ValueError(
+            f"`--heldout {heldout}`, `--grid {grid}` without `--search`. They are for the search for weights. Add "
+            "`--search shared`, or leave them out."
+        )
+    folder = merge_lori_adapters(adapters, **settings)
+    config = read_lori_config(folder)
+    table = Table(title=f"merged by {config['merge']['method']}: {config['task']}")
+    for column in ("adapter", "task", "weight", "rank"):
+        table.add_column(column, justify="right" if column in ("weight", "rank") else "left")
+    for adapter in config["merge"]["adapters"]:
+        table.add_row(adapter["source"], adapter["task"], f"{adapter['weight']:g}", str(adapter["rank"]))
+    Console().print(table)
+    print(f"saved to {folder}")
+
+
+def _search(adapters, strategy, heldout, grid, settings) -> dict[str, Any]:
+    """Search for the weights of a merge, and print what was tried. Returns the weights and the search's record."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .merge_search import GRID, search_merge_weights
+    from .tasks import LoriScriptArguments, load_training_data
+
+    if "weights" in settings:
+        raise ValueError(
+            f"`weights={settings['weights']}` and `--search` exclude each other: the search finds the weights. Leave "
+            "one out."
+        )
+    names = {"/".join(Path(file).with_suffix("").parts[-2:]): file for file in heldout or []}
+    if len(names) < len(heldout or []):
+        raise ValueError(
+            f"`--heldout {' '.join(heldout)}` names a file twice, or two files alike. Each must have a folder's and a "
+            "file's name of its own. Rename one, or leave it out."
+        )
+    rows = {name: load_training_data(LoriScriptArguments(dataset_path=file))["train"] for name, file in names.items()}
+    facts = {key: settings[key] for key in ("method", "density", "seed", "base_model") if key in settings}
+    search = search_merge_weights(adapters, rows, strategy=strategy, grid=grid or GRID, **facts)
+    table = Table(title=f"completion loss by weights, {strategy} search")
+    for column in ("weights", *rows, *(["mean"] if len(rows) > 1 else [])):
+        table.add_column(column, justify="right")
+    for trial in (search.base, *search.trials):
+        losses = [*trial.losses.values(), *([trial.objective] if len(rows) > 1 else [])]
+        name = "base model" if trial is search.base else " ".join(f"{weight:g}" for weight in trial.weights)
+        table.add_row(name, *(f"{loss:.4f}" for loss in losses), style="bold" if trial is search.best else None)
+    Console().print(table)
+    return {"weights": list(search.best.weights), "search": search.record}
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -327,20 +467,25 @@ def _recipes(options: argparse.Namespace) -> None:
         from rich.table import Table
 
         table = Table("recipe", "task", "base", "variant", "rank", "source", box=None, padding=(0, 1, 0, 0))
+        merges = Table("for lori merge", "adapters", "weights", "method", "density", box=None, padding=(0, 1, 0, 0))
         runs = []
         for file in list_recipes():
-            if file.parent.name != "merge":  # `lori merge` has its own
+            if is_merge_recipe(file):
+                recipe = read_recipe(file)
+                values = ", ".join(recipe["adapters"]), recipe["weights"], recipe["method"], recipe.get("density", "")
+                merges.add_row(file.name, *map(str, values))
+            else:
                 *facts, measured = recipe_facts(file).values()
                 table.add_row(file.name, *facts)
                 runs += [f"run here: {file.name}: {measured}"] if measured else []
-        console = Console(width=max(Console().width, 104))  # no name is cut, in a pipe neither
-        console.print(table, *runs, sep="\n", highlight=False, soft_wrap=True)
+        console = Console(width=max(Console().width, 120))  # no name is cut, in a pipe neither
+        console.print(table, *runs, "", merges, sep="\n", highlight=False, soft_wrap=True)
         return
     file = find_recipe(options.recipe)
     if options.action == "show":
         print(file.read_text(encoding="utf-8"), end="")
     elif options.action == "validate":
-        validate_recipe(file, _sft_parser())
+        validate_recipe(file, _merge_parser() if is_merge_recipe(file) else _sft_parser())
         print(f"{file.name}: no faults")
     elif options.target.exists():
         raise FileExistsError(

@@ -104,7 +104,7 @@ def render_model_card(
     Args:
         lori_config (`Mapping[str, Any]`): the contents of `lori_config.json`.
         adapter_config (`Mapping[str, Any]`): the contents of PEFT's `adapter_config.json`.
-        masks (`Mapping[str, LoriMasks]`): task -> its masks, oldest first.
+        masks (`Mapping[str, LoriMasks]`): task -> its masks, oldest first; the newest ones are enough.
         eval_results (`Mapping[str, Any]`, *optional*): the contents of `eval_results.json`:
             `{"format_version": 1, "results": [{"task": "gsm8k", "metric": "accuracy", "value": 0.63}]}`; a result may
             also have `stderr`, in the value's unit, and `dataset`, a Hub name.

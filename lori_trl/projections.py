@@ -142,21 +142,43 @@ def projections(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
+class Fingerprint:
+    """
+    Take the fingerprint of a set of projections, one after the other: SHA-256 over paths, shapes and float32 values.
+
+    The same for any adapter name and device, and for a bfloat16 tensor and its float32 copy.
+    """
+
+    def __init__(self):
+        self.digest = hashlib.sha256()
+
+    def add(self, path: str, tensor: Tensor) -> None:
+        """
+        Add the next projection; they come in sorted order of their paths.
+
+        Args:
+            path (`str`): the module's path in the base model.
+            tensor (`Tensor`): its A, `(rank, in_features)`.
+        """
+        tensor = tensor.detach().float().cpu().contiguous()
+        self.digest.update(f"{path} {tuple(tensor.shape)}\n".encode())
+        self.digest.update(tensor.numpy().astype("<f4", copy=False))
+
+    def __str__(self) -> str:
+        return f"sha256:{self.digest.hexdigest()}"
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """
-    Fingerprint a set of projections: SHA-256 over sorted paths, shapes and float32 values.
-
-    The same for any adapter name, order and device, and for a bfloat16 tensor and its float32 copy.
+    Fingerprint a set of projections. See [`Fingerprint`].
 
     Args:
-        tensors (`Mapping[str, Tensor]`): module path -> A `(rank, in_features)`.
+        tensors (`Mapping[str, Tensor]`): module path -> A `(rank, in_features)`, in any order.
 
     Returns:
         `str`: `"sha256:"` and 64 hexadecimal digits.
     """
-    digest = hashlib.sha256()
+    taken = Fingerprint()
     for path in sorted(tensors):
-        tensor = tensors[path].detach().float().cpu().contiguous()
-        digest.update(f"{path} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
-    return f"sha256:{digest.hexdigest()}"
+        taken.add(path, tensors[path])
+    return str(taken)

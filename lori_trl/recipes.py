@@ -12,6 +12,7 @@ _INTERVALS = {
     "sparsity": "[0, 1)",
     "calibration_sparsities": "[0, 1)",
     "calibration_fraction": "(0, 1]",
+    "density": "(0, 1]",
     "lora_dropout": "[0, 1)",
     "lora_r": "[1, inf)",
     "lora_alpha": "(0, inf)",
@@ -106,6 +107,11 @@ def recipe_facts(file: Path) -> dict[str, str]:
     }
 
 
+def is_merge_recipe(file: Path) -> bool:
+    """Say whether a recipe is for `lori merge`: it names adapters."""
+    return "adapters" in read_recipe(file)
+
+
 def validate_recipe(file: Path, parser: argparse.ArgumentParser) -> None:
     """
     Check every key and value of a recipe against a parser's arguments.
@@ -115,7 +121,8 @@ def validate_recipe(file: Path, parser: argparse.ArgumentParser) -> None:
             there twice or exclude each other; values of a wrong type or out of range.
     """
     actions = {action.dest: action for action in reversed(parser._actions)}  # a field before its `--no_field`
-    mappings = {name for config in parser.dataclass_types for name in getattr(config, "_VALID_DICT_FIELDS", ())}
+    configs = vars(parser).get("dataclass_types", ())  # a TrlParser's
+    mappings = {name for config in configs for name in getattr(config, "_VALID_DICT_FIELDS", ())}
     recipe = read_recipe(file)
     faults = [f"{key}: in lines {', '.join(map(str, lines))}. Keep one" for key, lines in _repeated_keys(file)]
     for key, value in recipe.items():
@@ -135,7 +142,7 @@ def validate_recipe(file: Path, parser: argparse.ArgumentParser) -> None:
         lines = "\n".join(f"  - {fault}" for fault in faults)
         raise ValueError(
             f"`{file}` has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{lines}\nAllowed are the fields that "
-            "`lori-sft --help` lists, with values of their types. Correct the file."
+            f"`{parser.prog} --help` lists, with values of their types. Correct the file."
         )
 
 
