@@ -30,10 +30,10 @@ from .model_card import (
     EVAL_RESULTS_NAME,
     GENERATED,
     PICTURE_NAME,
-    draw_density,
     render_model_card,
 )
 from .projections import fingerprint, freeze_projections, lora_layers, projections
+from .report import draw_density
 
 logger = logging.getLogger(__name__)
 
@@ -263,12 +263,14 @@ def load_lori_adapter(
         `ConnectionError`: the Hub cannot be reached, and the cache does not have the files.
         `ValueError`: A is not the one that the adapter was trained with, or a file is unreadable.
     """
-    with _plain_folder(folder_or_repo, revision, token) as folder:
+    with plain_folder(folder_or_repo, revision, token=token) as folder:
         theirs = sorted((folder / "masks").glob("*_mask.pt"))
         if theirs and not (folder / CONFIG_NAME).is_file():
             model = _load_peft(model, folder, adapter_name, is_trainable)
             task = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(folder_or_repo).name).lstrip("._-")[:96]
-            model.lori_masks = {task: _trained_mask(model, adapter_name, LoriMasks.from_pretrained(folder, task))}
+            layers = lora_layers(model, adapter_name)
+            moved = {path: (layer.lora_B[adapter_name].weight != 0).cpu() for path, layer in layers.items()}
+            model.lori_masks = {task: trained_mask(LoriMasks(moved), LoriMasks.from_pretrained(folder, task))}
             return model
         config = read_lori_config(folder)
         masks = {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]}
@@ -285,13 +287,30 @@ def load_lori_adapter(
 
 
 @contextmanager
-def _plain_folder(folder_or_repo: str | Path, revision: str | None, token: str | None) -> Iterator[Path]:
-    """Yield a folder with the plain PEFT files: the given one, the Hub's in the cache, or an unpacked compact one."""
+def plain_folder(
+    folder_or_repo: str | Path, revision: str | None = None, *, token: str | None = None, any_lora: bool = False
+) -> Iterator[Path]:
+    """
+    Yield a folder with the plain PEFT files: the given one, the Hub's in the cache, or an unpacked compact one.
+
+    Args:
+        folder_or_repo (`str` or `Path`): a folder, a compact file, or a repository on the Hub.
+        revision (`str`, *optional*): a branch, tag or commit of the repository; by default the head of `main`.
+        token (`str`, *optional*): a token that may read the repository; by default that of `hf auth login`.
+        any_lora (`bool`, *optional*, defaults to `False`): whether a repository without masks will do.
+    """
     from .compact import expand  # the compact form is built on this module
+
+    def choose(names: list[str]) -> list[str]:
+        """Choose what to fetch of a repository: the plain files if they are there, else the compact one."""
+        if not {*PEFT_FILES} <= {*names}:
+            return [name for name in names if name == COMPACT_NAME]
+        masks = choose_mask_files(names)
+        return [*(masks or [name for name in names if name == CONFIG_NAME]), *PEFT_FILES] if masks or any_lora else []
 
     path = Path(folder_or_repo)
     if is_repo_id(folder_or_repo):
-        path = fetch_from_hub(str(folder_or_repo), _choose_adapter_files, revision=revision, token=token)
+        path = fetch_from_hub(str(folder_or_repo), choose, revision=revision, token=token)
     if path.is_dir() and (path / COMPACT_NAME).is_file() and not (path / PEFT_FILES[1]).is_file():
         path = path / COMPACT_NAME
     if path.is_file():
@@ -302,31 +321,42 @@ def _plain_folder(folder_or_repo: str | Path, revision: str | None, token: str |
         yield path
 
 
-def _choose_adapter_files(names: list[str]) -> list[str]:
-    """Choose what to fetch of a repository: the plain files if they are there, else the compact one."""
-    if not {*PEFT_FILES} <= {*names}:
-        return [name for name in names if name == COMPACT_NAME]
-    masks = choose_mask_files(names)
-    return [*masks, *PEFT_FILES] if masks else []
+def check_peft_files(folder: Path) -> None:
+    """
+    Check that a folder holds PEFT's two files, before PEFT would take a pickled adapter_model.bin.
 
-
-def _load_peft(model: PreTrainedModel, folder: Path, adapter_name: str, is_trainable: bool) -> PeftModel:
-    for name in PEFT_FILES:  # without the second, PEFT would take a pickled adapter_model.bin
+    Raises:
+        `FileNotFoundError`: one is missing.
+        `ValueError`: the weights announce more metadata than any adapter has.
+    """
+    for name in PEFT_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"`{folder}` holds no {name}. An adapter has {' and '.join(PEFT_FILES)}. Fetch or save it again."
             )
     check_header(folder / PEFT_FILES[1])
+
+
+def _load_peft(model: PreTrainedModel, folder: Path, adapter_name: str, is_trainable: bool) -> PeftModel:
+    check_peft_files(folder)
     model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
     freeze_projections(model, adapter_name)
     return model
 
 
-def _trained_mask(model: PeftModel, adapter_name: str, mask: LoriMasks) -> LoriMasks:
-    """Return the mask beside the authors' adapter if that was trained on it; else what of B is not zero."""
-    weights = {path: layer.lora_B[adapter_name].weight for path, layer in lora_layers(model, adapter_name).items()}
-    mask.check_shapes({path: weight.shape for path, weight in weights.items()})
-    moved = LoriMasks({path: (weight != 0).cpu() for path, weight in weights.items()}, task=mask.task)
+def trained_mask(moved: LoriMasks, mask: LoriMasks) -> LoriMasks:
+    """
+    Return the mask beside one of the authors' adapters if that was trained on it; else what of B is not zero.
+
+    Args:
+        moved ([`LoriMasks`]): the entries of B that are not zero.
+        mask ([`LoriMasks`]): the mask.
+
+    Raises:
+        `ValueError`: the mask does not fit.
+    """
+    mask.check_shapes({path: entries.shape for path, entries in moved.items()})
+    moved.task = mask.task
     return moved if (moved - mask).num_selected else mask
 
 

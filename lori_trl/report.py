@@ -1,15 +1,30 @@
-"""Counts and tables: what is trained, what is frozen, how large it is."""
+"""Tables, pictures and pages: what is trained, what is frozen, how large it is, where tasks meet."""
 
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.utils import is_matplotlib_available
 
 from .projections import lora_layers
 from .selection import num_to_select
+
+if TYPE_CHECKING:
+    from .inspection import Cell, Inspection, TaskPair, TaskStatistics
+    from .masks import LoriMasks
 
 
 @dataclass
@@ -122,3 +137,587 @@ def count_parameters(config: PreTrainedConfig, peft_config: LoraConfig, sparsity
     lora_A = sum(layer.lora_A["default"].weight.numel() for layer in layers)
     lora_B = sum(layer.lora_B["default"].weight.numel() for layer in layers)
     return ParameterCounts(base, lora_A, lora_B, num_to_select(sparsity, lora_B), sparsity)
+
+
+# ---- inspection: sections, each with a table and mostly a picture ----------------------------------------------
+
+
+@dataclass
+class Grid:
+    """
+    A table of texts; the first column names the row.
+
+    Args:
+        columns (`list[str]`): the heads.
+        rows (`list[list[str]]`): as many texts as there are columns.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass
+class Section:
+    """
+    One thing to see: what it is, in words, as a table, and as a picture.
+
+    Args:
+        key (`str`): a short name; that of the picture's file.
+        title (`str`): the heading.
+        text (`str`): what it shows and how to read it.
+        table ([`Grid`]): the figures, condensed.
+        sparks (`list[str]`, *optional*): a line of bars for each row of the table: its course over the layers.
+        numbers ([`Grid`], *optional*): the figures in full, as the picture shows them.
+        draw (`Callable`, *optional*): draws the picture into a matplotlib figure.
+        height (`float`): of the picture, in inches; all are `WIDTH` wide.
+        alt (`str`): the picture in a sentence, for who cannot see it.
+    """
+
+    key: str
+    title: str
+    text: str
+    table: Grid
+    sparks: list[str] | None = None
+    numbers: Grid | None = None
+    draw: Callable[[Any], None] | None = None
+    height: float = 0.0
+    alt: str = ""
+
+    def rich_table(self) -> Table:
+        """Return the table for the terminal."""
+        table = Table(title=self.title, title_justify="left", caption=self.text, caption_justify="left")
+        for i, column in enumerate(self.table.columns):
+            table.add_column(_literal(column), justify="right" if i else "left", overflow="fold")
+        if self.sparks is not None:
+            table.add_column("by layer", no_wrap=True)
+        for row, spark in zip(self.table.rows, self.sparks or [None] * len(self.table.rows), strict=True):
+            table.add_row(*map(_literal, row), *([] if spark is None else [spark]))
+        return table
+
+
+WIDTH = 4.8  # inches of a picture: what a phone can show without shrinking the letters much
+PAGE_NAME = "inspection.html.jinja"
+
+_INK = "#010203"  # stands for the page's own text colour in an SVG
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D1F", "#56B4E9")  # Okabe and Ito's, for all eyes
+_STYLES = ("-", "--", ":", "-.")
+_USUAL_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def inspection_sections(inspection: "Inspection") -> list[Section]:
+    """Put what was found into sections, in the order in which to read them."""
+    tasks = inspection.tasks
+    sections = [_adapters_section(inspection), _tasks_section(tasks)]
+    if inspection.pairs:
+        sections += [_overlap_section(inspection), _cosine_section(inspection)]
+        compared = [pair for pair in inspection.pairs if pair.cosine_by_layer]
+        sections += [_cosine_by_layer_section(compared)] if compared else []
+        sections += [_projections_section(inspection)] if inspection.projections else []
+    return [*sections, _density_section(tasks), _norms_section(tasks), _magnitudes_section(tasks)]
+
+
+def render_page(inspection: "Inspection", sections: Sequence[Section]) -> str:
+    """
+    Render one HTML page that needs no other file and no network.
+
+    Raises:
+        `ImportError`: matplotlib is not installed.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    pictures = {section.key: Markup(_svg(section)) for section in sections if section.draw is not None}
+    names = [adapter.name for adapter in inspection.adapters]
+    page = environment.get_template(PAGE_NAME)
+    return page.render(names=names, notes=inspection.notes, sections=sections, pictures=pictures)
+
+
+def render_pictures(sections: Sequence[Section]) -> dict[str, bytes]:
+    """
+    Draw every section that has a picture.
+
+    Returns:
+        `dict[str, bytes]`: the section's key -> a PNG.
+
+    Raises:
+        `ImportError`: matplotlib is not installed.
+    """
+    return {section.key: _png([[section]]) for section in sections if section.draw is not None}
+
+
+def render_picture(sections: Sequence[Section]) -> bytes:
+    """
+    Draw all sections that have a picture into one PNG, in two columns.
+
+    Raises:
+        `ImportError`: matplotlib is not installed.
+    """
+    columns: list[list[Section]] = [[], []]
+    for section in sections:
+        if section.draw is not None:
+            min(columns, key=_height).append(section)
+    return _png([column for column in columns if column])
+
+
+def draw_density(masks: "Mapping[str, LoriMasks]", file: Path) -> bool:
+    """
+    Draw the density of the newest task's mask by layer and projection, where matplotlib is installed
+    (`lori-trl[plots]`).
+
+    Returns:
+        `bool`: whether it was drawn: without matplotlib, or for all of B, there is nothing to see.
+
+    Source: paper Figure 6.
+    """
+    newest = list(masks.values())[-1] if masks else None
+    if newest is None or newest.density == 1 or not is_matplotlib_available():
+        return False
+    cells = newest.by_layer_and_projection()
+    maps = [(f"Trained entries of B, mean {100 * newest.density:.2g} %", cells)]
+    with _canvas() as figure_of:
+        figure = figure_of(figsize=(1.5 * WIDTH, _maps_height(maps)), dpi=110)
+        _draw_maps(maps, "% of the entries", 100, True, figure)
+        figure.savefig(file, metadata={"Software": None})  # the same masks give the same bytes
+    return True
+
+
+# ---- the sections ----------------------------------------------------------------------------------------------
+
+
+def _adapters_section(inspection: "Inspection") -> Section:
+    rows = [
+        [
+            adapter.name,
+            adapter.base_model or "not named",
+            f"{adapter.modules}",
+            ", ".join(map(str, adapter.ranks)),
+            ", ".join(f"{scaling:.4g}" for scaling in adapter.scalings),
+            f"{adapter.numel_B:,}",
+            ", ".join(adapter.tasks),
+        ]
+        for adapter in inspection.adapters
+    ]
+    columns = ["adapter", "base model", "matrices", "rank", "scaling", "entries of B", "tasks, oldest first"]
+    return Section("adapters", "Adapters", "", Grid(columns, rows))
+
+
+def _tasks_section(tasks: "Sequence[TaskStatistics]") -> Section:
+    rows = [
+        [
+            task.name,
+            f"{task.selected:,}" if task.masked else "no mask",
+            _percent(task.density),
+            f"{task.owned:,}",
+            f"{task.norm:.4g}",
+        ]
+        for task in tasks
+    ]
+    text = (
+        "The delta of a task is s B A, with B reduced to the entries that belong to it: those of its mask that no newer "
+        "task of the same adapter has too; all of B where there is no mask. Norms are Frobenius norms."
+    )
+    columns = ["task", "entries on the mask", "density", "entries of its own", "norm of the delta"]
+    return Section("tasks", "Tasks", text, Grid(columns, rows))
+
+
+def _overlap_section(inspection: "Inspection") -> Section:
+    names = [task.name for task in inspection.tasks]
+    found = {}
+    for pair in inspection.pairs:
+        if pair.overlap is not None:
+            parts = [pair.overlap.shares, pair.overlap.chance, pair.overlap.chance_by_matrix]
+            star = "" if pair.same_A else " *"
+            found[pair.first, pair.second] = (*(part[0] for part in parts), star)
+            found[pair.second, pair.first] = (*(part[1] for part in parts), star)
+
+    def text(cell: "tuple[float, float, float, str]") -> str:
+        share, chance, by_matrix, star = cell
+        return f"{_percent(share)}{star} ({_percent(chance)}; {_percent(by_matrix)})"
+
+    def label(cell: "tuple[float, float, float, str]") -> str:
+        share, chance, _, star = cell
+        return f"{_percent(share)}{star}\nchance {_percent(chance)}"
+
+    starred = any(not pair.same_A for pair in inspection.pairs if pair.overlap is not None)
+    section = Section(
+        "overlap",
+        "Overlap of masks",
+        "Of the entries that the row's task trains, the share that the column's task trains too. In brackets what "
+        "chance gives: the density of the other mask; the same when every matrix keeps its own density."
+        + (" * The two have different A: equal positions are not equal directions." if starred else ""),
+        _matrix(names, {two: text(cell) for two, cell in found.items()}),
+    )
+    if found:
+        ratios = {two: cell[0] / cell[1] if cell[1] else math.nan for two, cell in found.items()}
+        labels = {two: label(cell) for two, cell in found.items()}
+        section.draw = partial(_draw_matrix, names, ratios, labels, (0, 2), "overlap, in times of chance")
+        section.height = _matrix_height(names)
+        section.alt = "Matrix of the tasks: how often the masks' overlap is what chance would give. Values in the table."
+    return section
+
+
+def _cosine_section(inspection: "Inspection") -> Section:
+    names = [task.name for task in inspection.tasks]
+    found = {}
+    for pair in inspection.pairs:
+        if pair.cosine is not None:
+            found[pair.first, pair.second] = found[pair.second, pair.first] = pair.cosine
+    section = Section(
+        "cosine",
+        "Cosine of deltas",
+        "Over all matrices. 0: the tasks' changes of the model are orthogonal; 1: the same direction; below 0: they work "
+        "against each other.",
+        _matrix(names, {two: _signed(cosine) for two, cosine in found.items()}),
+    )
+    if found:
+        limit = max(0.1, *map(abs, found.values()))
+        labels = {two: _signed(cosine) for two, cosine in found.items()}
+        section.draw = partial(_draw_matrix, names, found, labels, (-limit, limit), "cosine")
+        section.height = _matrix_height(names)
+        section.alt = "Matrix of the tasks: the cosine between every two deltas. Values in the table."
+    return section
+
+
+def _cosine_by_layer_section(pairs: "Sequence[TaskPair]") -> Section:
+    names = [f"{pair.first} | {pair.second}" for pair in pairs]
+    layers = sorted({layer for pair in pairs for layer in pair.cosine_by_layer})
+    rows = []
+    for name, pair in zip(names, pairs, strict=True):
+        by_value = sorted(pair.cosine_by_layer, key=pair.cosine_by_layer.__getitem__)
+        ends = [f"{_signed(pair.cosine_by_layer[layer])} (layer {_layer(layer)})" for layer in (by_value[0], by_value[-1])]
+        rows.append([name, *ends])
+    grid = [[pair.cosine_by_layer.get(layer, math.nan) for layer in layers] for pair in pairs]
+    numbers = [[_layer(layer), *(_signed(row[i]) for row in grid)] for i, layer in enumerate(layers)]
+    return Section(
+        "cosine_by_layer",
+        "Cosine of deltas by layer",
+        "The same within each layer, over its projections.",
+        Grid(["tasks", "lowest", "highest"], rows),
+        numbers=Grid(["layer", *names], numbers),
+        draw=partial(_draw_cosine_by_layer, names, layers, grid),
+        height=1.2 + 0.5 * len(names),
+        alt="Heat map of the cosine between the deltas of every two tasks, by layer.",
+    )
+
+
+def _projections_section(inspection: "Inspection") -> Section:
+    rows = [
+        [
+            f"{pair.first} | {pair.second}",
+            "the same" if pair.same else "different",
+            f"{pair.mean:.4f}",
+            f"{pair.chance:.4f}",
+            f"{pair.max:.4f}",
+        ]
+        for pair in inspection.projections
+    ]
+    return Section(
+        "projections",
+        "Cosine of the projections A",
+        "|cosine| between the rows of one A and the rows of the other, over all matrices. Independent random rows have "
+        "a mean of sqrt(2 / (pi in_features)); at most 1, for a row that both have.",
+        Grid(["adapters", "A", "mean", "chance", "largest"], rows),
+    )
+
+
+def _density_section(tasks: "Sequence[TaskStatistics]") -> Section:
+    maps = [(f"{task.name}, {_percent(task.density)}", task.densities) for task in tasks if 0 < task.density < 1]
+    section = Section(
+        "density",
+        "Density by layer and projection",
+        "The share of B that a task trains; without a mask, the share that is not 0.",
+        *_by_projection(tasks, lambda task: task.densities, _percent, _mean_density),
+    )
+    if maps:
+        section.draw = partial(_draw_maps, maps, "% of the entries", 100, True)
+        section.height = _maps_height(maps)
+        section.numbers = _cell_grid(tasks, lambda task: task.densities, _percent)
+        section.alt = "A heat map a task: which share of B's entries is trained, by layer and projection."
+    return section
+
+
+def _norms_section(tasks: "Sequence[TaskStatistics]") -> Section:
+    maps = [(f"{task.name}, {task.norm:.4g} in all", task.norms) for task in tasks if task.norm > 0]
+    section = Section(
+        "norms",
+        "Norms of the deltas by layer and projection",
+        "Frobenius norms of s B A. They are not relative to the base model's weights, which are not read.",
+        *_by_projection(tasks, lambda task: task.norms, "{:.3g}".format, _root_sum),
+    )
+    if maps:
+        section.draw = partial(_draw_maps, maps, "norm", 1, False)
+        section.height = _maps_height(maps)
+        section.numbers = _cell_grid(tasks, lambda task: task.norms, "{:.3g}".format)
+        section.alt = "A heat map a task: the Frobenius norm of the delta, by layer and projection."
+    return section
+
+
+def _magnitudes_section(tasks: "Sequence[TaskStatistics]") -> Section:
+    shares = (0.01, 0.1, 0.5)
+    rows = [
+        [
+            task.name,
+            f"{task.magnitudes.zeros:,}",
+            *(_percent(task.magnitudes.top(share)) if task.norm > 0 else "–" for share in shares),
+        ]
+        for task in tasks
+    ]
+    section = Section(
+        "magnitudes",
+        "Entries by magnitude",
+        "How much of the squared norm of B the largest of a task's own entries hold.",
+        Grid(["task", "entries that are 0", *(f"largest {_percent(share)}" for share in shares)], rows),
+    )
+    drawn = [task for task in tasks if task.norm > 0]
+    if drawn:
+        bins = sorted({i for task in drawn for i in range(task.magnitudes.span.start, task.magnitudes.span.stop)})
+        section.draw = partial(_draw_magnitudes, drawn)
+        section.height = 4.6 + 0.2 * len(drawn)
+        section.numbers = Grid(
+            ["magnitude from", *(task.name for task in drawn)],
+            [
+                [f"{10 ** drawn[0].magnitudes.left(i):.2g}"]
+                + [_percent(int(task.magnitudes.counts[i]) / task.magnitudes.numel) for task in drawn]
+                for i in bins
+            ],
+        )
+        section.alt = (
+            "Above, a histogram of the magnitudes of a task's entries on a logarithmic scale; below, which share of the "
+            "squared norm the largest entries hold."
+        )
+    return section
+
+
+def _by_projection(
+    tasks: "Sequence[TaskStatistics]",
+    cells_of: "Callable[[TaskStatistics], dict[Cell, float]]",
+    text: Callable[[float], str],
+    total: Callable[[list[float]], float],
+) -> tuple[Grid, list[str]]:
+    """Condense cells to a row a task and a column a projection, and a line of bars over the layers."""
+    names = _projection_names(cells_of(task) for task in tasks)
+    rows, sparks = [], []
+    for task in tasks:
+        cells = cells_of(task)
+        columns = [[value for (_, other), value in cells.items() if other == name] for name in names]
+        rows.append([task.name, *(text(total(values)) if values else "–" for values in columns)])
+        layers = sorted({layer for layer, _ in cells})
+        sparks.append(_spark([total([v for (at, _), v in cells.items() if at == layer]) for layer in layers]))
+    return Grid(["task", *names], rows), sparks
+
+
+def _cell_grid(
+    tasks: "Sequence[TaskStatistics]",
+    cells_of: "Callable[[TaskStatistics], dict[Cell, float]]",
+    text: Callable[[float], str],
+) -> Grid:
+    names = _projection_names(cells_of(task) for task in tasks)
+    rows = [
+        [
+            f"{task.name}, layer {_layer(layer)}",
+            *(text(cells_of(task)[layer, name]) if (layer, name) in cells_of(task) else "–" for name in names),
+        ]
+        for task in tasks
+        for layer in sorted({layer for layer, _ in cells_of(task)})
+    ]
+    return Grid(["task, layer", *names], rows)
+
+
+def _matrix(names: Sequence[str], texts: Mapping[tuple[str, str], str]) -> Grid:
+    rows = [[row, *("" if row == column else texts.get((row, column), "–") for column in names)] for row in names]
+    return Grid(["", *names], rows)
+
+
+def _mean_density(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _root_sum(values: list[float]) -> float:
+    return math.hypot(*values)
+
+
+def _projection_names(cells: "Iterable[Mapping[Cell, float]]") -> list[str]:
+    names = {name for mapping in cells for _, name in mapping}
+    return [name for name in _USUAL_ORDER if name in names] + sorted(names - {*_USUAL_ORDER})
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share in (0, 0.01, 0.1, 0.5, 1) else f"{100 * share:.3g} %"
+
+
+def _signed(cosine: float) -> str:
+    return "–" if math.isnan(cosine) else f"{cosine:+.4f}"
+
+
+def _layer(layer: int) -> str:
+    return "none" if layer < 0 else str(layer)
+
+
+def _spark(values: Sequence[float]) -> str:
+    top = max(values, default=0) or 1
+    return "".join(_BARS[min(int(len(_BARS) * value / top), len(_BARS) - 1)] for value in values)
+
+
+def _literal(text: str) -> str:
+    """Keep brackets and control characters in a name from meaning anything to the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text).replace("[", r"\[")
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _canvas(ink: str = "black"):
+    """Yield a function that makes figures, with small letters in one colour."""
+    if not is_matplotlib_available():
+        raise ImportError(
+            "`matplotlib` is not installed, and pictures need it. It comes with the extra `plots`. Run `pip install "
+            "lori-trl[plots]`, or leave out the options that draw."
+        )
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style = {part: ink for part in parts} | {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "figure.titlesize": 11,
+        "legend.frameon": False,
+        "svg.hashsalt": "lori_trl",
+        "image.interpolation": "none",
+    }
+    with matplotlib.rc_context(style):
+        yield partial(Figure, layout="constrained")
+
+
+def _height(sections: Sequence[Section]) -> float:
+    return sum(section.height + 0.35 for section in sections)
+
+
+def _png(columns: Sequence[Sequence[Section]]) -> bytes:
+    height = max((_height(column) for column in columns), default=1)
+    with _canvas() as figure_of:
+        figure = figure_of(figsize=(WIDTH * max(len(columns), 1), height), dpi=160, facecolor="white")
+        for part, column in zip(figure.subfigures(1, max(len(columns), 1), squeeze=False)[0], columns, strict=False):
+            heights = [section.height + 0.35 for section in column]
+            heights += [height - sum(heights)] if height - sum(heights) > 0.01 else []
+            for panel, section in zip(part.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0], column, strict=False):
+                panel.suptitle(section.title, fontweight="bold")
+                section.draw(panel)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _svg(section: Section) -> str:
+    """Draw a section as an `<svg>` to be put into a page: letters in the page's colour, ids that occur nowhere else."""
+    with _canvas(_INK) as figure_of:
+        figure = figure_of(figsize=(WIDTH, section.height))
+        section.draw(figure)
+        file = io.StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    svg = file.getvalue()
+    svg = re.sub(r"<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{section.key}-", svg).replace(_INK, "currentColor")
+    size = re.compile(r'<svg ([^>]*?)(?:width|height)="[\d.]+pt"')
+    while size.match(svg):
+        svg = size.sub(r"<svg \1", svg, count=1)
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+
+
+def _maps_height(maps: "Sequence[tuple[str, Mapping[Cell, float]]]") -> float:
+    return 0.5 + sum(0.45 + 0.19 * len(_projection_names([cells])) for _, cells in maps)
+
+
+def _draw_maps(
+    maps: "Sequence[tuple[str, Mapping[Cell, float]]]", label: str, factor: float, shared: bool, figure: Any
+) -> None:
+    """Draw heat maps below each other, layers to the right; with one scale for all, or each its own."""
+    ratios = [max(len(_projection_names([cells])), 2) for _, cells in maps]
+    panels = figure.subplots(len(maps), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    top = max((factor * value for _, cells in maps for value in cells.values()), default=1)
+    for axes, (title, cells) in zip(panels, maps, strict=True):
+        layers, names = sorted({layer for layer, _ in cells}), _projection_names([cells])
+        grid = [[factor * cells.get((layer, name), math.nan) for layer in layers] for name in names]
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=top if shared else None)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
+        _number_layers(axes, layers)
+        axes.set_title(title, loc="left", parse_math=False)
+        if not shared:
+            figure.colorbar(image, ax=axes, label=label, aspect=10)
+    panels[-1].set_xlabel("layer")
+    if shared:
+        figure.colorbar(image, ax=list(panels), label=label, aspect=12 * len(maps))
+
+
+def _number_layers(axes: Any, layers: Sequence[int]) -> None:
+    step = 1 + (len(layers) - 1) // 16
+    axes.set_xticks(range(0, len(layers), step), [_layer(layer) for layer in layers[::step]])
+
+
+def _matrix_height(names: Sequence[str]) -> float:
+    return 1.3 + max(0.45 * len(names), 0.9)
+
+
+def _draw_matrix(
+    names: Sequence[str],
+    values: Mapping[tuple[str, str], float],
+    labels: Mapping[tuple[str, str], str],
+    limits: tuple[float, float],
+    label: str,
+    figure: Any,
+) -> None:
+    """Draw a matrix of tasks with its values written in; the middle of the scale is white."""
+    axes = figure.subplots()
+    grid = [[values.get((row, column), math.nan) for column in names] for row in names]
+    image = axes.imshow(grid, aspect="auto", cmap="PuOr_r", vmin=limits[0], vmax=limits[1])
+    short = [_shortened(name) for name in names]
+    axes.set_yticks(range(len(names)), short, parse_math=False)
+    axes.set_xticks(range(len(names)), short, rotation=30 if len(names) > 3 else 0, parse_math=False)
+    if len(names) > 3:
+        axes.set_xticks(range(len(names)), short, rotation=30, ha="right", rotation_mode="anchor", parse_math=False)
+    middle, half = sum(limits) / 2, (limits[1] - limits[0]) / 2
+    for i, row in enumerate(names):
+        for j, column in enumerate(names):
+            if (row, column) in values:
+                dark = abs(values[row, column] - middle) > 0.65 * half
+                size = 8 if len(names) < 5 else 6 if len(names) < 8 else 4.5
+                color = "white" if dark else "black"
+                axes.text(j, i, labels[row, column], ha="center", va="center", fontsize=size, color=color)
+    figure.colorbar(image, ax=axes, label=label)
+
+
+def _draw_cosine_by_layer(
+    names: Sequence[str], layers: Sequence[int], grid: Sequence[Sequence[float]], figure: Any
+) -> None:
+    axes = figure.subplots()
+    limit = max([0.01, *(abs(value) for row in grid for value in row if not math.isnan(value))])
+    image = axes.imshow(grid, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit)
+    axes.set_yticks(range(len(names)), [_shortened(name, 26).replace(" | ", "\n") for name in names], parse_math=False)
+    _number_layers(axes, layers)
+    axes.set_xlabel("layer")
+    figure.colorbar(image, ax=axes, label="cosine", orientation="horizontal", aspect=40)
+
+
+def _draw_magnitudes(tasks: "Sequence[TaskStatistics]", figure: Any) -> None:
+    above, below = figure.subplots(2, 1)
+    for i, task in enumerate(tasks):
+        magnitudes = task.magnitudes
+        look = {"color": _LINES[i % len(_LINES)], "linestyle": _STYLES[i // len(_LINES) % len(_STYLES)]}
+        heights = [100 * count / magnitudes.numel for count in magnitudes.counts[magnitudes.span].tolist()]
+        above.stairs(heights, [10**edge for edge in magnitudes.edges], label=_shortened(task.name, 40), **look)
+        entries, squares = ([100 * share for share in part] for part in magnitudes.shares())
+        below.plot(entries, squares, **look)
+    above.set_xscale("log")
+    above.set_xlabel("magnitude of an entry of B")
+    above.set_ylabel("% of the entries")
+    below.plot([0, 100], [0, 100], color="gray", linewidth=0.8, linestyle=":")
+    below.set_xlabel("largest entries, %")
+    below.set_ylabel("% of the squared norm")
+    figure.legend(loc="outside upper left", ncols=1)
+
+
+def _shortened(name: str, length: int = 18) -> str:
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
