@@ -26,9 +26,9 @@ from .projections import module_path
 
 FORMAT_VERSION = 1
 
-Cell = tuple[int, str]  # layer, projection; as in the paper's Figure 6
+Place = tuple[int, str]  # layer, projection; as in the paper's Figure 6
 
-_DECADES, _BINS_A_DECADE = (-12, 4), 10  # of |B|; smaller and larger entries count in the outermost bins
+_DECADES, _BINS_A_DECADE = (-12, 4), 20  # of |B|; smaller and larger entries count in the outermost bins
 
 
 @dataclass
@@ -70,8 +70,7 @@ class TaskStatistics:
         owned (`int`): entries that belong to it: where masks overlap, an entry belongs to the newest task.
         density (`float`): `selected` over all entries of B, a fraction in [0, 1].
         norm (`float`): Frobenius norm of the delta, over all matrices.
-        densities (`dict[tuple[int, str], float]`): the density by layer and projection.
-        norms (`dict[tuple[int, str], float]`): the norm by layer and projection.
+        cells (`dict[tuple[int, str], Cell]`): the parts, by layer and projection; a [`Cell`] each.
         magnitudes ([`Magnitudes`]): of the owned entries.
     """
 
@@ -82,14 +81,43 @@ class TaskStatistics:
     owned: int
     density: float
     norm: float
-    densities: dict[Cell, float]
-    norms: dict[Cell, float]
+    cells: "dict[Place, Cell]"
     magnitudes: "Magnitudes"
+
+    def total(self, layer: int | None = None, projection: str | None = None) -> "Cell":
+        """Put the cells of a layer, of a kind of projection, or all together."""
+        return _total(self.cells, layer, projection)
+
+
+@dataclass
+class Cell:
+    """
+    One layer's part of a task in one kind of projection.
+
+    Args:
+        selected (`int`): entries on the task's mask; without one, entries that are not 0.
+        numel (`int`): all entries of B.
+        squared_norm (`float`): of the delta, Frobenius.
+    """
+
+    selected: int = 0
+    numel: int = 0
+    squared_norm: float = 0.0
+
+    @property
+    def density(self) -> float:
+        """`selected / numel`, a fraction in [0, 1]."""
+        return self.selected / max(self.numel, 1)
+
+    @property
+    def norm(self) -> float:
+        """The Frobenius norm of the delta."""
+        return math.sqrt(max(self.squared_norm, 0.0))  # rounding can leave a zero's square below 0
 
 
 class Magnitudes:
     """
-    How large entries are: a histogram of log10 |B|, ten bins a decade, with the squares that every bin holds.
+    How large entries are: a histogram of log10 |B|, twenty bins a decade, with the squares that every bin holds.
 
     Attributes:
         counts (`Tensor`): entries in every bin, int64.
@@ -124,7 +152,12 @@ class Magnitudes:
     @property
     def edges(self) -> list[float]:
         """The edges of `span`'s bins as log10 |B|, one more than there are bins."""
-        return [_DECADES[0] + i / _BINS_A_DECADE for i in range(self.span.start, self.span.stop + 1)]
+        return [self.edge(i) for i in range(self.span.start, self.span.stop + 1)]
+
+    @staticmethod
+    def edge(i: int) -> float:
+        """Return the lower edge of a bin as log10 |B|."""
+        return _DECADES[0] + i / _BINS_A_DECADE
 
     def shares(self) -> tuple[list[float], list[float]]:
         """Return the cumulative curve, from the largest entries down: shares of the entries, of the squared norm."""
@@ -230,8 +263,9 @@ class Inspection:
 
         def cells(task: TaskStatistics) -> list[dict[str, Any]]:
             return [
-                {"layer": layer, "projection": name, "density": density, "norm": task.norms[layer, name]}
-                for (layer, name), density in task.densities.items()
+                {"layer": layer, "projection": name, "selected": cell.selected, "numel": cell.numel}
+                | {"density": cell.density, "norm": cell.norm}
+                for (layer, name), cell in task.cells.items()
             ]
 
         def magnitudes(found: Magnitudes) -> dict[str, Any]:
@@ -242,11 +276,7 @@ class Inspection:
                 "zeros": found.zeros,
             }
 
-        tasks = [
-            {name: value for name, value in vars(task).items() if name not in ("densities", "norms", "magnitudes")}
-            | {"cells": cells(task), "magnitudes": magnitudes(task.magnitudes)}
-            for task in self.tasks
-        ]
+        tasks = [vars(task) | {"cells": cells(task), "magnitudes": magnitudes(task.magnitudes)} for task in self.tasks]
         pairs = [
             vars(pair)
             | {
@@ -449,9 +479,7 @@ class _Task:
         self.mask = adapter.masks[task] if task is not None else None
         order = list(adapter.masks)
         self.newer = [adapter.masks[name] for name in order[order.index(task) + 1 :]] if task is not None else []
-        self.selected: dict[Cell, int] = {}
-        self.numel: dict[Cell, int] = {}
-        self.squared_norms: dict[Cell, float] = {}
+        self.cells: dict[Place, Cell] = {}
         self.owned = 0
         self.magnitudes = Magnitudes()
 
@@ -463,7 +491,6 @@ class _Task:
         owned = torch.ones_like(B, dtype=torch.bool) if self.mask is None else self.mask[path]
         for newer in self.newer:
             owned = owned & ~newer[path]
-        cell = _cell(path)
         selected = (B != 0) if self.mask is None else self.mask[path]
         own = torch.where(owned, B, 0)
         count = int(owned.count_nonzero())
@@ -471,29 +498,28 @@ class _Task:
         self.magnitudes.add(own)
         self.magnitudes.zeros += count - int(own.count_nonzero())
         own = own.mul_(self.adapter.scaling(path))
-        _increase(self.selected, cell, int(selected.count_nonzero()))
-        _increase(self.numel, cell, B.numel())
-        _increase(self.squared_norms, cell, _inner(A, own, A, own))
+        cell = self.cells.setdefault(_place(path), Cell())
+        cell.selected += int(selected.count_nonzero())
+        cell.numel += B.numel()
+        cell.squared_norm += _inner(A, own, A, own)
         return own
 
+    def total(self, layer: int | None = None) -> Cell:
+        return _total(self.cells, layer)
+
     def finish(self) -> TaskStatistics:
-        selected = sum(self.selected.values())
-        cells = sorted(self.numel)
+        total = self.total()
         return TaskStatistics(
             name=self.label,
             adapter=self.adapter.name,
             masked=self.mask is not None,
-            selected=selected,
+            selected=total.selected,
             owned=self.owned,
-            density=selected / sum(self.numel.values()),
-            norm=_root(sum(self.squared_norms.values())),
-            densities={cell: self.selected[cell] / self.numel[cell] for cell in cells},
-            norms={cell: _root(self.squared_norms[cell]) for cell in cells},
+            density=total.density,
+            norm=total.norm,
+            cells=dict(sorted(self.cells.items())),
             magnitudes=self.magnitudes,
         )
-
-    def squared_norm(self, layer: int | None = None) -> float:
-        return sum(value for cell, value in self.squared_norms.items() if layer is None or cell[0] == layer)
 
 
 class _Pair:
@@ -530,8 +556,9 @@ class _Pair:
             return
         (A, _), (other_A, _) = factors[first.adapter.name], factors[second.adapter.name]
         self.same_A = self.same_A and torch.equal(A, other_A)
-        layer = _cell(path)[0]
-        _increase(self.inner, layer, _inner(A, own[first.label], other_A, own[second.label]))
+        layer = _place(path)[0]
+        inner = _inner(A, own[first.label], other_A, own[second.label])
+        self.inner[layer] = self.inner.get(layer, 0.0) + inner
         if "overlap" not in self.undefined:
             masks = first.mask[path], second.mask[path]
             counts = [int(mask.count_nonzero()) for mask in masks]
@@ -543,23 +570,23 @@ class _Pair:
         first, second = self.tasks
         found = TaskPair(first.label, second.label, same_A=self.same_A and bool(self.inner))
         if not self.undefined:
-            selected = [max(sum(task.selected.values()), 1) for task in self.tasks]
-            numel = [sum(task.numel.values()) for task in self.tasks]
+            selected = [max(task.total().selected, 1) for task in self.tasks]
+            numel = [task.total().numel for task in self.tasks]
             found.overlap = Overlap(
                 (self.both / selected[0], self.both / selected[1]),
                 (self.selected[1] / numel[0], self.selected[0] / numel[1]),
                 (self.expected / selected[0], self.expected / selected[1]),
             )
         if "cosine and overlap" not in self.undefined:
-            empty = [task.label for task in self.tasks if task.squared_norm() == 0]
+            empty = [task.label for task in self.tasks if task.total().norm == 0]
             if empty:
                 self.undefined["cosine"] = f"the delta of {' and '.join(empty)} is zero"
             else:
-                found.cosine = _cosine(sum(self.inner.values()), first.squared_norm(), second.squared_norm())
+                found.cosine = _cosine(sum(self.inner.values()), first.total(), second.total())
             for layer in sorted(self.inner):
-                norms = first.squared_norm(layer), second.squared_norm(layer)
-                if min(norms) > 0:
-                    found.cosine_by_layer[layer] = _cosine(self.inner[layer], *norms)
+                totals = first.total(layer), second.total(layer)
+                if totals[0].norm > 0 and totals[1].norm > 0:
+                    found.cosine_by_layer[layer] = _cosine(self.inner[layer], *totals)
         found.undefined = [f"{what}: {why}" for what, why in self.undefined.items()]
         return found
 
@@ -597,20 +624,22 @@ def _inner(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> float:
     return float(((A @ other_A.T) * (B.T @ other_B)).sum())
 
 
-def _cosine(inner: float, squared_norm: float, other_squared_norm: float) -> float:
-    return max(-1.0, min(1.0, inner / math.sqrt(squared_norm) / math.sqrt(other_squared_norm)))
+def _cosine(inner: float, first: Cell, second: Cell) -> float:
+    return max(-1.0, min(1.0, inner / first.norm / second.norm))
 
 
-def _root(square: float) -> float:
-    return math.sqrt(max(square, 0.0))  # rounding can leave a zero's square below 0
+def _total(cells: Mapping[Place, Cell], layer: int | None = None, projection: str | None = None) -> Cell:
+    total = Cell()
+    for place, cell in cells.items():
+        if layer in (None, place[0]) and projection in (None, place[1]):
+            total.selected += cell.selected
+            total.numel += cell.numel
+            total.squared_norm += cell.squared_norm
+    return total
 
 
-def _cell(path: str) -> Cell:
+def _place(path: str) -> Place:
     return int(GRANULARITIES["layer"](path)), GRANULARITIES["projection"](path)
-
-
-def _increase(sums: dict, key: Any, value: float) -> None:
-    sums[key] = sums.get(key, 0) + value
 
 
 def _base_name(name: str | None) -> str | None:
@@ -656,7 +685,7 @@ def _notes(adapters: Sequence[_Adapter], tasks: Sequence[_Task], pairs: Sequence
                 f"{adapter.name}: {adapter.outside:,} entries of B are not 0 and on no task's mask. They are left out."
             )
     for task in tasks:
-        selected = sum(task.selected.values())
+        selected = task.total().selected
         if task.mask is not None and task.owned < selected:
             notes.append(
                 f"{selected - task.owned:,} of the {selected:,} entries on the mask of {task.label} are on a newer "
@@ -667,6 +696,10 @@ def _notes(adapters: Sequence[_Adapter], tasks: Sequence[_Task], pairs: Sequence
             "Masks on different A: the columns of B count directions of A, so equal positions are not equal "
             "directions there. Such an overlap says which rows are favoured, not that tasks interfere."
         )
+    undefined: dict[str, list[str]] = {}
     for pair in pairs:
-        notes += [f"{pair.first} and {pair.second}: no {reason}." for reason in pair.undefined]
+        for reason in pair.undefined:
+            undefined.setdefault(reason, []).append(f"{pair.first} and {pair.second}")
+    without_masks = {reason for reason in undefined if reason.endswith(" no mask")}  # the list of tasks shows that
+    notes += [f"No {why} ({'; '.join(who)})." for why, who in undefined.items() if why not in without_masks]
     return notes

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 from peft import LoraConfig, get_peft_model
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils import is_matplotlib_available
@@ -23,7 +24,7 @@ from .projections import lora_layers
 from .selection import num_to_select
 
 if TYPE_CHECKING:
-    from .inspection import Cell, Inspection, TaskPair, TaskStatistics
+    from .inspection import Cell, Inspection, Place, TaskPair, TaskStatistics
     from .masks import LoriMasks
 
 
@@ -155,6 +156,12 @@ class Grid:
     columns: list[str]
     rows: list[list[str]]
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers, to be set flush right."""
+        columns = list(zip(*self.rows, strict=True)) or [() for _ in self.columns]
+        return [all(re.match(r"[-+–\d]|$", text) for text in column) for column in columns]
+
 
 @dataclass
 class Section:
@@ -183,16 +190,20 @@ class Section:
     height: float = 0.0
     alt: str = ""
 
-    def rich_table(self) -> Table:
-        """Return the table for the terminal."""
-        table = Table(title=self.title, title_justify="left", caption=self.text, caption_justify="left")
-        for i, column in enumerate(self.table.columns):
-            table.add_column(_literal(column), justify="right" if i else "left", overflow="fold")
+    def for_terminal(self) -> Group:
+        """Return heading, table and text for the terminal."""
+        table = Table()
+        for column, numeric in zip(self.table.columns, self.table.numeric, strict=True):
+            table.add_column(_literal(column), justify="right" if numeric else "left", overflow="fold")
+        for row in self.table.rows:
+            table.add_row(*map(_literal, row))
+        parts = [Text(self.title, style="bold"), table]
         if self.sparks is not None:
-            table.add_column("by layer", no_wrap=True)
-        for row, spark in zip(self.table.rows, self.sparks or [None] * len(self.table.rows), strict=True):
-            table.add_row(*map(_literal, row), *([] if spark is None else [spark]))
-        return table
+            bars = Table(self.table.columns[0], "by layer")
+            for row, spark in zip(self.table.rows, self.sparks, strict=True):
+                bars.add_row(_literal(row[0]), spark)
+            parts.append(bars)
+        return Group(*parts, *([Text(self.text, style="dim")] if self.text else []))
 
 
 WIDTH = 4.8  # inches of a picture: what a phone can show without shrinking the letters much
@@ -209,11 +220,10 @@ def inspection_sections(inspection: "Inspection") -> list[Section]:
     """Put what was found into sections, in the order in which to read them."""
     tasks = inspection.tasks
     sections = [_adapters_section(inspection), _tasks_section(tasks)]
-    if inspection.pairs:
-        sections += [_overlap_section(inspection), _cosine_section(inspection)]
-        compared = [pair for pair in inspection.pairs if pair.cosine_by_layer]
-        sections += [_cosine_by_layer_section(compared)] if compared else []
-        sections += [_projections_section(inspection)] if inspection.projections else []
+    sections += [_projections_section(inspection)] if inspection.projections else []
+    sections += [_overlap_section(inspection), _cosine_section(inspection)] if inspection.pairs else []
+    compared = [pair for pair in inspection.pairs if pair.cosine_by_layer]
+    sections += [_cosine_by_layer_section(compared)] if compared else []
     return [*sections, _density_section(tasks), _norms_section(tasks), _magnitudes_section(tasks)]
 
 
@@ -227,7 +237,7 @@ def render_page(inspection: "Inspection", sections: Sequence[Section]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    pictures = {section.key: Markup(_svg(section)) for section in sections if section.draw is not None}
+    pictures = {section.key: _svg(section) for section in sections if section.draw is not None}
     names = [adapter.name for adapter in inspection.adapters]
     page = environment.get_template(PAGE_NAME)
     return page.render(names=names, notes=inspection.notes, sections=sections, pictures=pictures)
@@ -314,8 +324,8 @@ def _tasks_section(tasks: "Sequence[TaskStatistics]") -> Section:
         for task in tasks
     ]
     text = (
-        "The delta of a task is s B A, with B reduced to the entries that belong to it: those of its mask that no newer "
-        "task of the same adapter has too; all of B where there is no mask. Norms are Frobenius norms."
+        "The delta of a task is s B A, with B reduced to the entries that belong to it: those of its mask that no "
+        "newer task of the same adapter has too; all of B where there is no mask. Norms are Frobenius norms."
     )
     columns = ["task", "entries on the mask", "density", "entries of its own", "norm of the delta"]
     return Section("tasks", "Tasks", text, Grid(columns, rows))
@@ -333,7 +343,7 @@ def _overlap_section(inspection: "Inspection") -> Section:
 
     def text(cell: "tuple[float, float, float, str]") -> str:
         share, chance, by_matrix, star = cell
-        return f"{_percent(share)}{star} ({_percent(chance)}; {_percent(by_matrix)})"
+        return f"{_percent(share)}{star}\n({100 * chance:.3g}; {100 * by_matrix:.3g})"
 
     def label(cell: "tuple[float, float, float, str]") -> str:
         share, chance, _, star = cell
@@ -343,8 +353,8 @@ def _overlap_section(inspection: "Inspection") -> Section:
     section = Section(
         "overlap",
         "Overlap of masks",
-        "Of the entries that the row's task trains, the share that the column's task trains too. In brackets what "
-        "chance gives: the density of the other mask; the same when every matrix keeps its own density."
+        "Of the entries that the row's task trains, the share that the column's task trains too. In brackets, in %, "
+        "what chance gives: the density of the other mask; the same when every matrix keeps its own density."
         + (" * The two have different A: equal positions are not equal directions." if starred else ""),
         _matrix(names, {two: text(cell) for two, cell in found.items()}),
     )
@@ -353,7 +363,7 @@ def _overlap_section(inspection: "Inspection") -> Section:
         labels = {two: label(cell) for two, cell in found.items()}
         section.draw = partial(_draw_matrix, names, ratios, labels, (0, 2), "overlap, in times of chance")
         section.height = _matrix_height(names)
-        section.alt = "Matrix of the tasks: how often the masks' overlap is what chance would give. Values in the table."
+        section.alt = "Matrix of the tasks: the masks' overlap in times of chance. The table has the values."
     return section
 
 
@@ -366,8 +376,8 @@ def _cosine_section(inspection: "Inspection") -> Section:
     section = Section(
         "cosine",
         "Cosine of deltas",
-        "Over all matrices. 0: the tasks' changes of the model are orthogonal; 1: the same direction; below 0: they work "
-        "against each other.",
+        "Over all matrices. 0: the tasks' changes of the model are orthogonal; 1: the same direction; below 0: they "
+        "work against each other.",
         _matrix(names, {two: _signed(cosine) for two, cosine in found.items()}),
     )
     if found:
@@ -375,7 +385,7 @@ def _cosine_section(inspection: "Inspection") -> Section:
         labels = {two: _signed(cosine) for two, cosine in found.items()}
         section.draw = partial(_draw_matrix, names, found, labels, (-limit, limit), "cosine")
         section.height = _matrix_height(names)
-        section.alt = "Matrix of the tasks: the cosine between every two deltas. Values in the table."
+        section.alt = "Matrix of the tasks: the cosine between every two deltas. The table has the values."
     return section
 
 
@@ -384,8 +394,8 @@ def _cosine_by_layer_section(pairs: "Sequence[TaskPair]") -> Section:
     layers = sorted({layer for pair in pairs for layer in pair.cosine_by_layer})
     rows = []
     for name, pair in zip(names, pairs, strict=True):
-        by_value = sorted(pair.cosine_by_layer, key=pair.cosine_by_layer.__getitem__)
-        ends = [f"{_signed(pair.cosine_by_layer[layer])} (layer {_layer(layer)})" for layer in (by_value[0], by_value[-1])]
+        ranked = sorted((cosine, layer) for layer, cosine in pair.cosine_by_layer.items())
+        ends = [f"{_signed(cosine)} (layer {_layer(layer)})" for cosine, layer in (ranked[0], ranked[-1])]
         rows.append([name, *ends])
     grid = [[pair.cosine_by_layer.get(layer, math.nan) for layer in layers] for pair in pairs]
     numbers = [[_layer(layer), *(_signed(row[i]) for row in grid)] for i, layer in enumerate(layers)]
@@ -396,7 +406,7 @@ def _cosine_by_layer_section(pairs: "Sequence[TaskPair]") -> Section:
         Grid(["tasks", "lowest", "highest"], rows),
         numbers=Grid(["layer", *names], numbers),
         draw=partial(_draw_cosine_by_layer, names, layers, grid),
-        height=1.2 + 0.5 * len(names),
+        height=0.9 + 0.4 * len(names),
         alt="Heat map of the cosine between the deltas of every two tasks, by layer.",
     )
 
@@ -415,40 +425,48 @@ def _projections_section(inspection: "Inspection") -> Section:
     return Section(
         "projections",
         "Cosine of the projections A",
-        "|cosine| between the rows of one A and the rows of the other, over all matrices. Independent random rows have "
-        "a mean of sqrt(2 / (pi in_features)); at most 1, for a row that both have.",
+        "|cosine| between the rows of one A and the rows of the other, over all matrices. Independent random rows "
+        "have a mean of sqrt(2 / (pi in_features)); the largest is 1 where both have the same row.",
         Grid(["adapters", "A", "mean", "chance", "largest"], rows),
     )
 
 
 def _density_section(tasks: "Sequence[TaskStatistics]") -> Section:
-    maps = [(f"{task.name}, {_percent(task.density)}", task.densities) for task in tasks if 0 < task.density < 1]
+    maps = [
+        (f"{task.name}, {_percent(task.density)}", {place: cell.density for place, cell in task.cells.items()})
+        for task in tasks
+        if 0 < task.density < 1
+    ]
     section = Section(
         "density",
         "Density by layer and projection",
-        "The share of B that a task trains; without a mask, the share that is not 0.",
-        *_by_projection(tasks, lambda task: task.densities, _percent, _mean_density),
+        "Which % of B a task trains; without a mask, which % is not 0.",
+        *_by_projection(tasks, _density_in_percent, "{:.3g}".format),
     )
     if maps:
         section.draw = partial(_draw_maps, maps, "% of the entries", 100, True)
         section.height = _maps_height(maps)
-        section.numbers = _cell_grid(tasks, lambda task: task.densities, _percent)
+        section.numbers = _cell_grid(tasks, _density_in_percent, "{:.3g}".format)
         section.alt = "A heat map a task: which share of B's entries is trained, by layer and projection."
     return section
 
 
 def _norms_section(tasks: "Sequence[TaskStatistics]") -> Section:
-    maps = [(f"{task.name}, {task.norm:.4g} in all", task.norms) for task in tasks if task.norm > 0]
+    maps = [
+        (f"{task.name}, {task.norm:.4g} in all", {place: cell.norm for place, cell in task.cells.items()})
+        for task in tasks
+        if task.norm > 0
+    ]
     section = Section(
         "norms",
         "Norms of the deltas by layer and projection",
         "Frobenius norms of s B A. They are not relative to the base model's weights, which are not read.",
-        *_by_projection(tasks, lambda task: task.norms, "{:.3g}".format, _root_sum),
+        *_by_projection(tasks, lambda cell: cell.norm, "{:.3g}".format),
     )
     if maps:
         section.draw = partial(_draw_maps, maps, "norm", 1, False)
         section.height = _maps_height(maps)
-        section.numbers = _cell_grid(tasks, lambda task: task.norms, "{:.3g}".format)
+        section.numbers = _cell_grid(tasks, lambda cell: cell.norm, "{:.3g}".format)
         section.alt = "A heat map a task: the Frobenius norm of the delta, by layer and projection."
     return section
 
@@ -477,51 +495,44 @@ def _magnitudes_section(tasks: "Sequence[TaskStatistics]") -> Section:
         section.numbers = Grid(
             ["magnitude from", *(task.name for task in drawn)],
             [
-                [f"{10 ** drawn[0].magnitudes.left(i):.2g}"]
+                [f"{10 ** drawn[0].magnitudes.edge(i):.2g}"]
                 + [_percent(int(task.magnitudes.counts[i]) / task.magnitudes.numel) for task in drawn]
                 for i in bins
             ],
         )
         section.alt = (
-            "Above, a histogram of the magnitudes of a task's entries on a logarithmic scale; below, which share of the "
-            "squared norm the largest entries hold."
+            "Above, a histogram of the magnitudes of a task's entries on a logarithmic scale; below, which share of "
+            "the squared norm the largest entries hold."
         )
     return section
 
 
 def _by_projection(
-    tasks: "Sequence[TaskStatistics]",
-    cells_of: "Callable[[TaskStatistics], dict[Cell, float]]",
-    text: Callable[[float], str],
-    total: Callable[[list[float]], float],
+    tasks: "Sequence[TaskStatistics]", value: "Callable[[Cell], float]", text: Callable[[float], str]
 ) -> tuple[Grid, list[str]]:
     """Condense cells to a row a task and a column a projection, and a line of bars over the layers."""
-    names = _projection_names(cells_of(task) for task in tasks)
-    rows, sparks = [], []
+    names = _projection_names(task.cells for task in tasks)
+    rows = []
     for task in tasks:
-        cells = cells_of(task)
-        columns = [[value for (_, other), value in cells.items() if other == name] for name in names]
-        rows.append([task.name, *(text(total(values)) if values else "–" for values in columns)])
-        layers = sorted({layer for layer, _ in cells})
-        sparks.append(_spark([total([v for (at, _), v in cells.items() if at == layer]) for layer in layers]))
-    return Grid(["task", *names], rows), sparks
+        totals = [task.total(projection=name) for name in names]
+        rows.append([task.name, *(text(value(total)) if total.numel else "–" for total in totals)])
+    sparks = [_spark([value(task.total(layer)) for layer in _layers(task.cells)]) for task in tasks]
+    return Grid(["task", *(name.removesuffix("_proj") for name in names)], rows), sparks
 
 
 def _cell_grid(
-    tasks: "Sequence[TaskStatistics]",
-    cells_of: "Callable[[TaskStatistics], dict[Cell, float]]",
-    text: Callable[[float], str],
+    tasks: "Sequence[TaskStatistics]", value: "Callable[[Cell], float]", text: Callable[[float], str]
 ) -> Grid:
-    names = _projection_names(cells_of(task) for task in tasks)
+    names = _projection_names(task.cells for task in tasks)
     rows = [
         [
             f"{task.name}, layer {_layer(layer)}",
-            *(text(cells_of(task)[layer, name]) if (layer, name) in cells_of(task) else "–" for name in names),
+            *(text(value(task.cells[layer, name])) if (layer, name) in task.cells else "–" for name in names),
         ]
         for task in tasks
-        for layer in sorted({layer for layer, _ in cells_of(task)})
+        for layer in _layers(task.cells)
     ]
-    return Grid(["task, layer", *names], rows)
+    return Grid(["task, layer", *(name.removesuffix("_proj") for name in names)], rows)
 
 
 def _matrix(names: Sequence[str], texts: Mapping[tuple[str, str], str]) -> Grid:
@@ -529,21 +540,21 @@ def _matrix(names: Sequence[str], texts: Mapping[tuple[str, str], str]) -> Grid:
     return Grid(["", *names], rows)
 
 
-def _mean_density(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _density_in_percent(cell: "Cell") -> float:
+    return 100 * cell.density
 
 
-def _root_sum(values: list[float]) -> float:
-    return math.hypot(*values)
-
-
-def _projection_names(cells: "Iterable[Mapping[Cell, float]]") -> list[str]:
+def _projection_names(cells: "Iterable[Iterable[Place]]") -> list[str]:
     names = {name for mapping in cells for _, name in mapping}
     return [name for name in _USUAL_ORDER if name in names] + sorted(names - {*_USUAL_ORDER})
 
 
+def _layers(cells: "Iterable[Place]") -> list[int]:
+    return sorted({layer for layer, _ in cells})
+
+
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share in (0, 0.01, 0.1, 0.5, 1) else f"{100 * share:.3g} %"
+    return f"{100 * share:.3g}\u00a0%"
 
 
 def _signed(cosine: float) -> str:
@@ -555,13 +566,16 @@ def _layer(layer: int) -> str:
 
 
 def _spark(values: Sequence[float]) -> str:
+    """Draw values from 0 to their largest as bars, one each, in at most 40 characters."""
+    width = -(-len(values) // 40) or 1
+    values = [sum(part) / len(part) for part in (values[i : i + width] for i in range(0, len(values), width))]
     top = max(values, default=0) or 1
     return "".join(_BARS[min(int(len(_BARS) * value / top), len(_BARS) - 1)] for value in values)
 
 
 def _literal(text: str) -> str:
     """Keep brackets and control characters in a name from meaning anything to the terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text).replace("[", r"\[")
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text).replace("[", r"\[")
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------
@@ -596,13 +610,14 @@ def _height(sections: Sequence[Section]) -> float:
 
 
 def _png(columns: Sequence[Sequence[Section]]) -> bytes:
-    height = max((_height(column) for column in columns), default=1)
+    height = max(map(_height, columns))
     with _canvas() as figure_of:
-        figure = figure_of(figsize=(WIDTH * max(len(columns), 1), height), dpi=160, facecolor="white")
-        for part, column in zip(figure.subfigures(1, max(len(columns), 1), squeeze=False)[0], columns, strict=False):
+        figure = figure_of(figsize=(WIDTH * len(columns), height), dpi=160)
+        for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
             heights = [section.height + 0.35 for section in column]
             heights += [height - sum(heights)] if height - sum(heights) > 0.01 else []
-            for panel, section in zip(part.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0], column, strict=False):
+            panels = part.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+            for panel, section in zip(panels, column, strict=False):  # the last panel may be empty
                 panel.suptitle(section.title, fontweight="bold")
                 section.draw(panel)
         file = io.BytesIO()
@@ -611,7 +626,7 @@ def _png(columns: Sequence[Sequence[Section]]) -> bytes:
 
 
 def _svg(section: Section) -> str:
-    """Draw a section as an `<svg>` to be put into a page: letters in the page's colour, ids that occur nowhere else."""
+    """Draw a section as an `<svg>` for a page: letters in the page's colour, ids that occur nowhere else."""
     with _canvas(_INK) as figure_of:
         figure = figure_of(figsize=(WIDTH, section.height))
         section.draw(figure)
@@ -627,19 +642,19 @@ def _svg(section: Section) -> str:
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
-def _maps_height(maps: "Sequence[tuple[str, Mapping[Cell, float]]]") -> float:
+def _maps_height(maps: "Sequence[tuple[str, Mapping[Place, float]]]") -> float:
     return 0.5 + sum(0.45 + 0.19 * len(_projection_names([cells])) for _, cells in maps)
 
 
 def _draw_maps(
-    maps: "Sequence[tuple[str, Mapping[Cell, float]]]", label: str, factor: float, shared: bool, figure: Any
+    maps: "Sequence[tuple[str, Mapping[Place, float]]]", label: str, factor: float, shared: bool, figure: Any
 ) -> None:
     """Draw heat maps below each other, layers to the right; with one scale for all, or each its own."""
     ratios = [max(len(_projection_names([cells])), 2) for _, cells in maps]
     panels = figure.subplots(len(maps), 1, squeeze=False, height_ratios=ratios)[:, 0]
     top = max((factor * value for _, cells in maps for value in cells.values()), default=1)
     for axes, (title, cells) in zip(panels, maps, strict=True):
-        layers, names = sorted({layer for layer, _ in cells}), _projection_names([cells])
+        layers, names = _layers(cells), _projection_names([cells])
         grid = [[factor * cells.get((layer, name), math.nan) for layer in layers] for name in names]
         image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=top if shared else None)
         axes.set_yticks(range(len(names)), names, parse_math=False)
@@ -672,12 +687,11 @@ def _draw_matrix(
     """Draw a matrix of tasks with its values written in; the middle of the scale is white."""
     axes = figure.subplots()
     grid = [[values.get((row, column), math.nan) for column in names] for row in names]
-    image = axes.imshow(grid, aspect="auto", cmap="PuOr_r", vmin=limits[0], vmax=limits[1])
+    image = axes.imshow(grid, aspect="auto", cmap=_around_the_middle(), vmin=limits[0], vmax=limits[1])
     short = [_shortened(name) for name in names]
     axes.set_yticks(range(len(names)), short, parse_math=False)
-    axes.set_xticks(range(len(names)), short, rotation=30 if len(names) > 3 else 0, parse_math=False)
-    if len(names) > 3:
-        axes.set_xticks(range(len(names)), short, rotation=30, ha="right", rotation_mode="anchor", parse_math=False)
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(names) > 3 else {}
+    axes.set_xticks(range(len(names)), short, parse_math=False, **slanted)
     middle, half = sum(limits) / 2, (limits[1] - limits[0]) / 2
     for i, row in enumerate(names):
         for j, column in enumerate(names):
@@ -689,16 +703,23 @@ def _draw_matrix(
     figure.colorbar(image, ax=axes, label=label)
 
 
+def _around_the_middle() -> Any:
+    """Return a colour map for values on both sides of a middle: purple and orange, grey where nothing is defined."""
+    import matplotlib
+
+    return matplotlib.colormaps["PuOr_r"].with_extremes(bad="#80808040")
+
+
 def _draw_cosine_by_layer(
     names: Sequence[str], layers: Sequence[int], grid: Sequence[Sequence[float]], figure: Any
 ) -> None:
     axes = figure.subplots()
     limit = max([0.01, *(abs(value) for row in grid for value in row if not math.isnan(value))])
-    image = axes.imshow(grid, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit)
+    image = axes.imshow(grid, aspect="auto", cmap=_around_the_middle(), vmin=-limit, vmax=limit)
     axes.set_yticks(range(len(names)), [_shortened(name, 26).replace(" | ", "\n") for name in names], parse_math=False)
     _number_layers(axes, layers)
     axes.set_xlabel("layer")
-    figure.colorbar(image, ax=axes, label="cosine", orientation="horizontal", aspect=40)
+    figure.colorbar(image, ax=axes, label="cosine", aspect=10, ticks=[-limit, 0, limit], format="%+.2g")
 
 
 def _draw_magnitudes(tasks: "Sequence[TaskStatistics]", figure: Any) -> None:
@@ -710,13 +731,27 @@ def _draw_magnitudes(tasks: "Sequence[TaskStatistics]", figure: Any) -> None:
         above.stairs(heights, [10**edge for edge in magnitudes.edges], label=_shortened(task.name, 40), **look)
         entries, squares = ([100 * share for share in part] for part in magnitudes.shares())
         below.plot(entries, squares, **look)
+    # Where nearly all entries are: a few that training hardly moved would stretch the picture over many decades.
     above.set_xscale("log")
+    above.set_xlim(*(10**edge for edge in _main_part(tasks)))
     above.set_xlabel("magnitude of an entry of B")
     above.set_ylabel("% of the entries")
     below.plot([0, 100], [0, 100], color="gray", linewidth=0.8, linestyle=":")
     below.set_xlabel("largest entries, %")
     below.set_ylabel("% of the squared norm")
-    figure.legend(loc="outside upper left", ncols=1)
+    figure.legend(loc="outside lower left")
+
+
+def _main_part(tasks: "Sequence[TaskStatistics]") -> tuple[float, float]:
+    """Return between which powers of ten all but a thousandth of every task's entries lie."""
+    ends = []
+    for task in tasks:
+        counts = task.magnitudes.counts
+        smaller = counts.cumsum(0) / counts.sum()
+        ends.append((int((smaller < 0.001).sum()), task.magnitudes.span.stop))
+    return tasks[0].magnitudes.edge(min(low for low, _ in ends)), tasks[0].magnitudes.edge(
+        max(high for _, high in ends)
+    )
 
 
 def _shortened(name: str, length: int = 18) -> str:
