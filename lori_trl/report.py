@@ -316,7 +316,7 @@ def _tasks_section(tasks: "Sequence[TaskStatistics]") -> Section:
     rows = [
         [
             task.name,
-            f"{task.selected:,}" if task.masked else "no mask",
+            f"{task.selected:,}" if task.masked else "–",
             _percent(task.density),
             f"{task.owned:,}",
             f"{task.norm:.4g}",
@@ -325,7 +325,7 @@ def _tasks_section(tasks: "Sequence[TaskStatistics]") -> Section:
     ]
     text = (
         "The delta of a task is s B A, with B reduced to the entries that belong to it: those of its mask that no "
-        "newer task of the same adapter has too; all of B where there is no mask. Norms are Frobenius norms."
+        "newer task of the same adapter has too; all of B where there is no mask (–). Norms are Frobenius norms."
     )
     columns = ["task", "entries on the mask", "density", "entries of its own", "norm of the delta"]
     return Section("tasks", "Tasks", text, Grid(columns, rows))
@@ -347,7 +347,7 @@ def _overlap_section(inspection: "Inspection") -> Section:
 
     def label(cell: "tuple[float, float, float, str]") -> str:
         share, chance, _, star = cell
-        return f"{_percent(share)}{star}\nchance {_percent(chance)}"
+        return f"{100 * share:.3g}{star}\n({100 * chance:.3g})"
 
     starred = any(not pair.same_A for pair in inspection.pairs if pair.overlap is not None)
     section = Section(
@@ -361,7 +361,9 @@ def _overlap_section(inspection: "Inspection") -> Section:
     if found:
         ratios = {two: cell[0] / cell[1] if cell[1] else math.nan for two, cell in found.items()}
         labels = {two: label(cell) for two, cell in found.items()}
-        section.draw = partial(_draw_matrix, names, ratios, labels, (0, 2), "overlap, in times of chance")
+        section.draw = partial(
+            _draw_matrix, names, ratios, labels, (0, 2), "times chance", "overlap in %, in brackets chance"
+        )
         section.height = _matrix_height(names)
         section.alt = "Matrix of the tasks: the masks' overlap in times of chance. The table has the values."
     return section
@@ -382,8 +384,8 @@ def _cosine_section(inspection: "Inspection") -> Section:
     )
     if found:
         limit = max(0.1, *map(abs, found.values()))
-        labels = {two: _signed(cosine) for two, cosine in found.items()}
-        section.draw = partial(_draw_matrix, names, found, labels, (-limit, limit), "cosine")
+        labels = {two: f"{cosine:+.3f}" for two, cosine in found.items()}
+        section.draw = partial(_draw_matrix, names, found, labels, (-limit, limit), "cosine", "task")
         section.height = _matrix_height(names)
         section.alt = "Matrix of the tasks: the cosine between every two deltas. The table has the values."
     return section
@@ -405,7 +407,7 @@ def _cosine_by_layer_section(pairs: "Sequence[TaskPair]") -> Section:
         "The same within each layer, over its projections.",
         Grid(["tasks", "lowest", "highest"], rows),
         numbers=Grid(["layer", *names], numbers),
-        draw=partial(_draw_cosine_by_layer, names, layers, grid),
+        draw=partial(_draw_cosine_by_layer, pairs, layers, grid),
         height=0.9 + 0.4 * len(names),
         alt="Heat map of the cosine between the deltas of every two tasks, by layer.",
     )
@@ -575,7 +577,7 @@ def _spark(values: Sequence[float]) -> str:
 
 def _literal(text: str) -> str:
     """Keep brackets and control characters in a name from meaning anything to the terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text).replace("[", r"\[")
+    return "".join(char if char.isprintable() or char in "\n\u00a0" else "?" for char in text).replace("[", r"\[")
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------
@@ -668,7 +670,7 @@ def _draw_maps(
 
 
 def _number_layers(axes: Any, layers: Sequence[int]) -> None:
-    step = 1 + (len(layers) - 1) // 16
+    step = 1 + (len(layers) - 1) // 12
     axes.set_xticks(range(0, len(layers), step), [_layer(layer) for layer in layers[::step]])
 
 
@@ -681,26 +683,28 @@ def _draw_matrix(
     values: Mapping[tuple[str, str], float],
     labels: Mapping[tuple[str, str], str],
     limits: tuple[float, float],
-    label: str,
+    scale: str,
+    meaning: str,
     figure: Any,
 ) -> None:
     """Draw a matrix of tasks with its values written in; the middle of the scale is white."""
     axes = figure.subplots()
     grid = [[values.get((row, column), math.nan) for column in names] for row in names]
     image = axes.imshow(grid, aspect="auto", cmap=_around_the_middle(), vmin=limits[0], vmax=limits[1])
-    short = [_shortened(name) for name in names]
-    axes.set_yticks(range(len(names)), short, parse_math=False)
-    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(names) > 3 else {}
-    axes.set_xticks(range(len(names)), short, parse_math=False, **slanted)
+    axes.set_yticks(
+        range(len(names)), [f"{_shortened(name)}  {i}" for i, name in enumerate(names, 1)], parse_math=False
+    )
+    axes.set_xticks(range(len(names)), range(1, len(names) + 1))
+    axes.set_xlabel(meaning)
     middle, half = sum(limits) / 2, (limits[1] - limits[0]) / 2
     for i, row in enumerate(names):
         for j, column in enumerate(names):
             if (row, column) in values:
                 dark = abs(values[row, column] - middle) > 0.65 * half
-                size = 8 if len(names) < 5 else 6 if len(names) < 8 else 4.5
+                size = 8 if len(names) < 5 else 6 if len(names) < 9 else 4.5
                 color = "white" if dark else "black"
                 axes.text(j, i, labels[row, column], ha="center", va="center", fontsize=size, color=color)
-    figure.colorbar(image, ax=axes, label=label)
+    figure.colorbar(image, ax=axes, label=scale)
 
 
 def _around_the_middle() -> Any:
@@ -711,12 +715,13 @@ def _around_the_middle() -> Any:
 
 
 def _draw_cosine_by_layer(
-    names: Sequence[str], layers: Sequence[int], grid: Sequence[Sequence[float]], figure: Any
+    pairs: "Sequence[TaskPair]", layers: Sequence[int], grid: Sequence[Sequence[float]], figure: Any
 ) -> None:
     axes = figure.subplots()
     limit = max([0.01, *(abs(value) for row in grid for value in row if not math.isnan(value))])
     image = axes.imshow(grid, aspect="auto", cmap=_around_the_middle(), vmin=-limit, vmax=limit)
-    axes.set_yticks(range(len(names)), [_shortened(name, 26).replace(" | ", "\n") for name in names], parse_math=False)
+    names = [f"{_shortened(pair.first)}\n{_shortened(pair.second)}" for pair in pairs]
+    axes.set_yticks(range(len(pairs)), names, parse_math=False)
     _number_layers(axes, layers)
     axes.set_xlabel("layer")
     figure.colorbar(image, ax=axes, label="cosine", aspect=10, ticks=[-limit, 0, limit], format="%+.2g")
@@ -726,7 +731,7 @@ def _draw_magnitudes(tasks: "Sequence[TaskStatistics]", figure: Any) -> None:
     above, below = figure.subplots(2, 1)
     for i, task in enumerate(tasks):
         magnitudes = task.magnitudes
-        look = {"color": _LINES[i % len(_LINES)], "linestyle": _STYLES[i // len(_LINES) % len(_STYLES)]}
+        look = {"color": _LINES[i % len(_LINES)], "linestyle": _STYLES[i % len(_STYLES)]}
         heights = [100 * count / magnitudes.numel for count in magnitudes.counts[magnitudes.span].tolist()]
         above.stairs(heights, [10**edge for edge in magnitudes.edges], label=_shortened(task.name, 40), **look)
         entries, squares = ([100 * share for share in part] for part in magnitudes.shares())
