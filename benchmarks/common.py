@@ -15,6 +15,7 @@ import torch
 from rich.progress import track
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "examples"))
 
 Figures = dict[str, float]
@@ -55,6 +56,5 @@ def report(name: str, results: dict) -> None:
     }
     text = json.dumps(document, indent=2)
     print(text)
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")

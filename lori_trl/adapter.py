@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_NAME = "lori_config.json"
 RECIPE_NAME = "recipe.yaml"
 FORMAT_VERSION = 1
+RUN_FACTS = ("calibration", "training")  # of lori_config.json: what concerns one task's run
 
 
 @contextmanager
@@ -187,6 +188,16 @@ def checked_lori_config(config: Any, file: str | Path) -> dict[str, Any]:
     return config
 
 
+def task_records(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """
+    Return the history of an adapter, oldest task first, every record with the facts of its own run.
+
+    In the file, those of the newest task stand at the top of `lori_config.json`, not in its record.
+    """
+    facts = {name: config.get(name) for name in RUN_FACTS}
+    return [*config["tasks"][:-1], *({**newest, **facts} for newest in config["tasks"][-1:])]
+
+
 def write_card(
     folder: str | Path,
     target: str | Path,
@@ -255,7 +266,8 @@ def load_lori_adapter(
         adapter_name (`str`, *optional*, defaults to `"default"`): the adapter's name on the model.
 
     Returns:
-        `PeftModel`: its attribute `lori_masks` maps every trained task, oldest first, to its [`LoriMasks`].
+        `PeftModel`: its attribute `lori_masks` maps every trained task, oldest first, to its [`LoriMasks`], and
+        `lori_tasks` has what is on record of their runs.
 
     Raises:
         `FileNotFoundError`: the folder or repository holds no LoRI adapter.
@@ -263,7 +275,7 @@ def load_lori_adapter(
         `ConnectionError`: the Hub cannot be reached, and the cache does not have the files.
         `ValueError`: A is not the one that the adapter was trained with, or a file is unreadable.
     """
-    with plain_folder(folder_or_repo, revision, token=token) as folder:
+    with plain_folder(folder_or_repo, revision, token) as folder:
         theirs = sorted((folder / "masks").glob("*_mask.pt"))
         if theirs and not (folder / CONFIG_NAME).is_file():
             model = _load_peft(model, folder, adapter_name, is_trainable)
@@ -282,35 +294,29 @@ def load_lori_adapter(
             f"{config['projection']['fingerprint'][:19]}.... B and the masks mean nothing on another A. Fetch the "
             "whole folder again; if the adapter was cast to a lower precision, use the original."
         )
-    model.lori_masks = masks
+    model.lori_masks, model.lori_tasks = masks, task_records(config)
     return model
 
 
 @contextmanager
 def plain_folder(
-    folder_or_repo: str | Path, revision: str | None = None, *, token: str | None = None, any_lora: bool = False
+    folder_or_repo: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    choose: Callable[[list[str]], list[str]] | None = None,
 ) -> Iterator[Path]:
     """
     Yield a folder with the plain PEFT files: the given one, the Hub's in the cache, or an unpacked compact one.
 
     Args:
-        folder_or_repo (`str` or `Path`): a folder, a compact file, or a repository on the Hub.
-        revision (`str`, *optional*): a branch, tag or commit of the repository; by default the head of `main`.
-        token (`str`, *optional*): a token that may read the repository; by default that of `hf auth login`.
-        any_lora (`bool`, *optional*, defaults to `False`): whether a repository without masks will do.
+        folder_or_repo, revision, token: as in [`load_lori_adapter`].
+        choose (`Callable`, *optional*): which files of a repository to fetch; by default those of a LoRI adapter.
     """
     from .compact import expand  # the compact form is built on this module
 
-    def choose(names: list[str]) -> list[str]:
-        """Choose what to fetch of a repository: the plain files if they are there, else the compact one."""
-        if not {*PEFT_FILES} <= {*names}:
-            return [name for name in names if name == COMPACT_NAME]
-        masks = choose_mask_files(names)
-        return [*(masks or [name for name in names if name == CONFIG_NAME]), *PEFT_FILES] if masks or any_lora else []
-
     path = Path(folder_or_repo)
     if is_repo_id(folder_or_repo):
-        path = fetch_from_hub(str(folder_or_repo), choose, revision=revision, token=token)
+        path = fetch_from_hub(str(folder_or_repo), choose or _choose_adapter_files, revision=revision, token=token)
     if path.is_dir() and (path / COMPACT_NAME).is_file() and not (path / PEFT_FILES[1]).is_file():
         path = path / COMPACT_NAME
     if path.is_file():
@@ -319,6 +325,14 @@ def plain_folder(
             yield Path(unpacked)
     else:
         yield path
+
+
+def _choose_adapter_files(names: list[str]) -> list[str]:
+    """Choose what to fetch of a repository: the plain files if they are there, else the compact one."""
+    if not {*PEFT_FILES} <= {*names}:
+        return [name for name in names if name == COMPACT_NAME]
+    masks = choose_mask_files(names)
+    return [*masks, *PEFT_FILES] if masks else []
 
 
 def check_peft_files(folder: Path) -> None:

@@ -36,6 +36,9 @@ class LoriArguments:
             draws the A that these masks were calibrated on.
         mask_revision (`str`, *optional*):
             Branch, tag or commit of the masks' repository on the Hub; by default the head of `main`.
+        disjoint_masks (`bool`, *optional*, defaults to `False`):
+            Whether the entries of earlier tasks are out of the race when an adapter is continued (LoRAF). No task
+            then ever changes another's entries, and each can be extracted or removed later.
 
         > Parameters that control the calibration
 
@@ -68,7 +71,7 @@ class LoriArguments:
             state are a tenth of B's; `"hook"` keeps B dense and zeroes its gradient outside the mask, as the paper
             does. Both train the same entries to the same values.
 
-    Source: paper section 2.1 and Algorithm 1; defaults from Tables 4 to 7.
+    Source: paper section 2.1 and Algorithm 1; defaults from Tables 4 to 7. Disjoint masks: LoRAF, section 2.2.
     """
 
     task_name: str | None = field(
@@ -95,6 +98,12 @@ class LoriArguments:
     )
     mask_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the masks' repository on the Hub."}
+    )
+    disjoint_masks: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the entries of earlier tasks are out of the race when an adapter is continued (LoRAF)."
+        },
     )
     calibration_learning_rate: float = field(
         default=5e-5, metadata={"help": "Learning rate while calibrating, when all of B is trained."}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .adapter import CONFIG_NAME, PEFT_FILES, check_peft_files, plain_folder, read_lori_config, trained_mask
 from .download import is_repo_id
-from .masks import GRANULARITIES, MASKS_FOLDER, LoriMasks
+from .masks import COMPACT_NAME, GRANULARITIES, MASKS_FOLDER, LoriMasks, choose_mask_files
 from .projections import module_path
 
 FORMAT_VERSION = 1
@@ -437,7 +437,12 @@ class _Adapter:
 
 @contextmanager
 def _open_adapter(source: str | Path, name: str, token: str | None) -> Iterator[_Adapter]:
-    with plain_folder(source, token=token, any_lora=True) as folder:
+    with plain_folder(source, token=token, choose=_choose_files) as folder:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"`{source}` does not exist. An adapter is a folder, a compact file or a repository on the Hub, "
+                "namespace/name. Correct the name."
+            )
         check_peft_files(folder)
         try:
             file = safe_open(folder / PEFT_FILES[1], framework="pt")
@@ -448,6 +453,13 @@ def _open_adapter(source: str | Path, name: str, token: str | None) -> Iterator[
             ) from error
         with file as opened:
             yield _Adapter(folder, name, opened)
+
+
+def _choose_files(names: list[str]) -> list[str]:
+    """Choose what to fetch of a repository: the plain files, with masks where there are some; else the compact one."""
+    if not {*PEFT_FILES} <= {*names}:
+        return [name for name in names if name == COMPACT_NAME]
+    return [*(choose_mask_files(names) or [name for name in names if name == CONFIG_NAME]), *PEFT_FILES]
 
 
 def _read_peft_config(folder: Path) -> LoraConfig:

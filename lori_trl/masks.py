@@ -6,7 +6,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ GRANULARITIES: dict[str, Callable[[str], str]] = {
     "layer": _layer,
     "matrix": lambda path: path,
 }
+
+
+def pools(paths: Iterable[str], granularity: str) -> dict[str, list[str]]:
+    """Group module paths into the pools within which entries compete: the pool's name -> its paths."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(GRANULARITIES[granularity](path), []).append(path)
+    return groups
 
 
 class LoriMasks(Mapping):
@@ -156,11 +164,8 @@ class LoriMasks(Mapping):
                 "for 'model'."
             )
         saliency = {module_path(name): tensor for name, tensor in saliency.items()}
-        pools: dict[str, list[str]] = {}
-        for path in saliency:
-            pools.setdefault(GRANULARITIES[granularity](path), []).append(path)
         masks, thresholds = {}, []
-        for paths in pools.values():
+        for paths in pools(saliency, granularity).values():
             pool = {path: saliency[path] for path in paths}
             k = num_to_select(sparsity, sum(tensor.numel() for tensor in pool.values()))
             outside = {path: exclude[path] for path in paths if path in exclude} if exclude is not None else None

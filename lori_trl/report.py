@@ -384,7 +384,7 @@ def _cosine_section(inspection: "Inspection") -> Section:
     )
     if found:
         limit = max(0.1, *map(abs, found.values()))
-        labels = {two: f"{cosine:+.3f}" for two, cosine in found.items()}
+        labels = {two: _signed(cosine, 3) for two, cosine in found.items()}
         section.draw = partial(_draw_matrix, names, found, labels, (-limit, limit), "cosine", "task")
         section.height = _matrix_height(names)
         section.alt = "Matrix of the tasks: the cosine between every two deltas. The table has the values."
@@ -559,8 +559,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g}\u00a0%"
 
 
-def _signed(cosine: float) -> str:
-    return "–" if math.isnan(cosine) else f"{cosine:+.4f}"
+def _signed(cosine: float, digits: int = 4) -> str:
+    return "–" if math.isnan(cosine) else f"{round(cosine, digits) + 0.0:+.{digits}f}"  # + 0.0: no -0.0000
 
 
 def _layer(layer: int) -> str:

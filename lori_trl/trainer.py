@@ -25,6 +25,7 @@ from trl import SFTTrainer
 
 from .adapter import FORMAT_VERSION, read_lori_config, save_lori_adapter
 from .config import LoriArguments, LoriSFTConfig
+from .continual import feasible_entries, tasks_that_fit
 from .hub import MEMORY, logged, make_repo, push_in_background, push_lori_to_hub
 from .masks import LoriMasks
 from .model_card import CardFacts
@@ -36,6 +37,7 @@ from .projections import (
     lora_layers,
     projections,
 )
+from .selection import num_to_select
 from .sparse import VALUES, refresh_values, sparse_training
 
 logger = get_logger(__name__)
@@ -51,7 +53,7 @@ class LoriTrainerMixin:
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
             The base model, or one with an adapter to continue: its A is kept, its B is where training starts, and
-            every entry outside the new mask stays as it is.
+            every entry outside the new mask stays as it is. A task that the adapter has already keeps its masks.
         args ([`LoriArguments`]):
             The trainer's configuration with the LoRI fields, e.g. [`LoriSFTConfig`].
         peft_config (`LoraConfig`, *optional*):
@@ -109,6 +111,7 @@ class LoriTrainerMixin:
         self.adapter_name = self.model.active_adapters[0]
         self.lora_layers = lora_layers(self.model, self.adapter_name)
         self.earlier_masks: dict[str, LoriMasks] = dict(vars(self.model).get("lori_masks", {}))
+        self.earlier_tasks: list[dict[str, Any]] = list(vars(self.model).get("lori_tasks", []))
         self.projection = self._init_projection(given_masks) if peft_config is not None else self._keep_projection()
         if not any(weight.requires_grad for weight in self.weights.values()):
             raise ValueError(
@@ -117,9 +120,13 @@ class LoriTrainerMixin:
             )
         self.initial_weights = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
 
-        self.masks: LoriMasks | None = None
+        self.masks: LoriMasks | None = self.earlier_masks.pop(self.task_name, None)
+        self.earlier_tasks = [record for record in self.earlier_tasks if record["task"] in self.earlier_masks]
+        self.feasible = self._feasible_entries() if self.args.disjoint_masks else None
         if given_masks is not None:
             self.masks = self._adopt(given_masks)
+        elif self.masks is not None:
+            logger.info(f"The adapter has task {self.task_name!r} already: it goes on with its own masks.")
         elif self.args.sparsity == 0:
             everything = {path: torch.ones(weight.shape, dtype=torch.bool) for path, weight in self.weights.items()}
             self.masks = LoriMasks(everything, task=self.task_name, sparsity=0.0, projection=self.projection)
@@ -165,7 +172,8 @@ class LoriTrainerMixin:
 
     def calibrate(self, resume_from_checkpoint: str | None = None) -> dict[str, float]:
         """
-        Train all of B, select the mask by |B - B0|, and set B back to B0.
+        Train all of B, select the mask by |B - B0|, and set B back to B0. With `disjoint_masks`, only what no earlier
+        task has is trained and selected from.
 
         Args:
             resume_from_checkpoint (`str`, *optional*): a checkpoint of the calibration.
@@ -173,10 +181,11 @@ class LoriTrainerMixin:
         Returns:
             `dict[str, float]`: the calibration's metrics, prefixed with `calibration_`.
 
-        Source: Algorithm 1, lines 6 to 15. B0 is zero for a fresh adapter, and the saliency then the paper's |B|.
+        Source: Algorithm 1, lines 6 to 15; LoRAF, Algorithm 1, lines 3 to 8. B0 is zero for a fresh adapter, and the
+        saliency then the paper's |B|.
         """
         set_seed(self.args.seed)
-        with self._calibration(), self._sparse_training(None):
+        with self._calibration(), self._sparse_training(self.feasible):
             output = super().train(resume_from_checkpoint)
             self.calibration = {
                 "learning_rate": self.args.learning_rate,
@@ -193,9 +202,11 @@ class LoriTrainerMixin:
                 "number of steps, and check that the rows have completions to learn from."
             )
 
+        taken = None if self.feasible is None else ~self.feasible
+
         def select(sparsity: float, task: str) -> LoriMasks:
             granularity = self.args.mask_granularity
-            return LoriMasks.select(saliency, sparsity, granularity, task=task, projection=self.projection)
+            return LoriMasks.select(saliency, sparsity, granularity, taken, task=task, projection=self.projection)
 
         self.masks = select(self.args.sparsity, self.task_name)
         folder = self.args.for_calibration().output_dir
@@ -291,9 +302,41 @@ class LoriTrainerMixin:
     def _fingerprint(self) -> str:
         return fingerprint(projections(self.model, self.adapter_name))
 
+    def _feasible_entries(self) -> LoriMasks | None:
+        """Return the entries that no earlier task has; None where all are free. Raise if this task does not fit."""
+        feasible = feasible_entries({path: weight.shape for path, weight in self.weights.items()}, self.earlier_masks)
+        owned = ~feasible if self.masks is None else self.masks | ~feasible
+        if any((weight != 0)[~owned[path]].any() for path, weight in self.initial_weights.items()):
+            raise ValueError(
+                "`disjoint_masks=True`, but this adapter has trained entries of B that belong to no task on record. "
+                "Every task's entries must be known. Load the adapter with `load_lori_adapter`, which brings its "
+                "masks, or leave `disjoint_masks` unset."
+            )
+        sparsity, granularity = self.args.sparsity, self.args.mask_granularity
+        if self.masks is None and not tasks_that_fit(feasible, sparsity, granularity):
+            raise ValueError(
+                f"`sparsity={sparsity}`, `mask_granularity={granularity!r}`, `disjoint_masks=True`: the task needs "
+                f"{num_to_select(sparsity, feasible.numel):,} of {feasible.numel:,} entries of B, and "
+                f"{', '.join(self.earlier_masks)} left {feasible.num_selected:,} free. Over the whole model, a "
+                f"sparsity from {1 - feasible.density:.6f} on fits. Raise `sparsity`, begin another adapter, or leave "
+                "`disjoint_masks` unset."
+            )
+        return feasible if self.earlier_masks else None
+
     def _adopt(self, masks: LoriMasks) -> LoriMasks:
         """Take masks from a file as this task's."""
         masks.check_shapes({path: weight.shape for path, weight in self.weights.items()})
+        if self.masks is not None and masks != self.masks:
+            raise ValueError(
+                f"`task_name={self.task_name!r}`: the adapter has this task with other masks than those given. A task "
+                "has one set of masks. Leave `mask_name_or_path` unset to go on with it, or give the task a new name."
+            )
+        if self.feasible is not None and (masks - self.feasible).num_selected:
+            raise ValueError(
+                f"`disjoint_masks=True`, but {(masks - self.feasible).num_selected:,} entries of the given masks "
+                f"belong to {', '.join(self.earlier_masks)}. Disjoint masks share none. Leave `mask_name_or_path` "
+                "unset to calibrate on what is free, or leave `disjoint_masks` unset."
+            )
         theirs, mine = masks.projection or {"fingerprint": None, "seed": None}, self.projection
         same_draw = mine["seed"] is not None and (theirs["seed"], theirs["init"]) == (mine["seed"], mine["init"])
         if theirs["fingerprint"] != mine["fingerprint"] and not same_draw:  # one of them may be rounded to bfloat16
@@ -316,7 +359,7 @@ class LoriTrainerMixin:
         """What `lori_config.json` says of this run so far."""
         lora_B = sum(weight.numel() for weight in self.weights.values())
         lora_A = sum(layer.lora_A[self.adapter_name].weight.numel() for layer in self.lora_layers.values())
-        masks = self._all_masks()
+        masks, records = self._all_masks(), {record["task"]: record for record in self.earlier_tasks}
         sparsity = self.args.sparsity if self.masks is None else self.masks.sparsity
         return {
             "format_version": FORMAT_VERSION,
@@ -333,7 +376,7 @@ class LoriTrainerMixin:
                 "lora_B": lora_B,
                 "selected": None if self.masks is None else self.masks.num_selected,
             },
-            "tasks": [{"task": task, "selected": task_masks.num_selected} for task, task_masks in masks.items()],
+            "tasks": [records.get(task, {"task": task, "selected": masks[task].num_selected}) for task in masks],
             "training": self.card_facts.facts,
             "versions": {name: version(name) for name in ("lori_trl", "trl", "peft", "transformers", "torch")},
         }
@@ -465,12 +508,14 @@ class LoriTrainerMixin:
     def _check_same_run(self, folder: Path) -> dict[str, Any]:
         """Return a checkpoint's `lori_config.json`; raise if it is not of a run like this one."""
         theirs, mine = read_lori_config(folder), self.lori_config
+        theirs["disjoint_masks"] = theirs["training"]["hyperparameters"].get("disjoint_masks", False)
+        mine["disjoint_masks"] = self.args.disjoint_masks
         theirs["base_model"] = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         theirs["num_processes"], mine["num_processes"] = theirs["training"]["world_size"], self.args.world_size
         mine["base_model"] = self.model.peft_config[self.adapter_name].base_model_name_or_path
         if theirs["base_model"] and mine["base_model"]:  # a folder may have been moved
             theirs["base_model"], mine["base_model"] = (Path(run["base_model"]).name for run in (theirs, mine))
-        for what in ("base_model", "task", "projection", "sparsity", "granularity", "num_processes"):
+        for what in ("base_model", "task", "projection", "sparsity", "granularity", "disjoint_masks", "num_processes"):
             if theirs[what] != mine[what]:
                 raise ValueError(
                     f"`{folder}` was trained with {what} {theirs[what]}, this run has {mine[what]}. A run resumes "
