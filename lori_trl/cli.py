@@ -1,4 +1,4 @@
-"""The command line: `lori sft | tasks | inspect | recipes | push | export | expand`, `lori-sft`. All prints are here."""
+"""The command line: `lori sft`, `tasks`, `inspect`, `push` and so on, and `lori-sft`. All that prints is here."""
 
 import argparse
 import os
@@ -213,7 +213,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from rich.progress import track
 
     from .inspection import inspect_adapters
-    from .report import inspection_sections, render_page, render_picture, render_pictures
+    from .report import inspection_sections, printable, render_page, render_picture, render_pictures
 
     to_screen = options.json == "-"
     json_file = Path(options.json) if options.json and not to_screen else None
@@ -248,10 +248,8 @@ def _inspect(options: argparse.Namespace) -> None:
     console = Console()
     for section in sections:
         console.print(section.for_terminal(), "")
-    for note in inspection.notes:
-        console.print(f"- {note}", markup=False, highlight=False)
-    for file in files:
-        console.print(f"written: {file}", markup=False, highlight=False)
+    for line in [*(f"- {note}" for note in inspection.notes), *(f"written: {file}" for file in files)]:
+        console.print(printable(line), highlight=False)
 
 
 def _check_target(option: str, target: Path, *, folder: bool) -> None:

@@ -194,14 +194,14 @@ class Section:
         """Return heading, table and text for the terminal."""
         table = Table()
         for column, numeric in zip(self.table.columns, self.table.numeric, strict=True):
-            table.add_column(_literal(column), justify="right" if numeric else "left", overflow="fold")
+            table.add_column(printable(column), justify="right" if numeric else "left", overflow="fold")
         for row in self.table.rows:
-            table.add_row(*map(_literal, row))
+            table.add_row(*map(printable, row))
         parts = [Text(self.title, style="bold"), table]
         if self.sparks is not None:
             bars = Table(self.table.columns[0], "by layer")
             for row, spark in zip(self.table.rows, self.sparks, strict=True):
-                bars.add_row(_literal(row[0]), spark)
+                bars.add_row(printable(row[0]), spark)
             parts.append(bars)
         return Group(*parts, *([Text(self.text, style="dim")] if self.text else []))
 
@@ -214,6 +214,11 @@ _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D1F", "#56B4E9")  # O
 _STYLES = ("-", "--", ":", "-.")
 _USUAL_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _BARS = "▁▂▃▄▅▆▇█"
+
+
+def printable(text: str) -> str:
+    """Keep brackets and control characters in a text from meaning anything to rich or the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\u00a0" else "?" for char in text).replace("[", r"\[")
 
 
 def inspection_sections(inspection: "Inspection") -> list[Section]:
@@ -573,11 +578,6 @@ def _spark(values: Sequence[float]) -> str:
     values = [sum(part) / len(part) for part in (values[i : i + width] for i in range(0, len(values), width))]
     top = max(values, default=0) or 1
     return "".join(_BARS[min(int(len(_BARS) * value / top), len(_BARS) - 1)] for value in values)
-
-
-def _literal(text: str) -> str:
-    """Keep brackets and control characters in a name from meaning anything to the terminal."""
-    return "".join(char if char.isprintable() or char in "\n\u00a0" else "?" for char in text).replace("[", r"\[")
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------
