@@ -350,20 +350,23 @@ def inspect_adapters(
 
 
 class _Adapter:
-    """An open adapter: its files' headers, its masks; matrices on demand."""
+    """An adapter's files: headers and masks at once, matrices on demand."""
 
-    def __init__(self, folder: Path, name: str, file):
-        self.name, self.folder, self.file = name, folder, file
+    def __init__(self, folder: Path, name: str):
+        self.name, self.folder = name, folder
         self.config = _read_peft_config(folder)
         self.keys: dict[str, dict[str, str]] = {}
+        self.shapes: dict[str, tuple[int, int, int]] = {}  # out_features, rank, in_features
         self.others = 0
-        for key in file.keys():
-            part = next((part for part in ("lora_A", "lora_B") if f".{part}." in key), None)
-            if part is None:
-                self.others += 1
-            else:
-                self.keys.setdefault(module_path(key), {})[part] = key
-        self.shapes = {path: self._shape(path) for path in sorted(self.keys)}
+        with self._opened() as file:
+            for key in file.keys():
+                part = next((part for part in ("lora_A", "lora_B") if f".{part}." in key), None)
+                if part is None:
+                    self.others += 1
+                else:
+                    self.keys.setdefault(module_path(key), {})[part] = key
+            for path, keys in sorted(self.keys.items()):
+                self.shapes[path] = self._checked_shape(path, {part: file.get_slice(keys[part]) for part in keys})
         if not self.shapes:
             raise ValueError(
                 f"`{folder / PEFT_FILES[1]}` holds no lora_A and lora_B. Adapters on linear layers can be inspected. "
@@ -372,12 +375,22 @@ class _Adapter:
         self.masks = self._read_masks()
         self.outside = 0
 
-    def _shape(self, path: str) -> tuple[int, int, int]:
-        """Return `(out_features, rank, in_features)`."""
+    @contextmanager
+    def _opened(self):
+        """Open the weights for a moment: as long as a file is mapped, all that was read of it stays in memory."""
         try:
-            (rank, columns), (rows, rank_B) = (
-                self.file.get_slice(self.keys[path][part]).get_shape() for part in ("lora_A", "lora_B")
-            )
+            file = safe_open(self.folder / PEFT_FILES[1], framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"`{self.folder / PEFT_FILES[1]}` is unreadable: {error}. It must be a whole safetensors file. Fetch "
+                "or save it again."
+            ) from error
+        with file as opened:
+            yield opened
+
+    def _checked_shape(self, path: str, parts: Mapping[str, Any]) -> tuple[int, int, int]:
+        try:
+            (rank, columns), (rows, rank_B) = (parts[part].get_shape() for part in ("lora_A", "lora_B"))
         except (KeyError, ValueError):
             rank, rank_B = 0, -1
         if rank != rank_B:
@@ -392,7 +405,8 @@ class _Adapter:
             tasks = [record["task"] for record in read_lori_config(self.folder)["tasks"]]
             masks = {task: LoriMasks.from_pretrained(self.folder, task=task) for task in tasks}
         elif list((self.folder / MASKS_FOLDER).glob("*_mask.pt")):  # the authors' own
-            moved = LoriMasks({path: self.file.get_tensor(keys["lora_B"]) != 0 for path, keys in self.keys.items()})
+            with self._opened() as file:
+                moved = LoriMasks({path: file.get_tensor(keys["lora_B"]) != 0 for path, keys in self.keys.items()})
             masks = {self.name: trained_mask(moved, LoriMasks.from_pretrained(self.folder))}
         else:
             masks = {}
@@ -409,7 +423,8 @@ class _Adapter:
 
     def read(self, path: str) -> tuple[Tensor, Tensor]:
         """Read A `(rank, in_features)` and B `(out_features, rank)`, in float64."""
-        A, B = (self.file.get_tensor(self.keys[path][part]).double() for part in ("lora_A", "lora_B"))
+        with self._opened() as file:
+            A, B = (file.get_tensor(self.keys[path][part]).double() for part in ("lora_A", "lora_B"))
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(
                 f"`{path}` in `{self.folder}` holds NaN or infinity. Every entry of an adapter must be finite. The "
@@ -444,15 +459,7 @@ def _open_adapter(source: str | Path, name: str, token: str | None) -> Iterator[
                 "namespace/name. Correct the name."
             )
         check_peft_files(folder)
-        try:
-            file = safe_open(folder / PEFT_FILES[1], framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"`{folder / PEFT_FILES[1]}` is unreadable: {error}. It must be a whole safetensors file. Fetch or "
-                "save it again."
-            ) from error
-        with file as opened:
-            yield _Adapter(folder, name, opened)
+        yield _Adapter(folder, name)
 
 
 def _choose_files(names: list[str]) -> list[str]:

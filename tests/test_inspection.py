@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer, client_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lori_trl import LoriMasks
 from lori_trl.cli import main
+from lori_trl.compact import export_compact
 from lori_trl.inspection import Magnitudes, inspect_adapters
 from lori_trl.projections import draw_projection, fingerprint
 from lori_trl.report import inspection_sections
@@ -242,6 +244,38 @@ def test_entries_outside_every_mask_are_reported(tmp_path):
     inspection = inspect_adapters([folder])
     assert inspection.adapters[0].outside == outside
     assert any(f"{outside:,} entries" in note for note in inspection.notes)
+
+
+# ---- forms of an adapter ---------------------------------------------------------------------------------------
+
+
+def test_plain_lora_the_authors_adapters_and_compact_ones_come_from_the_hub(tmp_path, monkeypatch):
+    weights = matrices(1)
+    mask = random_masks("code", weights, 0.3, 1)
+    folder = write(tmp_path / "a", weights, [mask])
+    local = inspect_adapters([folder])
+    monkeypatch.chdir(tmp_path)
+    plain = {name: (folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    torch.save({f"base_model.model.{path}.lora_B.default.weight": entries for path, entries in mask.items()}, "m.pt")
+    with HubServer() as server, client_of(server, tmp_path / "home", monkeypatch):
+        server.create("me/plain", files=plain)
+        server.create("tomg/authors", files=plain | {"masks/0.9_mask.pt": Path("m.pt").read_bytes()})
+        inspection = inspect_adapters(["me/plain", "tomg/authors"])
+    unmasked, authors = inspection.tasks
+    assert [unmasked.name, authors.name] == ["me/plain", "tomg/authors"]
+    assert not unmasked.masked and unmasked.density == pytest.approx(mask.density)
+    assert authors.masked and authors.selected == authors.owned == mask.num_selected
+    assert unmasked.norm == authors.norm == local.tasks[0].norm
+    assert inspection.pairs[0].cosine == pytest.approx(1) and inspection.projections[0].same
+
+
+def test_a_compact_adapter_is_the_same_as_its_folder(tmp_path, adapter_folder):
+    compact = export_compact(adapter_folder, tmp_path / "code.safetensors")
+    inspection = inspect_adapters([adapter_folder, compact])
+    one, two = inspection.tasks
+    assert [one.name, two.name] == ["code: code", "code.safetensors: code"]
+    assert one.cells == two.cells and one.norm > 0
+    assert inspection.pairs[0].overlap.shares == (1, 1)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------
