@@ -33,3 +33,4 @@ def test_the_wheel_lists_its_recipes_in_an_empty_environment(tmp_path):
     assert [line.split()[0] for line in listed.splitlines()] == expected
     shipped = target / "lori_trl" / "shipped"
     assert list(shipped.glob("model_cards/*.jinja")) and list(shipped.glob("recipes/quickstart/train.jsonl"))
+    assert (target / "lori_trl" / "inspection.html.jinja").is_file()
