@@ -77,9 +77,9 @@ class Study:
         """Train an adapter of a method on a task, from a fresh one or from that in `start`."""
         common = {
             "output_dir": str(folder), "learning_rate": rate, "max_steps": STEPS, "max_length": 512, "seed": 0,
-            "per_device_train_batch_size": 8, "lr_scheduler_type": "constant", "weight_decay": 0.0, "bf16": False,
-            "activation_checkpointing": False, "save_strategy": "no", "report_to": "none", "logging_steps": 5,
-            "dataloader_pin_memory": False, "warmup_steps": 0,
+            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "lr_scheduler_type": "constant",
+            "warmup_steps": 0, "weight_decay": 0.0, "bf16": False, "activation_checkpointing": False,
+            "save_strategy": "no", "report_to": "none", "logging_steps": 5, "dataloader_pin_memory": False,
         }  # fmt: skip
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets) if start is None else None

@@ -157,6 +157,13 @@ def test_an_extracted_task_loads_with_plain_peft_and_can_be_continued(sequence, 
     assert list(trainer._all_masks()) == ["code", "more"]
 
 
+def test_both_backends_find_the_same_disjoint_masks(sequence, tmp_path):
+    trainer = train(tmp_path / "hook", "code", sequence["math"], sparse_backend="hook")
+    assert trainer.masks == LoriMasks.from_pretrained(sequence["code"], task="code")
+    for name, B in weights(tmp_path / "hook").items():
+        torch.testing.assert_close(B, weights(sequence["code"])[name], rtol=1e-5, atol=1e-6)
+
+
 def test_the_history_has_every_tasks_run(sequence):
     model = load_lori_adapter(make_llama(), sequence["nlu"])
     assert [record["task"] for record in model.lori_tasks] == list(TASKS)
