@@ -257,8 +257,9 @@ def render_pictures(sections: Sequence[Section]) -> dict[str, bytes]:
 
     Raises:
         `ImportError`: matplotlib is not installed.
+        `ValueError`: there is nothing to draw.
     """
-    return {section.key: _png([[section]]) for section in sections if section.draw is not None}
+    return {section.key: _png([[section]]) for section in _drawn(sections)}
 
 
 def render_picture(sections: Sequence[Section]) -> bytes:
@@ -267,12 +268,22 @@ def render_picture(sections: Sequence[Section]) -> bytes:
 
     Raises:
         `ImportError`: matplotlib is not installed.
+        `ValueError`: there is nothing to draw.
     """
     columns: list[list[Section]] = [[], []]
-    for section in sections:
-        if section.draw is not None:
-            min(columns, key=_height).append(section)
+    for section in _drawn(sections):
+        min(columns, key=_height).append(section)
     return _png([column for column in columns if column])
+
+
+def _drawn(sections: Sequence[Section]) -> list[Section]:
+    drawn = [section for section in sections if section.draw is not None]
+    if not drawn:
+        raise ValueError(
+            "`--save` has nothing to draw: every B is zero. A trained adapter is needed. Pass one, or leave out "
+            "`--save`."
+        )
+    return drawn
 
 
 def draw_density(masks: "Mapping[str, LoriMasks]", file: Path) -> bool:
@@ -691,9 +702,8 @@ def _draw_matrix(
     axes = figure.subplots()
     grid = [[values.get((row, column), math.nan) for column in names] for row in names]
     image = axes.imshow(grid, aspect="auto", cmap=_around_the_middle(), vmin=limits[0], vmax=limits[1])
-    axes.set_yticks(
-        range(len(names)), [f"{_shortened(name)}  {i}" for i, name in enumerate(names, 1)], parse_math=False
-    )
+    numbered = [f"{_shortened(name)}  {i}" for i, name in enumerate(names, 1)]
+    axes.set_yticks(range(len(names)), numbered, parse_math=False, fontsize=_name_size(names))
     axes.set_xticks(range(len(names)), range(1, len(names) + 1))
     axes.set_xlabel(meaning)
     middle, half = sum(limits) / 2, (limits[1] - limits[0]) / 2
@@ -721,7 +731,8 @@ def _draw_cosine_by_layer(
     limit = max([0.01, *(abs(value) for row in grid for value in row if not math.isnan(value))])
     image = axes.imshow(grid, aspect="auto", cmap=_around_the_middle(), vmin=-limit, vmax=limit)
     names = [f"{_shortened(pair.first)}\n{_shortened(pair.second)}" for pair in pairs]
-    axes.set_yticks(range(len(pairs)), names, parse_math=False)
+    size = _name_size([name for pair in pairs for name in (pair.first, pair.second)])
+    axes.set_yticks(range(len(pairs)), names, parse_math=False, fontsize=size)
     _number_layers(axes, layers)
     axes.set_xlabel("layer")
     figure.colorbar(image, ax=axes, label="cosine", aspect=10, ticks=[-limit, 0, limit], format="%+.2g")
@@ -759,5 +770,9 @@ def _main_part(tasks: "Sequence[TaskStatistics]") -> tuple[float, float]:
     )
 
 
-def _shortened(name: str, length: int = 18) -> str:
+def _name_size(names: Sequence[str]) -> int:
+    return 9 if max(map(len, names)) <= 14 else 7
+
+
+def _shortened(name: str, length: int = 26) -> str:
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"

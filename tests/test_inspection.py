@@ -464,3 +464,11 @@ def test_wrong_calls_are_refused(tmp_path, capsys, two_tasks, monkeypatch):
         assert "lori-trl[plots]" in refused(capsys, folder, option, tmp_path / target)
     assert not list(tmp_path.iterdir())
     assert main(["inspect", str(folder)]) == 0  # the tables need no matplotlib
+
+
+def test_an_untrained_adapter_has_tables_and_no_pictures(tmp_path, capsys):
+    folder = write(tmp_path / "a", {path: (A, torch.zeros_like(B)) for path, (A, B) in matrices(1).items()})
+    for target in ("a.png", "pictures"):
+        assert "nothing to draw" in refused(capsys, folder, "--save", tmp_path / target)
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    assert main(["inspect", str(folder), "--html", str(tmp_path / "page.html")]) == 0
