@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .recipes import find_recipe, list_recipes, nearest, read_recipe, validate_recipe
+from .recipes import find_recipe, list_recipes, nearest, read_recipe, recipe_facts, validate_recipe
 
 _SFT_EXAMPLE = """
 several processes: --accelerate_config single | ddp | fsdp2 | zero3 | FILE, and --num_processes N
@@ -265,8 +265,16 @@ def _check_target(option: str, target: Path, *, folder: bool) -> None:
 
 def _recipes(options: argparse.Namespace) -> None:
     if options.action == "list":
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, title="`lori recipes show NAME` prints one", title_justify="left")
+        for column in ("recipe", "task", "base", "variant", "rank", "source", "measured here"):
+            table.add_column(column, no_wrap=column == "recipe")
         for file in list_recipes():
-            print(f"{file.name:32} {file.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}")
+            if file.parent.name != "merge":  # `lori merge` has its own
+                table.add_row(file.name, *recipe_facts(file).values())
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
         return
     file = find_recipe(options.recipe)
     if options.action == "show":
@@ -371,6 +379,11 @@ def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, A
     recipe = {}
     if name is not None:
         file = find_recipe(name)
+        if file.parent.name == "baselines":
+            raise ValueError(
+                f"`--recipe {name}` is a baseline for TRL's own trainer. `lori-sft` trains LoRI adapters. Run it with "
+                f"`trl sft --config {file}`."
+            )
         validate_recipe(file, parser)
         recipe = read_recipe(file)
         arguments = ["--config", str(file), *arguments]
@@ -392,6 +405,10 @@ def _parse_sft(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, A
     for config in configs:
         set_here = {key: value for key, value in vars(config).items() if key in given}
         recipe |= {key: value.value if isinstance(value, Enum) else value for key, value in set_here.items()}
+    for one, other in (("dataset_path", "dataset_name"), ("dataset_name", "dataset_path")):
+        if one in given and other not in given:  # one's own data in place of the recipe's
+            setattr(script, other, None)
+            recipe.pop(other, None)
     for secret_or_ours in ("hub_token", "env", "recipe", "dry_run"):
         recipe.pop(secret_or_ours, None)
     script.recipe = str(file) if name is not None else None
@@ -404,12 +421,12 @@ def _dry_run(script, args, model_args) -> None:
     from transformers import AutoConfig
     from trl import get_peft_config
 
-    from .report import count_parameters
+    from .report import KNOWN_CONFIGS, count_parameters
 
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
         peft_config = PeftConfig.from_pretrained(script.adapter_name_or_path)
-    config = AutoConfig.from_pretrained(
+    config = KNOWN_CONFIGS.get(model_args.model_name_or_path) or AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
     counts = count_parameters(config, peft_config, args.sparsity)
@@ -433,7 +450,7 @@ def _build_trainer(script, args, model_args):
     from .tasks import data_name, load_training_data
     from .trainer import LoriSFTTrainer
 
-    data = load_training_data(script)
+    data = load_training_data(script, args.dataset_text_field)
     evaluated = args.eval_strategy != "no" or args.eval_on_start
     if evaluated and script.dataset_test_split not in data:
         raise ValueError(

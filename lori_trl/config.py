@@ -188,8 +188,19 @@ class LoriSFTConfig(LoriArguments, SFTConfig):
     > These parameters have default values different from `SFTConfig`:
     > - `learning_rate`: Defaults to `5e-4` instead of `2e-5` (the paper's LoRI-S, r = 32).
     > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"` (the paper's: no decay).
+    > - `truncation_mode`: Defaults to `"keep_prompt_end"` instead of `"keep_start"`: a prompt-completion row that is
+    >   longer than `max_length` loses the beginning of its prompt, then the end of its completion before the EOS.
+    >   Other rows are cut as with `"keep_start"`.
     > - `bf16`: Defaults to `False` instead of `True` where there is no accelerator: CPUs are slow at it or refuse.
     """
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the adaptation, on the mask."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use, in both phases."})
+    truncation_mode: str = field(
+        default="keep_prompt_end",
+        metadata={
+            "help": "What is kept of rows longer than `max_length`. 'keep_prompt_end': of prompt-completion rows the "
+            "end of the prompt and the EOS, of others the start; 'keep_start' and 'keep_end' are TRL's.",
+            "choices": ["keep_prompt_end", "keep_start", "keep_end"],
+        },
+    )

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils import is_matplotlib_available
 
@@ -26,6 +26,16 @@ from .selection import num_to_select
 if TYPE_CHECKING:
     from .inspection import Cell, Inspection, Place, TaskPair, TaskStatistics
     from .masks import LoriMasks
+
+DEFAULT_SPARSITY = 0.9  # the paper's LoRI-S, for comparison in a LoRI-D run
+
+# The base models of the recipes, so that their parameters can be counted without a download: both are behind
+# a network, and Llama-3 behind an agreement.
+_SHAPES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
+KNOWN_CONFIGS = {
+    "meta-llama/Meta-Llama-3-8B": LlamaConfig(vocab_size=128256, num_attention_heads=32, **_SHAPES),
+    "mistralai/Mistral-7B-v0.1": MistralConfig(vocab_size=32000, num_attention_heads=32, **_SHAPES),
+}
 
 
 @dataclass
@@ -58,27 +68,36 @@ class ParameterCounts:
         return 4 * self.lora
 
     def table(self) -> Table:
-        """Return the counts as a table for the terminal."""
+        """
+        Return the counts as a table for the terminal: LoRA, LoRI-D and LoRI-S side by side.
+
+        Source: the column "# Params (%)" of Table 1; its shares are of the base and the adapter together.
+        """
+        sparsity = self.sparsity or DEFAULT_SPARSITY
+        columns = {
+            "LoRA": self.lora,
+            "LoRI-D": self.lora_B,
+            f"LoRI-S, s = {sparsity:g}": num_to_select(sparsity, self.lora_B),
+        }
         table = Table(
-            title="LoRI-D" if self.sparsity == 0 else f"LoRI-S, sparsity {self.sparsity}", title_justify="left"
+            title=f"what would be trained; this run is LoRI-{'S' if self.sparsity else 'D'}", title_justify="left"
         )
-        for column, justify in (("parameters", "left"), ("count", "right"), ("share of the base", "right")):
-            table.add_column(column, justify=justify)
+        table.add_column("parameters")
+        for name in columns:
+            table.add_column(name, justify="right")
         for name, count in (
             ("base model, frozen", self.base),
-            ("adapter: A and B; plain LoRA trains all of it", self.lora),
-            ("A, frozen", self.lora_A),
-            ("B", self.lora_B),
-            ("B outside the mask, frozen", self.lora_B - self.selected),
-            ("B on the mask: what LoRI trains", self.selected),
+            ("adapter, A", self.lora_A),
+            ("adapter, B", self.lora_B),
         ):
-            table.add_row(name, f"{count:,}", f"{100 * count / self.base:.2f} %")
+            table.add_row(name, *[f"{count:,}"] * len(columns))
+        table.add_row("trained", *(f"{trained:,}" for trained in columns.values()))
+        for name, whole in (("of base and adapter", self.base + self.lora), ("of plain LoRA", self.lora)):
+            table.add_row(name, *(f"{100 * trained / whole:.2f} %" for trained in columns.values()))
+        of_B = [f"{trained / self.lora_B:.8f}" for trained in columns.values()]
+        table.add_row("of B: the density", "", *of_B[1:])
         table.add_section()
-        table.add_row(
-            "density, trained / B", f"{self.selected:,} / {self.lora_B:,}", f"{self.selected / self.lora_B:.8f}"
-        )
-        table.add_row("trained / plain LoRA", "", f"{100 * self.selected / self.lora:.2f} %")
-        table.add_row("adapter file, float32", f"{self.adapter_bytes / 1e6:,.1f} MB", "")
+        table.add_row("adapter file, float32", *[f"{self.adapter_bytes / 1e6:,.1f} MB"] * len(columns))
         return table
 
     def memory(self, base_bytes: float, gpus: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The method: calibrate all of B, select the entries that matter, set B back, adapt on those alone."""
 
+import copy
 import hashlib
 import json
 import re
@@ -22,6 +23,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
+from trl.trainer.utils import global_then_local_main_first
 
 from .adapter import FORMAT_VERSION, read_lori_config, save_lori_adapter
 from .config import LoriArguments, LoriSFTConfig
@@ -39,6 +41,7 @@ from .projections import (
 )
 from .selection import num_to_select
 from .sparse import VALUES, refresh_values, sparse_training
+from .tasks import kept_positions
 
 logger = get_logger(__name__)
 
@@ -565,6 +568,31 @@ class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):
     def __init__(self, model: str | PreTrainedModel | PeftModel, args: LoriSFTConfig | None = None, **kwargs: Any):
         super().__init__(model, args or LoriSFTConfig(), **kwargs)
 
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """Truncate as `truncation_mode="keep_prompt_end"` says; TRL knows the other modes."""
+        if args.truncation_mode != "keep_prompt_end":
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        first = next(iter(dataset))
+        ours = "prompt" in first and "input_ids" not in first and formatting_func is None and not packing
+        trl_args = copy.copy(args)
+        trl_args.truncation_mode = "keep_start"
+        if ours:
+            trl_args.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, trl_args, packing, formatting_func, dataset_name)
+        if not ours or args.max_length is None:
+            return dataset
+        kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Truncating {dataset_name} dataset"}
+        with global_then_local_main_first():
+            return dataset.map(
+                _truncate_row,
+                fn_kwargs={
+                    "max_length": args.max_length,
+                    "bos": self._tokenizer.bos_token_id,
+                    "eos": self._tokenizer.eos_token_id,
+                },
+                **(kwargs if isinstance(dataset, Dataset) else {}),
+            )
+
 
 class _PhaseCallback(TrainerCallback):
     """Name the phase on the progress bar, and log the calibration's figures under names of its own."""
@@ -581,6 +609,14 @@ class _PhaseCallback(TrainerCallback):
         if self.trainer.phase == "calibration":
             for name in list(logs):
                 logs[f"calibration_{name}"] = logs.pop(name)
+
+
+def _truncate_row(row: dict[str, Any], max_length: int, bos: int | None, eos: int | None) -> dict[str, list[int]]:
+    """Truncate a tokenized prompt-completion row. Its completion is what TRL marked or gave labels."""
+    in_completion = row.get("completion_mask") or [label != -100 for label in row["labels"]]
+    prompt_length = in_completion.index(True) if any(in_completion) else len(in_completion)
+    kept = kept_positions(row["input_ids"], prompt_length, max_length, bos, eos)
+    return {column: [row[column][position] for position in kept] for column in ("input_ids", "labels")}
 
 
 def _check_adapter(model: str | PreTrainedModel | PeftModel, peft_config: LoraConfig | None) -> None:

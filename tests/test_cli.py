@@ -91,8 +91,24 @@ def test_alpaca_rows_and_single_files(call, tmp_path):
 def test_dry_run_counts_without_weights(call, tmp_path, capsys):
     assert sft([*call, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "what LoRI trains" in shown and "409 / 2,048" in shown and "4,096" in shown
+    assert "this run is LoRI-S" in shown and "s = 0.8" in shown
+    assert all(count in shown for count in (" 409 ", " 2,048 ", " 4,096 ", "0.19970703"))
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_the_papers_bases_needs_no_network(capsys):
+    assert sft(["--recipe", "code_lori_s.yaml", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("1.03 %", "0.54 %", "0.05 %", "4,404,019"))
+
+
+def test_ones_own_data_replace_the_recipes(call, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        (tmp_path / "recipe.yaml").read_text().replace("dataset_path: my_task", "dataset_name: some/data")
+    )
+    assert sft([*call, "--dataset_path", str(tmp_path / "my_task")]) == 0
+    as_run = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert as_run["dataset_path"] == str(tmp_path / "my_task") and "dataset_name" not in as_run
 
 
 # ---- wrong calls ---------------------------------------------------------------------------------------------------
@@ -112,13 +128,14 @@ def fails(arguments, capsys, *parts):
     ("extra", "parts"),
     [
         (["--recipe", "nosuch.yaml"], ["`--recipe nosuch.yaml` is neither", "`lori recipes list` shows all"]),
+        (["--recipe", "code_lora.yaml"], ["is a baseline for TRL's own trainer", "Run it with `trl sft --config"]),
         (["--sparcity", "0.5"], ["`--sparcity` is no option (did you mean --sparsity?)"]),
         (["--learning_rate", "fast"], ["invalid float value: 'fast'", "Correct the call"]),
         (["--sparsity", "1.5"], ["`sparsity=1.5` is outside [0, 1)", "e.g. `sparsity=0.9`"]),
         (["--calibration_fraction", "0"], ["`calibration_fraction=0.0` is outside (0, 1]"]),
         (["--task_name", "a/b"], ["`task_name='a/b'` cannot name a file"]),
         (["--dataset_path", "nowhere"], ["`dataset_path=nowhere` does not exist"]),
-        (["--dataset_name", "some/data"], ["Exactly one of them"]),
+        (["--dataset_name", "some/data", "--dataset_path", "my_task"], ["Exactly one of them"]),
         (["--dataset_train_split", "validation"], ["not in `my_task`, which has test, train"]),
         (
             ["--eval_strategy", "epoch", "--dataset_test_split", "dev"],
@@ -166,7 +183,16 @@ def test_faulty_recipes_fail_before_anything_is_loaded(tmp_path, capsys):
 
 def test_recipes_list_show_copy_validate(tmp_path, capsys):
     assert main(["recipes", "list"]) == 0
-    assert "quickstart.yaml" in capsys.readouterr().out
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if ".yaml" in line}
+    for name, *parts in (
+        ("quickstart.yaml", "SmolLM2-135M-Instruct", "LoRI-S", "310 s on 2 CPU cores"),
+        ("math_lori_d_mistral_r64.yaml", "math", "Mistral-7B-v0.1", "LoRI-D", "64", "Table 5"),
+        ("continual_safety_nlu_lori_s.yaml", "nlu", "LoRI-S", "the adapter's", "Figure 3"),
+        ("loraf_nlu.yaml", "LoRAF", "LoRAF paper Table 2"),
+        ("safety_dora.yaml", "safety", "Meta-Llama-3-8B", "DoRA", "32", "Table 7"),
+        ("code_fft.yaml", "code", "full", "Table 6"),
+    ):
+        assert all(part in listed[name] for part in parts), listed[name]
     assert main(["recipes", "show", "quickstart"]) == 0
     text = capsys.readouterr().out
     assert main(["recipes", "copy", "quickstart", str(tmp_path / "mine.yaml")]) == 0

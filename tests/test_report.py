@@ -3,32 +3,46 @@
 import pytest
 from conftest import lora_config
 from peft import LoraConfig
+from rich.console import Console
 from transformers import LlamaConfig
 
-from lori_trl.report import count_parameters
+from lori_trl.report import KNOWN_CONFIGS, count_parameters
 
-LLAMA_3_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
+LLAMA_3, MISTRAL = "meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("base", "parameters", "rank", "table_1"),
+    [
+        (LLAMA_3, 8_030_261_248, 32, [("84M", "1.03"), ("44M", "0.54"), ("4.4M", "0.05")]),
+        (MISTRAL, 7_241_732_096, 32, [("84M", "1.15"), ("44M", "0.60"), ("4.4M", "0.06")]),
+        (LLAMA_3, 8_030_261_248, 64, [("168M", "2.05"), ("88M", "1.07"), ("8.8M", "0.11")]),
+        (MISTRAL, 7_241_732_096, 64, [("168M", "2.26"), ("88M", "1.19"), ("8.8M", "0.12")]),  # Table 11 prints 1.18
+    ],
 )
+def test_dry_run_equals_table_1(base, parameters, rank, table_1):
+    """Tables 1 and 11: LoRA, LoRI-D, LoRI-S. The paper counts the adapter in the whole: 88.08 / (7241.73 + 167.77)."""
+    counts = count_parameters(KNOWN_CONFIGS[base], LoraConfig(r=rank, target_modules=TARGETS), 0.9)
+    assert counts.base == parameters
+    trained = [counts.lora, counts.lora_B, counts.selected]
+    millions = [f"{count / 1e6:.1f}M" if count < 1e7 else f"{count / 1e6:.0f}M" for count in trained]
+    shares = [f"{100 * count / (counts.base + counts.lora):.2f}" for count in trained]
+    assert list(zip(millions, shares, strict=True)) == table_1
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(counts.table())
+    lines = {line.split("│")[1].strip(): line for line in shown.get().splitlines() if "│" in line}
+    assert [cell.strip() for cell in lines["trained"].split("│")[2:-1]] == [f"{count:,}" for count in trained]
+    assert [cell.strip(" %") for cell in lines["of base and adapter"].split("│")[2:-1]] == shares
 
 
-@pytest.mark.parametrize(("rank", "lora", "lora_B", "selected"), [(32, 84e6, 44e6, 4.4e6), (64, 168e6, 88e6, 8.8e6)])
-def test_llama_3_8b_has_the_papers_counts(rank, lora, lora_B, selected):
-    """Table 1: LoRA 84M (1.03 %), LoRI-D 44M (0.54 %), LoRI-S 4.4M (0.05 %)."""
-    counts = count_parameters(LLAMA_3_8B, LoraConfig(r=rank, target_modules="all-linear"), 0.9)
-    assert counts.base == 8_030_261_248
-    assert counts.lora == pytest.approx(lora, rel=0.005)
-    assert counts.lora_B == pytest.approx(lora_B, rel=0.005)
-    assert counts.selected == pytest.approx(selected, rel=0.005)
-    if rank == 32:
-        # The paper counts the adapter in the whole.
-        shares = [100 * part / (counts.base + counts.lora) for part in (counts.lora, counts.lora_B, counts.selected)]
-        assert [round(share, 2) for share in shares] == [1.03, 0.54, 0.05]
+def test_a_dense_run_is_shown_beside_the_papers_sparsity():
+    counts = count_parameters(LlamaConfig(hidden_size=64, num_hidden_layers=2), lora_config(), 0.0)
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(counts.table())
+    assert "this run is LoRI-D" in shown.get() and "LoRI-S, s = 0.9" in shown.get()
 
 
 def test_memory_follows_its_formula():
