@@ -30,10 +30,10 @@ from .model_card import (
     EVAL_RESULTS_NAME,
     GENERATED,
     PICTURE_NAME,
-    draw_density,
     render_model_card,
 )
 from .projections import fingerprint, freeze_projections, lora_layers, projections
+from .report import draw_density
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +284,9 @@ def load_lori_adapter(
         if theirs and not (folder / CONFIG_NAME).is_file():
             model = _load_peft(model, folder, adapter_name, is_trainable)
             task = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(folder_or_repo).name).lstrip("._-")[:96]
-            model.lori_masks = {task: _trained_mask(model, adapter_name, LoriMasks.from_pretrained(folder, task))}
+            layers = lora_layers(model, adapter_name)
+            moved = {path: (layer.lora_B[adapter_name].weight != 0).cpu() for path, layer in layers.items()}
+            model.lori_masks = {task: trained_mask(LoriMasks(moved), LoriMasks.from_pretrained(folder, task))}
             return model
         config = read_lori_config(folder)
         masks = {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]}
@@ -337,23 +339,42 @@ def _choose_adapter_files(names: list[str]) -> list[str]:
     return [*masks, *PEFT_FILES] if masks else []
 
 
-def _load_peft(model: PreTrainedModel, folder: Path, adapter_name: str, is_trainable: bool) -> PeftModel:
-    for name in PEFT_FILES:  # without the second, PEFT would take a pickled adapter_model.bin
+def check_peft_files(folder: Path) -> None:
+    """
+    Check that a folder holds PEFT's two files, before PEFT would take a pickled adapter_model.bin.
+
+    Raises:
+        `FileNotFoundError`: one is missing.
+        `ValueError`: the weights announce more metadata than any adapter has.
+    """
+    for name in PEFT_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"`{folder}` holds no {name}. An adapter has {' and '.join(PEFT_FILES)}. Fetch or save it again."
             )
     check_header(folder / PEFT_FILES[1])
+
+
+def _load_peft(model: PreTrainedModel, folder: Path, adapter_name: str, is_trainable: bool) -> PeftModel:
+    check_peft_files(folder)
     model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
     freeze_projections(model, adapter_name)
     return model
 
 
-def _trained_mask(model: PeftModel, adapter_name: str, mask: LoriMasks) -> LoriMasks:
-    """Return the mask beside the authors' adapter if that was trained on it; else what of B is not zero."""
-    weights = {path: layer.lora_B[adapter_name].weight for path, layer in lora_layers(model, adapter_name).items()}
-    mask.check_shapes({path: weight.shape for path, weight in weights.items()})
-    moved = LoriMasks({path: (weight != 0).cpu() for path, weight in weights.items()}, task=mask.task)
+def trained_mask(moved: LoriMasks, mask: LoriMasks) -> LoriMasks:
+    """
+    Return the mask beside one of the authors' adapters if that was trained on it; else what of B is not zero.
+
+    Args:
+        moved ([`LoriMasks`]): the entries of B that are not zero.
+        mask ([`LoriMasks`]): the mask.
+
+    Raises:
+        `ValueError`: the mask does not fit.
+    """
+    mask.check_shapes({path: entries.shape for path, entries in moved.items()})
+    moved.task = mask.task
     return moved if (moved - mask).num_selected else mask
 
 

@@ -21,8 +21,9 @@ from .adapter import (
     write_card,
 )
 from .masks import LoriMasks, check_header, pools
-from .model_card import PICTURE_NAME, draw_density
+from .model_card import PICTURE_NAME
 from .projections import module_path
+from .report import draw_density
 from .selection import num_to_select
 
 _TOKENIZER_FILES = ("tokenizer", "chat_template", "special_tokens")

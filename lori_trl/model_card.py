@@ -13,7 +13,6 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from transformers import TrainerCallback
-from transformers.utils import is_matplotlib_available
 from trl.data_utils import is_conversational
 
 from .masks import LoriMasks
@@ -165,38 +164,6 @@ def render_model_card(
         **_plain({"merge": None, "calibration": None, **lori_config}),
     )
     return f"{str(card).rstrip()}\n"
-
-
-def draw_density(masks: Mapping[str, LoriMasks], file: Path) -> bool:
-    """
-    Draw the density of the newest task's mask by layer and projection, where matplotlib is installed
-    (`lori-trl[plots]`).
-
-    Returns:
-        `bool`: whether it was drawn: without matplotlib, or for all of B, there is nothing to see.
-
-    Source: paper Figure 6.
-    """
-    newest = list(masks.values())[-1] if masks else None
-    if newest is None or newest.density == 1 or not is_matplotlib_available():
-        return False
-    from matplotlib.figure import Figure
-
-    cells = newest.by_layer_and_projection()
-    layers = sorted({layer for layer, _ in cells})
-    names = [name for name in newest.by_projection() if any((layer, name) in cells for layer in layers)]
-    grid = [[100 * cells.get((layer, name), float("nan")) for layer in layers] for name in names]
-    figure = Figure(figsize=(min(3 + 0.28 * len(layers), 14), 1.4 + 0.36 * len(names)), layout="constrained", dpi=110)
-    axes = figure.subplots()
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
-    step = 1 + len(layers) // 24
-    axes.set_xticks(range(0, len(layers), step), layers[::step])
-    axes.set_xlabel("layer")
-    axes.set_title(f"Trained entries of B, mean {100 * newest.density:.2g} %", fontsize=10)
-    figure.colorbar(image, ax=axes, label="% of the entries")
-    figure.savefig(file, metadata={"Software": None})  # the same masks give the same bytes
-    return True
 
 
 def _plain(value: Any) -> Any:
