@@ -697,7 +697,7 @@ def _dry_run(script, args, model_args) -> None:
     from transformers import AutoConfig
     from trl import get_peft_config
 
-    from .report import KNOWN_CONFIGS, count_parameters
+    from .counting import KNOWN_CONFIGS, count_parameters
 
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from rich.console import Console
 from transformers import LlamaConfig
 
-from lori_trl.report import KNOWN_CONFIGS, count_parameters
+from lori_trl.counting import KNOWN_CONFIGS, count_parameters
 
 LLAMA_3, MISTRAL = "meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
