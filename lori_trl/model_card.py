@@ -28,6 +28,7 @@ EVAL_RESULTS_NAME = "eval_results.json"
 GENERATED = "<!-- Written by lori_trl. Delete this line to keep changes of your own. -->"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _MAX_LOSSES = 20  # rows of the card's table
+_NOT_THE_MODELS = {"majority_baseline"}  # results to compare with: in the card's table, not in its model-index
 
 # What decides the outcome of a run. Names of folders, of the Hub and of logging services are not among them.
 _HYPERPARAMETERS = """
@@ -125,6 +126,7 @@ def render_model_card(
     dataset = _valid((facts["dataset"] or {}).get("id"))
     license = facts["license"] if re.fullmatch(r"[a-z0-9.-]+", str(facts["license"])) else None
     results = _checked_results(eval_results)
+    own_results = [result for result in results if result["metric"] not in _NOT_THE_MODELS]
     data = ModelCardData(
         base_model=base_model,
         base_model_relation="adapter" if base_model else None,
@@ -141,9 +143,9 @@ def render_model_card(
             *(["merged"] if lori_config.get("merge") else []),
         ],
         model_name=repo_id or lori_config["task"],
-        eval_results=[_model_index_entry(result) for result in results] or None,
+        eval_results=[_model_index_entry(result) for result in own_results] or None,
     )
-    if not results:
+    if not own_results:
         data.model_name = None  # a name belongs to the model-index only
     main_mask = list(masks.values())[-1] if masks else None
     card = ModelCard.from_template(

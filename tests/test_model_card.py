@@ -91,6 +91,15 @@ def single() -> str:
     )
 
 
+def test_a_baseline_is_no_result_of_the_model():
+    baseline = {"task": "boolq", "metric": "majority_baseline", "value": 0.65}
+    text = render_model_card(LORI, PEFT, {"code": masks()}, eval_results={"format_version": 1, "results": [baseline]})
+    assert "majority_baseline" in text and ModelCard(text).data.eval_results is None
+    with_both = {**RESULTS, "results": [*RESULTS["results"], baseline]}
+    card = ModelCard(render_model_card(LORI, PEFT, {"code": masks()}, eval_results=with_both))
+    assert [result.metric_type for result in card.data.eval_results].count("majority_baseline") == 0
+
+
 def continual() -> str:
     config = changed(
         task="code",
