@@ -4,25 +4,21 @@ Everything is read matrix by matrix, and the base model not at all. With delta W
 from the small factors: <s1 B1 A1, s2 B2 A2> = s1 s2 trace((A2 A1^T) (B1^T B2)).
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .adapter import CONFIG_NAME, PEFT_FILES, check_peft_files, plain_folder, read_lori_config, trained_mask
+from .adapter import trained_mask
+from .adapter_file import AdapterFile, open_adapter, read_modules
 from .download import is_repo_id
-from .masks import COMPACT_NAME, GRANULARITIES, MASKS_FOLDER, LoriMasks, choose_mask_files
-from .projections import module_path
+from .masks import GRANULARITIES, MASKS_FOLDER, LoriMasks
 
 FORMAT_VERSION = 1
 
@@ -325,15 +321,19 @@ def inspect_adapters(
     """
     with ExitStack() as stack:
         opened = [
-            stack.enter_context(_open_adapter(source, name, token))
+            _Adapter(stack.enter_context(open_adapter(source, token)), name)
             for source, name in zip(adapters, _names(adapters), strict=True)
         ]
         tasks = [_Task(adapter, task) for adapter in opened for task in adapter.masks or [None]]
         _label(tasks)
         pairs = [_Pair(*two) for two in combinations(tasks, 2)]
         projection_pairs = [_ProjectionPair(*two) for two in combinations(opened, 2)]
-        for path in track(sorted(set().union(*(adapter.shapes for adapter in opened)))):
-            factors = {adapter.name: adapter.read(path) for adapter in opened if path in adapter.shapes}
+        files = [adapter.file for adapter in opened]
+        paths = sorted(set().union(*(file.shapes for file in files)))
+        for path, read in read_modules(files, track(paths), torch.float64):
+            factors = {opened[number].name: pair for number, pair in read.items()}
+            for number, (_, B) in read.items():
+                opened[number].count_outside(path, B)
             own = {task.label: task.add(path, *factors[task.adapter.name]) for task in tasks if path in task}
             for pair in pairs:
                 pair.add(path, own, factors)
@@ -350,143 +350,47 @@ def inspect_adapters(
 
 
 class _Adapter:
-    """An adapter's files: headers and masks at once, matrices on demand."""
+    """An adapter's masks, and what is counted while its matrices are read."""
 
-    def __init__(self, folder: Path, name: str):
-        self.name, self.folder = name, folder
-        self.config = _read_peft_config(folder)
-        self.keys: dict[str, dict[str, str]] = {}
-        self.shapes: dict[str, tuple[int, int, int]] = {}  # out_features, rank, in_features
-        self.others = 0
-        with self._opened() as file:
-            for key in file.keys():
-                part = next((part for part in ("lora_A", "lora_B") if f".{part}." in key), None)
-                if part is None:
-                    self.others += 1
-                else:
-                    self.keys.setdefault(module_path(key), {})[part] = key
-            for path, keys in sorted(self.keys.items()):
-                self.shapes[path] = self._checked_shape(path, {part: file.get_slice(keys[part]) for part in keys})
-        if not self.shapes:
+    def __init__(self, file: AdapterFile, name: str):
+        self.file, self.name, self.outside = file, name, 0
+        changed = [f"{key}={file.config[key]!r}" for key in ("use_dora", "target_parameters") if file.config.get(key)]
+        if changed:
             raise ValueError(
-                f"`{folder / PEFT_FILES[1]}` holds no lora_A and lora_B. Adapters on linear layers can be inspected. "
-                "Pass the folder of a LoRA or LoRI adapter."
+                f"`{file.name}` has {', '.join(changed)}, so its delta is not s B A. LoRA and LoRI on linear layers "
+                "can be inspected. Pass such an adapter."
             )
-        self.masks = self._read_masks()
-        self.outside = 0
-
-    @contextmanager
-    def _opened(self):
-        """Open the weights for a moment: as long as a file is mapped, all that was read of it stays in memory."""
-        try:
-            file = safe_open(self.folder / PEFT_FILES[1], framework="pt")
-        except SafetensorError as error:
+        if file.unpaired or not file.shapes:
+            missing = f"pair of lora_A and lora_B for {file.unpaired[0]}" if file.unpaired else "lora_A and lora_B"
             raise ValueError(
-                f"`{self.folder / PEFT_FILES[1]}` is unreadable: {error}. It must be a whole safetensors file. Fetch "
-                "or save it again."
-            ) from error
-        with file as opened:
-            yield opened
-
-    def _checked_shape(self, path: str, parts: Mapping[str, Any]) -> tuple[int, int, int]:
-        try:
-            (rank, columns), (rows, rank_B) = (parts[part].get_shape() for part in ("lora_A", "lora_B"))
-        except (KeyError, ValueError):
-            rank, rank_B = 0, -1
-        if rank != rank_B:
-            raise ValueError(
-                f"`{path}` in `{self.folder}` is no pair of lora_A (rank, in_features) and lora_B (out_features, "
-                "rank). Adapters on linear layers can be inspected. Fetch or save it again."
+                f"`{file.name}` holds no {missing}. LoRA and LoRI on linear layers can be inspected: lora_A (rank, "
+                "in_features) and lora_B (out_features, rank). Pass the folder of such an adapter."
             )
-        return rows, rank, columns
+        self.masks = {task: file.masks(task) for task in file.tasks}
+        if file.lori_config is None and list((file.folder / MASKS_FOLDER).glob("*_mask.pt")):  # the authors' own
+            read = read_modules([file], file.shapes, torch.float32)
+            moved = LoriMasks({path: factors[0][1] != 0 for path, factors in read})
+            self.masks = {name: trained_mask(moved, LoriMasks.from_pretrained(file.folder))}
 
-    def _read_masks(self) -> dict[str, LoriMasks]:
-        if (self.folder / CONFIG_NAME).is_file():
-            tasks = [record["task"] for record in read_lori_config(self.folder)["tasks"]]
-            masks = {task: LoriMasks.from_pretrained(self.folder, task=task) for task in tasks}
-        elif list((self.folder / MASKS_FOLDER).glob("*_mask.pt")):  # the authors' own
-            with self._opened() as file:
-                moved = LoriMasks({path: file.get_tensor(keys["lora_B"]) != 0 for path, keys in self.keys.items()})
-            masks = {self.name: trained_mask(moved, LoriMasks.from_pretrained(self.folder))}
-        else:
-            masks = {}
-        for mask in masks.values():
-            mask.check_shapes({path: (rows, rank) for path, (rows, rank, _) in self.shapes.items()})
-        return masks
-
-    def scaling(self, path: str) -> float:
-        """Return s of a matrix, as PEFT computes it."""
-        config = self.config
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
-        rank = self.shapes[path][1]
-        return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-    def read(self, path: str) -> tuple[Tensor, Tensor]:
-        """Read A `(rank, in_features)` and B `(out_features, rank)`, in float64."""
-        with self._opened() as file:
-            A, B = (file.get_tensor(self.keys[path][part]).double() for part in ("lora_A", "lora_B"))
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise ValueError(
-                f"`{path}` in `{self.folder}` holds NaN or infinity. Every entry of an adapter must be finite. The "
-                "training that wrote it has diverged: train again with a lower learning rate."
-            )
+    def count_outside(self, path: str, B: Tensor) -> None:
         if self.masks:
             moved = B != 0
             for mask in self.masks.values():
                 moved &= ~mask[path]
             self.outside += int(moved.count_nonzero())
-        return A, B
 
     def statistics(self, tasks: list[str]) -> AdapterStatistics:
+        shapes = self.file.shapes.values()
         return AdapterStatistics(
             name=self.name,
-            base_model=_base_name(self.config.base_model_name_or_path),
-            modules=len(self.shapes),
-            ranks=sorted({rank for _, rank, _ in self.shapes.values()}),
-            scalings=sorted({self.scaling(path) for path in self.shapes}),
+            base_model=self.file.base,
+            modules=len(shapes),
+            ranks=sorted({rank for _, rank, _ in shapes}),
+            scalings=sorted({*self.file.scalings.values()}),
             tasks=tasks,
-            numel_B=sum(rows * rank for rows, rank, _ in self.shapes.values()),
+            numel_B=sum(rows * rank for rows, rank, _ in shapes),
             outside=self.outside,
         )
-
-
-@contextmanager
-def _open_adapter(source: str | Path, name: str, token: str | None) -> Iterator[_Adapter]:
-    with plain_folder(source, token=token, choose=_choose_files) as folder:
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"`{source}` does not exist. An adapter is a folder, a compact file or a repository on the Hub, "
-                "namespace/name. Correct the name."
-            )
-        check_peft_files(folder)
-        yield _Adapter(folder, name)
-
-
-def _choose_files(names: list[str]) -> list[str]:
-    """Choose what to fetch of a repository: the plain files, with masks where there are some; else the compact one."""
-    if not {*PEFT_FILES} <= {*names}:
-        return [name for name in names if name == COMPACT_NAME]
-    return [*(choose_mask_files(names) or [name for name in names if name == CONFIG_NAME]), *PEFT_FILES]
-
-
-def _read_peft_config(folder: Path) -> LoraConfig:
-    file = folder / PEFT_FILES[0]
-    try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
-        config = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"`{file}` is unreadable ({error!r}). It must be the JSON that PEFT wrote. Fetch or save it again."
-        ) from error
-    fault = f"peft_type={kind!r}" if config is None else "use_dora=True" if config.use_dora else None
-    if fault is None and config.target_parameters:
-        fault = f"target_parameters={config.target_parameters}"
-    if fault is not None:
-        raise ValueError(
-            f"`{file}` says `{fault}`, so the adapter's delta is not s B A. LoRA and LoRI on linear layers can be "
-            "inspected. Pass such an adapter."
-        )
-    return config
 
 
 class _Task:
@@ -503,7 +407,7 @@ class _Task:
         self.magnitudes = Magnitudes()
 
     def __contains__(self, path: str) -> bool:
-        return path in self.adapter.shapes
+        return path in self.adapter.file.shapes
 
     def add(self, path: str, A: Tensor, B: Tensor) -> Tensor:
         """Count a matrix. Returns s B, reduced to the task's own entries."""
@@ -516,7 +420,7 @@ class _Task:
         self.owned += count
         self.magnitudes.add(own)
         self.magnitudes.zeros += count - int(own.count_nonzero())
-        own = own.mul_(self.adapter.scaling(path))
+        own = own.mul_(self.adapter.file.scalings[path])
         cell = self.cells.setdefault(_place(path), Cell())
         cell.selected += int(selected.count_nonzero())
         cell.numel += B.numel()
@@ -551,7 +455,7 @@ class _Pair:
         self.both = 0  # entries on both masks
         self.selected = [0, 0]  # in matrices that both change
         self.expected = 0.0
-        ours, theirs = first.adapter.shapes, second.adapter.shapes
+        ours, theirs = first.adapter.file.shapes, second.adapter.file.shapes
         shared = [path for path in ours if path in theirs]
         self.undefined = {}
         if not shared:
@@ -661,11 +565,6 @@ def _place(path: str) -> Place:
     return int(GRANULARITIES["layer"](path)), GRANULARITIES["projection"](path)
 
 
-def _base_name(name: str | None) -> str | None:
-    """Return a base model's name; of a local folder the last part, not where it lies."""
-    return name if name is None or is_repo_id(name) else Path(name).name
-
-
 def _names(adapters: Sequence[str | Path]) -> list[str]:
     """Name adapters by the last part of their paths, or by as many parts as tell them apart."""
     parts = [(source,) if is_repo_id(source) else Path(source).resolve().parts for source in adapters]
@@ -690,15 +589,15 @@ def _label(tasks: Sequence[_Task]) -> None:
 
 def _notes(adapters: Sequence[_Adapter], tasks: Sequence[_Task], pairs: Sequence[TaskPair]) -> list[str]:
     notes = []
-    bases = {name: None for adapter in adapters if (name := _base_name(adapter.config.base_model_name_or_path))}
+    bases = {name: None for adapter in adapters if (name := adapter.file.base)}
     if len(bases) > 1:
         notes.append(
             f"The adapters name different base models ({', '.join(bases)}). Deltas and masks of different models are "
             "not comparable, even where the shapes agree."
         )
     for adapter in adapters:
-        if adapter.others:
-            notes.append(f"{adapter.name} holds {adapter.others} tensors beside A and B. They are left out.")
+        if others := len(adapter.file.others):
+            notes.append(f"{adapter.name} holds {others} tensors beside A and B. They are left out.")
         if adapter.outside:
             notes.append(
                 f"{adapter.name}: {adapter.outside:,} entries of B are not 0 and on no task's mask. They are left out."

@@ -13,9 +13,10 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapter_file import read_modules
 from .evaluation import completion_loss
 from .evaluation.models import load_model
-from .merging import Plan, adapter_config, open_plan, read_modules
+from .merging import Plan, adapter_config, open_plan
 from .projections import lora_layers, module_path
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def search_merge_weights(
                     "or a name on the Hub. Pass it."
                 )
             model, tokenizer = load_model(plan.base)
-        factors = dict(read_modules(plan))
+        factors = dict(read_modules(plan.sources, plan.paths, torch.float32))
         if not {*plan.paths} <= {module_path(name) for name, _ in model.named_modules()}:
             raise _no_base(plan)
         merged = get_peft_model(model, adapter_config(plan))

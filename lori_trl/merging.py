@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import combinations
@@ -18,25 +18,15 @@ import torch
 import yaml
 from peft import LoraConfig
 from peft.utils.merge_utils import dare_linear, magnitude_prune, task_arithmetic, ties
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .adapter import (
-    CONFIG_NAME,
-    PEFT_FILES,
-    RECIPE_NAME,
-    plain_folder,
-    read_lori_config,
-    staged,
-    task_records,
-    write_card,
-)
+from .adapter import CONFIG_NAME, PEFT_FILES, RECIPE_NAME, staged, task_records, write_card
 from .adapter import FORMAT_VERSION as ADAPTER_FORMAT_VERSION
-from .download import MAX_JSON_BYTES, hash_file, is_repo_id
-from .masks import COMPACT_NAME, LoriMasks, check_header, choose_mask_files
+from .adapter_file import AdapterFile, open_adapter, read_modules
+from .download import hash_file
+from .masks import LoriMasks
 from .model_card import PICTURE_NAME
-from .projections import Fingerprint, module_path
+from .projections import Fingerprint
 from .recipes import nearest
 from .streaming import SafetensorsWriter
 
@@ -129,181 +119,6 @@ PRUNING = ("magnitude", "ties", "dare")
 # ---- the inputs ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Source:
-    """
-    An adapter to merge: what its files say, and its matrices when they are asked for.
-
-    Args:
-        name (`str`): as it was given.
-        folder (`Path`): where its plain files are.
-    """
-
-    name: str
-    folder: Path
-    config: dict[str, Any] = field(init=False)
-    lori_config: dict[str, Any] | None = field(init=False)
-    shapes: dict[str, tuple[int, int, int]] = field(init=False)
-    dtypes: set[str] = field(init=False)
-
-    def __post_init__(self):
-        for name in PEFT_FILES:
-            if not (self.folder / name).is_file():
-                raise FileNotFoundError(
-                    f"`{self.name}` holds no {name}. An adapter to merge is a folder with {' and '.join(PEFT_FILES)}, "
-                    "or a repository on the Hub, namespace/name. Correct the name."
-                )
-        self.config = _read_adapter_config(self.folder / PEFT_FILES[0])
-        _check_supported(self.name, self.config)
-        has_lori_config = (self.folder / CONFIG_NAME).is_file()
-        self.lori_config = read_lori_config(self.folder) if has_lori_config else None
-        self._read_header()
-
-    def _read_header(self) -> None:
-        """Note shapes `(out_features, rank, in_features)` and dtypes; refuse what is no plain LoRA."""
-        file = self.folder / PEFT_FILES[1]
-        check_header(file)
-        parts: dict[str, dict[str, list[int]]] = {}
-        self.names: dict[tuple[str, str], str] = {}
-        others, self.dtypes = [], set()
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    tensor = opened.get_slice(name)
-                    part = re.search(r"\.(lora_[AB])(\.default)?\.weight$", name)
-                    if part is None or len(tensor.get_shape()) != 2:
-                        others.append(name)
-                        continue
-                    parts.setdefault(module_path(name), {})[part[1]] = tensor.get_shape()
-                    self.names[module_path(name), part[1]] = name
-                    self.dtypes.add(tensor.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(
-                f"`{file}` is unreadable ({error}). It must be a whole safetensors file. Fetch or save it again."
-            ) from error
-        wrong = [path for path, pair in parts.items() if len(pair) < 2 or pair["lora_A"][0] != pair["lora_B"][1]]
-        if others or wrong or not parts or not self.dtypes <= {"F32", "BF16", "F16"}:
-            met = [*others, *wrong, *(sorted(self.dtypes) if parts and not others and not wrong else [])]
-            raise ValueError(
-                f"`{self.name}` holds {len(met) or 'no'} tensors that cannot be merged"
-                f"{': ' if met else ''}{', '.join(met[:3])}{', ...' if len(met) > 3 else ''}. An adapter to merge has "
-                "a pair lora_A `(rank, in_features)`, lora_B `(out_features, rank)` for each of its linear layers, in "
-                "float32, bfloat16 or float16, and nothing else (no DoRA, embeddings, biases or modules_to_save). "
-                "Train it as plain LoRA or LoRI."
-            )
-        self.shapes = {path: (pair["lora_B"][0], *pair["lora_A"]) for path, pair in sorted(parts.items())}
-        for path, (_, rank, _) in self.shapes.items():
-            if rank != (expected := self._pattern("rank_pattern", path, self.config["r"])):
-                raise ValueError(
-                    f"`{self.name}`: {path} has rank {rank}, adapter_config.json says {expected}. They must agree, "
-                    "for alpha / rank depends on it. Fetch or save the adapter again."
-                )
-
-    def _pattern(self, name: str, path: str, default: Any) -> Any:
-        pattern = self.config.get(name) or {}
-        return pattern.get(get_pattern_key(pattern, path), default)
-
-    @cached_property
-    def scalings(self) -> dict[str, float]:
-        """Module path -> alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-        root = math.sqrt if self.config.get("use_rslora") else float
-        return {
-            path: self._pattern("alpha_pattern", path, self.config["lora_alpha"]) / root(rank)
-            for path, (_, rank, _) in self.shapes.items()
-        }
-
-    @cached_property
-    def rank(self) -> int:
-        """The highest rank of its modules."""
-        return max(rank for _, rank, _ in self.shapes.values())
-
-    @property
-    def base(self) -> str | None:
-        """The base model's name, on the Hub or of a local folder."""
-        return base_name(self.config.get("base_model_name_or_path"))
-
-    @property
-    def title(self) -> str:
-        """The Hub name, or the name of the local folder or file: never where that lies."""
-        return self.name if is_repo_id(self.name) else Path(self.name).resolve().name
-
-    @property
-    def task(self) -> str:
-        """The task's name; that of the folder or repository where the adapter is plain LoRA."""
-        if self.lori_config is not None:
-            return self.lori_config["task"]
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.title).name).lstrip("._-")[:96] or "lora"
-
-    def masks(self, task: str) -> LoriMasks | None:
-        """Load the masks of one of its tasks; `None` if it has no such task."""
-        known = self.lori_config is not None and task in [record["task"] for record in self.lori_config["tasks"]]
-        return LoriMasks.from_pretrained(self.folder, task=task) if known else None
-
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of its files."""
-        names = [*PEFT_FILES, *([CONFIG_NAME] if self.lori_config is not None else [])]
-        return {name: hash_file(self.folder / name, lfs=True) for name in names}
-
-    @contextmanager
-    def opened(self) -> Iterator[Callable[[str], tuple[Tensor, Tensor]]]:
-        """
-        Yield a function from a module's path to its A and B in float32.
-
-        The file is mapped while it is open, and what was read of it counts as this process's memory until then.
-        """
-        with safe_open(self.folder / PEFT_FILES[1], framework="pt") as opened:
-
-            def read(path: str) -> tuple[Tensor, Tensor]:
-                A, B = (opened.get_tensor(self.names[path, part]).float() for part in ("lora_A", "lora_B"))
-                for name, tensor in (("lora_A", A), ("lora_B", B)):
-                    if tensor.sum().isfinite():
-                        continue  # a sum of which one term is not finite is not either
-                    if count := tensor.numel() - int(tensor.isfinite().sum()):
-                        raise ValueError(
-                            f"`{self.name}`: {name} of {path} has {count} entries that are NaN or infinite. All must "
-                            "be finite, or nothing of the merge would be. Use a checkpoint from before the run "
-                            "diverged."
-                        )
-                return A, B
-
-            yield read
-
-
-def base_name(name_or_path: str | None) -> str | None:
-    """
-    Reduce a base model's name to what two machines have in common: the Hub name, or the local folder's name.
-
-    ```python
-    >>> base_name("/models/hub/models--meta-llama--Meta-Llama-3-8B/snapshots/8cde5ca/")
-    'meta-llama/Meta-Llama-3-8B'
-    >>> base_name("/models/Meta-Llama-3-8B")
-    'Meta-Llama-3-8B'
-
-    ```
-    """
-    if not name_or_path:
-        return None
-    cached = re.search(r"models--([^/\\]+)[/\\]snapshots", name_or_path)
-    if cached:
-        return cached[1].replace("--", "/")
-    return name_or_path if is_repo_id(name_or_path) else re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1]
-
-
-def _read_adapter_config(file: Path) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"{file.stat().st_size / 1e6:.0f} MB")
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not (config["r"] > 0 and math.isfinite(config["lora_alpha"])):
-            raise ValueError(f"r={config['r']}, lora_alpha={config['lora_alpha']}")
-        return config
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"`{file}` is no LoRA adapter's ({error!r}). It is the JSON that PEFT writes, with `r` and `lora_alpha`. "
-            "Fetch or save the adapter again."
-        ) from error
-
-
 # What PEFT's LoRA can be besides plain, and what it is then.
 _FORMS = {
     "use_dora": "DoRA trains a magnitude besides",
@@ -323,27 +138,47 @@ _FORMS = {
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model
 
 
-def _check_supported(name: str, config: Mapping[str, Any]) -> None:
+def _check_mergeable(source: AdapterFile) -> None:
+    """Raise `ValueError` unless an adapter is plain LoRA, whose A and B are all there is."""
+    config = source.config
     faults = [f"{key}={config[key]!r} ({what})" for key, what in _FORMS.items() if config.get(key)]
-    if config.get("peft_type", "LORA") != "LORA":
-        faults.append(f"peft_type={config['peft_type']!r} (it is no LoRA)")
     if config.get("bias", "none") != "none":
         faults.append(f"bias={config['bias']!r} (biases were trained)")
     if config.get("init_lora_weights") not in _PLAIN_STARTS:
         faults.append(f"init_lora_weights={config['init_lora_weights']!r} (it belongs to a changed base model)")
     if faults:
         raise ValueError(
-            f"`{name}` has {', '.join(faults)}. Plain LoRA and LoRI adapters can be merged: their A and B are all "
-            "there is. Train it as one of these, or convert it with PEFT first."
+            f"`{source.name}` has {', '.join(faults)}. Plain LoRA and LoRI adapters can be merged: their A and B are "
+            "all there is. Train it as one of these, or convert it with PEFT first."
         )
+    met = [*source.others, *source.unpaired, *sorted(source.dtypes - {"F32", "BF16", "F16"})]
+    if met or not source.shapes:
+        raise ValueError(
+            f"`{source.name}` holds {len(met) or 'no'} tensors that cannot be merged"
+            f"{': ' if met else ''}{', '.join(met[:3])}{', ...' if len(met) > 3 else ''}. An adapter to merge has "
+            "a pair lora_A `(rank, in_features)`, lora_B `(out_features, rank)` for each of its linear layers, in "
+            "float32, bfloat16 or float16, and nothing else (no DoRA, embeddings, biases or modules_to_save). "
+            "Train it as plain LoRA or LoRI."
+        )
+    for path, (_, rank, _) in source.shapes.items():
+        if rank != (expected := source.setting(path, "r", "rank_pattern")):
+            raise ValueError(
+                f"`{source.name}`: {path} has rank {rank}, adapter_config.json says {expected}. They must agree, "
+                "for alpha / rank depends on it. Fetch or save the adapter again."
+            )
 
 
-def _choose_files(names: list[str]) -> list[str]:
-    """Choose what to fetch of a repository: the plain adapter and what there is of LoRI's files, else the compact."""
-    if {*PEFT_FILES} <= {*names}:
-        masks = [name for name in choose_mask_files(names) if name.endswith(".safetensors") and name != COMPACT_NAME]
-        return [*PEFT_FILES, *(name for name in names if name == CONFIG_NAME), *(n for n in masks if n != CONFIG_NAME)]
-    return [name for name in names if name == COMPACT_NAME]
+def _task(source: AdapterFile) -> str:
+    """Return the task's name; that of the folder or repository where the adapter is plain LoRA."""
+    if source.lori_config is not None:
+        return source.lori_config["task"]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.title).name).lstrip("._-")[:96] or "lora"
+
+
+def _hashes(source: AdapterFile) -> dict[str, str]:
+    """Return the SHA-256 of its files."""
+    names = [*PEFT_FILES, *([CONFIG_NAME] if source.lori_config is not None else [])]
+    return {name: hash_file(source.folder / name, lfs=True) for name in names}
 
 
 # ---- what they have in common ----------------------------------------------------------------------------------
@@ -355,14 +190,14 @@ class Plan:
     How the sources become one adapter.
 
     Args:
-        sources (`Sequence[Source]`): the adapters.
+        sources (`Sequence[AdapterFile]`): the adapters.
         method (`str`): one of `METHODS`.
         density (`float` or `None`): what the pruning methods keep, a fraction in (0, 1].
         seed (`int`): of the random numbers of `dare`.
         base (`str` or `None`): the base model's name.
     """
 
-    sources: Sequence[Source]
+    sources: Sequence[AdapterFile]
     method: str
     density: float | None
     seed: int
@@ -473,7 +308,7 @@ class Plan:
             A, B = METHODS[method]([shares[number] for number in sorted(shares)], self.density)
         return _padded(A, 0, self.rank), _padded(B, 1, self.rank)
 
-    def mask(self, task: str) -> LoriMasks | None:
+    def mask(self, task: str) -> LoriMasks:
         """
         Unite the masks that the sources have of a task, each where its B lies in the merged one.
 
@@ -481,12 +316,10 @@ class Plan:
         says where the task's B went into the sum, and belongs to the A that the task was trained on, which the
         merged adapter no longer has.
         """
-        found = {number: source.masks(task) for number, source in enumerate(self.sources)}
-        found = {number: masks for number, masks in found.items() if masks is not None}
+        found = {number: source.masks(task) for number, source in enumerate(self.sources) if task in source.tasks}
         entries = {path: torch.zeros(rows, self.rank, dtype=torch.bool) for path, (rows, _) in self.shapes.items()}
         for number, masks in found.items():
-            source, offset = self.sources[number], self.offsets[number]
-            masks.check_shapes({path: (rows, rank) for path, (rows, rank, _) in source.shapes.items()})
+            offset = self.offsets[number]
             for path, mask in masks.items():
                 entries[path][:, offset : offset + mask.shape[1]] |= mask
         first = next(iter(found.values()))
@@ -555,7 +388,7 @@ def _checked_weights(weights: float | Sequence[float] | None, count: int) -> lis
     return weights
 
 
-def _check_bases(sources: Sequence[Source], base_model: str | None) -> str | None:
+def _check_bases(sources: Sequence[AdapterFile], base_model: str | None) -> str | None:
     """Return the base model's name; raise if the sources have several and none was named."""
     names = {source.title: source.base for source in sources}
     known = {base for base in names.values() if base is not None}
@@ -588,7 +421,7 @@ def _check_bases(sources: Sequence[Source], base_model: str | None) -> str | Non
     return min(hub) if hub else next((path for path in paths if path), None)
 
 
-def _check_ranks(sources: Sequence[Source], method: str) -> None:
+def _check_ranks(sources: Sequence[AdapterFile], method: str) -> None:
     if method == "concat":
         return
     ranks: dict[str, dict[int, str]] = {}
@@ -604,7 +437,7 @@ def _check_ranks(sources: Sequence[Source], method: str) -> None:
             )
 
 
-def _check_dtypes(sources: Sequence[Source]) -> None:
+def _check_dtypes(sources: Sequence[AdapterFile]) -> None:
     found = {source.title: "+".join(sorted(source.dtypes)) for source in sources}
     if len({*found.values()}) > 1:
         logger.warning(
@@ -640,7 +473,7 @@ class _Independence:
             self.excess.setdefault(pair, []).append((excess, pairs))
             self.shared[pair] = self.shared.get(pair, True) and excess > self.LIMIT and torch.equal(first, second)
 
-    def report(self, sources: Sequence[Source]) -> list[dict[str, Any]]:
+    def report(self, sources: Sequence[AdapterFile]) -> list[dict[str, Any]]:
         """Return each pair's mean squared cosine in units of chance; warn of those that are not independent."""
         entries = []
         for pair, found in self.excess.items():
@@ -691,13 +524,8 @@ def open_plan(
     with ExitStack() as stack:
         sources = []
         for name in map(str, adapters):
-            folder = stack.enter_context(plain_folder(name, token=token, choose=_choose_files))
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"`{name}` does not exist. An adapter is a folder, a compact file, or a repository on the Hub, "
-                    "namespace/name. Correct the name."
-                )
-            sources.append(Source(name, folder))
+            sources.append(stack.enter_context(open_adapter(name, token)))
+            _check_mergeable(sources[-1])
         base = _check_bases(sources, base_model)
         _check_ranks(sources, method)
         yield Plan(sources, method, density, seed, base)
@@ -768,7 +596,7 @@ def merge_lori_adapters(
                     f"`output_dir={output_dir}` is one of the adapters to merge, which it would replace. Pass another."
                 )
         with staged(output_dir) as stage, ThreadPoolExecutor(1) as pool:
-            hashes = [pool.submit(source.hashes) for source in sources]
+            hashes = [pool.submit(_hashes, source) for source in sources]
             found, independence = _write_factors(plan, weights, stage / PEFT_FILES[1])
             projection = {"init": None, "seed": None, "fingerprint": found}
             for source in sources:
@@ -788,7 +616,7 @@ def merge_lori_adapters(
                     "method": method,
                     "adapters": [
                         {
-                            "task": source.task,
+                            "task": _task(source),
                             "weight": weight,
                             "source": source.title,
                             "rank": source.rank,
@@ -824,7 +652,7 @@ def _write_factors(plan: Plan, weights: Sequence[float], file: Path) -> tuple[st
     compared = {*plan.paths[:: -(-len(plan.paths) // _Independence.MODULES)]}
     with SafetensorsWriter(file, shapes, {"format": "pt"}) as writer, ThreadPoolExecutor(1) as pool:
         behind = pool.submit(lambda: None)
-        for path, factors in read_modules(plan):
+        for path, factors in read_modules(plan.sources, plan.paths, torch.float32):
             if path in compared:
                 independence.add(factors)
             A, B = plan.merge(path, factors, weights)
@@ -847,20 +675,7 @@ def _store(writer: SafetensorsWriter, taken: Fingerprint, path: str, names: list
     taken.add(path, A)
 
 
-_MODULES_AT_ONCE = 7  # those of a layer
-
-
-def read_modules(plan: Plan) -> Iterator[tuple[str, dict[int, tuple[Tensor, Tensor]]]]:
-    """Yield module after module with the A and B that the sources have of it; few of them are in memory at once."""
-    for start in range(0, len(plan.paths), _MODULES_AT_ONCE):
-        with ExitStack() as stack:
-            readers = [stack.enter_context(source.opened()) for source in plan.sources]
-            for path in plan.paths[start : start + _MODULES_AT_ONCE]:
-                has_it = [number for number, source in enumerate(plan.sources) if path in source.shapes]
-                yield path, {number: readers[number](path) for number in has_it}
-
-
-def _tasks(sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
+def _tasks(sources: Sequence[AdapterFile]) -> dict[str, dict[str, Any]]:
     """Return the record of every task that has masks, in the order of the adapters, oldest first."""
     records: dict[str, dict[str, Any]] = {}
     for source in sources:
@@ -899,7 +714,7 @@ def _lori_config(plan: Plan, projection: dict[str, Any], tasks: list[dict[str, A
     base_models = [facts["base_model"] for facts in training if facts.get("base_model")]
     return {
         "format_version": ADAPTER_FORMAT_VERSION,
-        "task": "-".join(dict.fromkeys(source.task for source in plan.sources))[:96],
+        "task": "-".join(dict.fromkeys(_task(source) for source in plan.sources))[:96],
         "phase": "adaptation",
         "variant": "merged",
         "sparsity": None,

@@ -23,12 +23,13 @@ from shared_adapter import base_model, make_trainer, trained_adapter
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer, load_lori_adapter, merge_lori_adapters, push_lori_to_hub
+from lori_trl.adapter_file import base_name
 from lori_trl.cli import _merge_parser, main
 from lori_trl.compact import expand, export_compact
 from lori_trl.evaluation import completion_loss
 from lori_trl.hub import adapter_files, push_files
 from lori_trl.merge_search import search_merge_weights
-from lori_trl.merging import METHODS, base_name
+from lori_trl.merging import METHODS
 from lori_trl.projections import draw_projection, fingerprint, module_path
 from lori_trl.recipes import find_recipe, read_recipe, shipped_folder
 from lori_trl.streaming import SafetensorsWriter
