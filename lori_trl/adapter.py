@@ -201,6 +201,11 @@ def task_records(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*config["tasks"][:-1], *({**newest, **facts} for newest in config["tasks"][-1:])]
 
 
+def read_masks(folder: str | Path, config: Mapping[str, Any]) -> dict[str, LoriMasks]:
+    """Load the masks of all tasks that a folder's `lori_config.json` names: task -> its masks, oldest first."""
+    return {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]}
+
+
 def write_card(
     folder: str | Path,
     target: str | Path,
@@ -289,7 +294,7 @@ def load_lori_adapter(
             model.lori_masks = {task: trained_mask(LoriMasks(moved), LoriMasks.from_pretrained(folder, task))}
             return model
         config = read_lori_config(folder)
-        masks = {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]}
+        masks = read_masks(folder, config)
         model = _load_peft(model, folder, adapter_name, is_trainable)
     found = fingerprint(projections(model, adapter_name))
     if found != config["projection"]["fingerprint"]:

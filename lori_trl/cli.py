@@ -481,6 +481,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import track
 
+    from .files import replacing
     from .inspection import inspect_adapters
     from .report import inspection_sections, printable, render_page, render_picture, render_pictures
 
@@ -508,9 +509,8 @@ def _inspect(options: argparse.Namespace) -> None:
         files |= {options.save / f"{key}.png": picture for key, picture in render_pictures(sections).items()}
         options.save.mkdir(exist_ok=True)
     for file, contents in files.items():
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_bytes(contents)
-        partial.replace(file)
+        with replacing(file) as partial:
+            partial.write_bytes(contents)
     if to_screen:
         print(numbers, end="")
         return

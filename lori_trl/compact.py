@@ -27,7 +27,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .adapter import CONFIG_NAME, PEFT_FILES, RECIPE_NAME, checked_lori_config, read_lori_config, staged
+from .adapter import (
+    CONFIG_NAME,
+    PEFT_FILES,
+    RECIPE_NAME,
+    checked_lori_config,
+    read_lori_config,
+    read_masks,
+    staged,
+)
+from .files import replacing
 from .masks import COMPACT_FORMAT, LoriMasks, check_header
 from .projections import draw_projection, fingerprint, module_path
 
@@ -60,7 +69,7 @@ def export_compact(folder: str | Path, file: str | Path, *, dtype: torch.dtype |
     """
     folder, file = Path(folder), Path(file)
     config = read_lori_config(folder)
-    masks = {record["task"]: LoriMasks.from_pretrained(folder, task=record["task"]) for record in config["tasks"]}
+    masks = read_masks(folder, config)
     check_header(folder / PEFT_FILES[1])
     state = load_file(folder / PEFT_FILES[1])
     B = {module_path(name): state.pop(name) for name in sorted(state) if ".lora_B." in name}
@@ -98,9 +107,8 @@ def export_compact(folder: str | Path, file: str | Path, *, dtype: torch.dtype |
         "projection_drawn": drawn,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    save_file(tensors, partial, metadata={COMPACT_FORMAT: json.dumps(metadata)})
-    partial.replace(file)
+    with replacing(file) as partial:
+        save_file(tensors, partial, metadata={COMPACT_FORMAT: json.dumps(metadata)})
     return file
 
 

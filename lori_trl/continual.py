@@ -16,6 +16,7 @@ from .adapter import (
     RUN_FACTS,
     plain_folder,
     read_lori_config,
+    read_masks,
     staged,
     task_records,
     write_card,
@@ -111,12 +112,11 @@ def read_ledger(adapter: str | Path) -> TaskLedger:
     """
     with plain_folder(adapter) as folder:
         config, masks = _read_tasks(folder)
-    free = feasible_entries(_shapes(masks), masks)
-    later, owned = None, {}
-    for task in reversed(masks):
-        owned[task] = (masks[task] if later is None else masks[task] - later).num_selected
-        later = masks[task] if later is None else later | masks[task]
     newest = masks[config["tasks"][-1]["task"]]
+    free, owned = feasible_entries({path: mask.shape for path, mask in newest.items()}, {}), {}
+    for task in reversed(masks):
+        owned[task] = (masks[task] & free).num_selected
+        free = free - masks[task]
     sparsity = 1 - newest.density if newest.sparsity is None else newest.sparsity
     return TaskLedger(
         tasks=[
@@ -213,19 +213,16 @@ def _rewrite(adapter, task, output_dir, *, keep, change) -> None:
 
 def _read_tasks(folder: Path) -> tuple[dict[str, Any], dict[str, LoriMasks]]:
     config = read_lori_config(folder)
-    tasks = [record["task"] for record in config["tasks"]]
-    if not tasks or config.get("merge"):
+    if config.get("merge"):
         raise ValueError(
-            f"`{folder}` is {'a merged adapter' if tasks else 'an adapter without masks'}. The ledger is kept for "
-            "adapters that learnt their tasks one after the other. Use the adapters that were merged."
-            if tasks
-            else f"`{folder}` holds no task with masks. Pass an adapter whose calibration is done."
+            f"`{folder}` is a merged adapter. The ledger is kept for adapters that learnt their tasks one after the "
+            "other. Use the adapters that were merged."
         )
-    return config, {task: LoriMasks.from_pretrained(folder, task=task) for task in tasks}
-
-
-def _shapes(masks: Mapping[str, LoriMasks]) -> dict[str, torch.Size]:
-    return {path: mask.shape for path, mask in next(iter(masks.values())).items()}
+    if not config["tasks"]:
+        raise ValueError(
+            f"`{folder}` holds no task with masks. An adapter has them once it is calibrated. Pass one that is."
+        )
+    return config, read_masks(folder, config)
 
 
 def _check_own(task: str, masks: Mapping[str, LoriMasks]) -> None:

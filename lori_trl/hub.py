@@ -22,6 +22,7 @@ from huggingface_hub.utils import HFValidationError, httpx, validate_repo_id
 from .adapter import CONFIG_NAME, PEFT_FILES, RECIPE_NAME, read_lori_config, write_card
 from .compact import export_compact
 from .download import WAITS, describe, hash_file, is_same, is_transient, patiently
+from .files import replacing
 from .masks import COMPACT_NAME, MASKS_FOLDER
 from .model_card import CARD_NAME, EVAL_RESULTS_NAME, PICTURE_NAME
 
@@ -336,9 +337,8 @@ class _Memory:
         if self.file is not None:
             self.records[self.branch] = record
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.records, indent=2), encoding="utf-8")
-            partial.replace(self.file)
+            with replacing(self.file) as partial:
+                partial.write_text(json.dumps(self.records, indent=2), encoding="utf-8")
 
 
 def _find(push: _Push, head: _Head) -> CommitInfo | None:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .download import fetch_from_hub, is_repo_id
+from .files import replacing
 from .projections import module_path
 from .selection import num_to_select, select_largest
 
@@ -333,9 +334,8 @@ class LoriMasks(Mapping):
         shapes = {path: list(mask.shape) for path, mask in self.items()}
         metadata = {"format_version": FORMAT_VERSION, **self.metadata, "shapes": shapes}
         metadata["sha256"] = _checksum(metadata, packed)
-        partial = file.with_name(f".{file.name}.partial")
-        save_file(packed, partial, metadata={FORMAT: json.dumps(metadata)})
-        partial.replace(file)
+        with replacing(file) as partial:
+            save_file(packed, partial, metadata={FORMAT: json.dumps(metadata)})
         return file
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, **kwargs: Any) -> CommitInfo:

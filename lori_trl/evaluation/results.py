@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
-from ..adapter import PEFT_FILES, staged
+from ..adapter import PEFT_FILES
 from ..download import hash_file
+from ..files import replacing
 from ..model_card import EVAL_RESULTS_NAME
 
 FORMAT_VERSION = 1
@@ -112,15 +113,16 @@ def write_results(folder: str | Path, new: Sequence[Mapping[str, Any]]) -> Path:
     """
     replaced = {(result["task"], result["metric"]) for result in new}
     kept = [result for result in read_results(folder) if (result["task"], result["metric"]) not in replaced]
-    with staged(folder) as stage:
-        write_file(stage / EVAL_RESULTS_NAME, [*kept, *new])
-    return Path(folder) / EVAL_RESULTS_NAME
+    file = Path(folder) / EVAL_RESULTS_NAME
+    write_file(file, [*kept, *new])
+    return file
 
 
 def write_file(file: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write results to a file of their own."""
+    """Write results to a file, which is replaced in one step."""
     content = {"format_version": FORMAT_VERSION, "results": list(results)}
-    Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def results_table(results: Mapping[str, Sequence[Result]]) -> Table:
