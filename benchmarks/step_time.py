@@ -15,7 +15,8 @@ from quickstart import smollm2
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks
-from lori_trl.projections import init_projections, lora_layers
+from lori_trl.layers import lora_layers
+from lori_trl.projections import init_projections
 from lori_trl.sparse import sparse_training
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -18,7 +18,8 @@ from step_time import PROJECTIONS
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks
-from lori_trl.projections import init_projections, lora_layers
+from lori_trl.layers import lora_layers
+from lori_trl.projections import init_projections
 from lori_trl.sparse import sparse_training
 
 

@@ -32,7 +32,8 @@ from .model_card import (
     PICTURE_NAME,
     render_model_card,
 )
-from .projections import fingerprint, freeze_projections, lora_layers, projections
+from .layers import lora_layers
+from .projections import fingerprint, freeze_projections, projections
 from .report import draw_density
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,8 @@ from .adapter import (
 )
 from .files import replacing
 from .masks import COMPACT_FORMAT, LoriMasks, check_header
-from .projections import draw_projection, fingerprint, module_path
+from .layers import module_path
+from .projections import draw_projection, fingerprint
 
 logger = logging.getLogger(__name__)
 

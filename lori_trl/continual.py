@@ -23,7 +23,7 @@ from .adapter import (
 )
 from .masks import LoriMasks, check_header, pools
 from .model_card import PICTURE_NAME
-from .projections import module_path
+from .layers import module_path
 from .report import draw_density
 from .selection import num_to_select
 

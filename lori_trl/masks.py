@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .download import fetch_from_hub, is_repo_id
 from .files import replacing
-from .projections import module_path
+from .layers import module_path
 from .selection import num_to_select, select_largest
 
 FORMAT = "lori_masks"

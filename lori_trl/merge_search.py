@@ -17,7 +17,7 @@ from .adapter_file import read_modules
 from .evaluation import completion_loss
 from .evaluation.models import load_model
 from .merging import Plan, adapter_config, open_plan
-from .projections import lora_layers, module_path
+from .layers import lora_layers, module_path
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed.tensor import DTensor
 
-from .projections import lora_layers
+from .layers import lora_layers
 
 SPARSE_BACKENDS = ("packed", "hook")
 VALUES = "sparse_values"  # the layer's attribute; a name with "lora_" in it would end up in PEFT's files

@@ -31,14 +31,8 @@ from .continual import feasible_entries, tasks_that_fit
 from .hub import MEMORY, logged, make_repo, push_in_background, push_lori_to_hub
 from .masks import LoriMasks
 from .model_card import CardFacts
-from .projections import (
-    derive_projection_seed,
-    fingerprint,
-    freeze_projections,
-    init_projections,
-    lora_layers,
-    projections,
-)
+from .layers import lora_layers
+from .projections import derive_projection_seed, fingerprint, freeze_projections, init_projections, projections
 from .selection import num_to_select
 from .sparse import VALUES, refresh_values, sparse_training
 from .tasks import kept_positions

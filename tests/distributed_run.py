@@ -12,7 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer
-from lori_trl.projections import init_projections, lora_layers
+from lori_trl.layers import lora_layers
+from lori_trl.projections import init_projections
 from lori_trl.selection import select_largest
 from lori_trl.sparse import refresh_values, sparse_training
 

@@ -30,7 +30,8 @@ from lori_trl.evaluation import completion_loss
 from lori_trl.hub import adapter_files, push_files
 from lori_trl.merge_search import search_merge_weights
 from lori_trl.merging import METHODS
-from lori_trl.projections import draw_projection, fingerprint, module_path
+from lori_trl.layers import module_path
+from lori_trl.projections import draw_projection, fingerprint
 from lori_trl.recipes import find_recipe, read_recipe, shipped_folder
 from lori_trl.streaming import SafetensorsWriter
 

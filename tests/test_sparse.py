@@ -10,7 +10,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from lori_trl import LoriMasks
-from lori_trl.projections import init_projections, lora_layers
+from lori_trl.layers import lora_layers
+from lori_trl.projections import init_projections
 from lori_trl.sparse import VALUES, SparseLora, _draw_dropped, sparse_training
 
 
