@@ -259,7 +259,7 @@ def _search(adapters, strategy, heldout, grid, settings) -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
-    from .merge_search import GRID, search_merge_weights
+    from .merging.search import GRID, search_merge_weights
     from .tasks import LoriScriptArguments, load_training_data
 
     if "weights" in settings:

@@ -1,0 +1,214 @@
+"""What adapters must have in common to be merged, and what a merge may be asked for."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter_file import AdapterFile
+from ..recipes import nearest
+from .methods import METHODS, PRUNING
+
+logger = logging.getLogger(__name__)
+
+# What PEFT's LoRA can be besides plain, and what it is then.
+_FORMS = {
+    "use_dora": "DoRA trains a magnitude besides",
+    "lora_bias": "biases were trained",
+    "modules_to_save": "whole modules were trained",
+    "target_parameters": "it targets parameters, not linear layers",
+    "trainable_token_indices": "embeddings were trained",
+    "alora_invocation_tokens": "it acts on some tokens only",
+    "layer_replication": "its base model has copied layers",
+    "use_qalora": "its inputs are pooled",
+    "use_bdlora": "its matrices are block diagonal",
+    "arrow_config": "it routes between adapters",
+    "kasa_config": "it has singular values besides",
+    "monteclora_config": "it samples its weights",
+    "velora_config": "it compresses its activations",
+}
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model
+
+
+def check_mergeable(source: AdapterFile) -> None:
+    """Raise `ValueError` unless an adapter is plain LoRA, whose A and B are all there is."""
+    config = source.config
+    faults = [f"{key}={config[key]!r} ({what})" for key, what in _FORMS.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        faults.append(f"bias={config['bias']!r} (biases were trained)")
+    if config.get("init_lora_weights") not in _PLAIN_STARTS:
+        faults.append(f"init_lora_weights={config['init_lora_weights']!r} (it belongs to a changed base model)")
+    if faults:
+        raise ValueError(
+            f"`{source.name}` has {', '.join(faults)}. Plain LoRA and LoRI adapters can be merged: their A and B are "
+            "all there is. Train it as one of these, or convert it with PEFT first."
+        )
+    met = [*source.others, *source.unpaired, *sorted(source.dtypes - {"F32", "BF16", "F16"})]
+    if met or not source.shapes:
+        raise ValueError(
+            f"`{source.name}` holds {len(met) or 'no'} tensors that cannot be merged"
+            f"{': ' if met else ''}{', '.join(met[:3])}{', ...' if len(met) > 3 else ''}. An adapter to merge has "
+            "a pair lora_A `(rank, in_features)`, lora_B `(out_features, rank)` for each of its linear layers, in "
+            "float32, bfloat16 or float16, and nothing else (no DoRA, embeddings, biases or modules_to_save). "
+            "Train it as plain LoRA or LoRI."
+        )
+    for path, (_, rank, _) in source.shapes.items():
+        if rank != (expected := source.setting(path, "r", "rank_pattern")):
+            raise ValueError(
+                f"`{source.name}`: {path} has rank {rank}, adapter_config.json says {expected}. They must agree, "
+                "for alpha / rank depends on it. Fetch or save the adapter again."
+            )
+
+
+def check_method(method: str, density: float | None) -> None:
+    if method not in METHODS:
+        raise ValueError(
+            f"`method={method!r}` is not known{nearest(str(method), METHODS)}. Allowed are {', '.join(METHODS)}. "
+            "Leave it unset for 'concat', which is exact."
+        )
+    if method in PRUNING and not (isinstance(density, (int, float)) and 0 < density <= 1):
+        raise ValueError(
+            f"`density={density}` with `method={method!r}`: the share of entries to keep must be in (0, 1]. Pass e.g. "
+            "`density=0.7`, as the paper's Tables 8 to 10 do."
+        )
+    if method not in PRUNING and density is not None:
+        raise ValueError(
+            f"`density={density}` has no meaning with `method={method!r}`, which prunes nothing. It is for "
+            f"{', '.join(PRUNING)}. Leave it unset, or choose one of these."
+        )
+
+
+def checked_weights(weights: float | Sequence[float] | None, count: int) -> list[float]:
+    """Return one weight for each of the adapters."""
+    if weights is None:
+        weights = 1 / count
+    weights = [weights] * count if isinstance(weights, (int, float)) else list(weights)
+    if len(weights) != count:
+        raise ValueError(
+            f"`weights={weights}` are {len(weights)} for {count} adapters. One for each is needed, or a single number "
+            "for all. Correct the weights, or leave them unset for the average."
+        )
+    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+        raise ValueError(
+            f"`weights={weights}` are not all finite numbers. Any finite number is allowed, negative ones too. "
+            "Correct them."
+        )
+    if not any(weights):
+        raise ValueError(
+            f"`weights={weights}` are all 0, so nothing would be merged. At least one must differ from 0. Pass e.g. "
+            "`weights=0.5`."
+        )
+    return weights
+
+
+def check_bases(sources: Sequence[AdapterFile], base_model: str | None) -> str | None:
+    """Return the base model's name; raise if the sources have several and none was named."""
+    names = {source.title: source.base for source in sources}
+    known = {base for base in names.values() if base is not None}
+    hub = {base for base in known if "/" in base}
+    folders = {base.rpartition("/")[2].lower() for base in known}
+    if base_model is None and (len(hub) > 1 or len(folders) > 1):
+        found = "; ".join(f"{name}: {base}" for name, base in names.items())
+        raise ValueError(
+            f"The adapters have different base models ({found}). All must be of one: on another base, B and A mean "
+            "nothing. Merge adapters of one base, or, if these are the same weights under several names, say which "
+            "to record: `base_model='namespace/name'`."
+        )
+    shapes: dict[str, tuple[str, int, int]] = {}
+    for source in sources:
+        for path, (rows, _, columns) in source.shapes.items():
+            name, *other = shapes.setdefault(path, (source.title, rows, columns))
+            if other != [rows, columns]:
+                raise ValueError(
+                    f"{path} has {other[1]} inputs and {other[0]} outputs in `{name}`, {columns} and {rows} in "
+                    f"`{source.title}`. Adapters of one base model have the same shapes. Merge adapters of one base."
+                )
+    if base_model is not None:
+        return base_model
+    if known and None in names.values():
+        logger.warning(
+            f"{', '.join(name for name, base in names.items() if base is None)} names no base model; taken to be "
+            f"{min(hub or known)}, as the others say. Pass `base_model` to say so."
+        )
+    paths = [source.config.get("base_model_name_or_path") for source in sources]
+    return min(hub) if hub else next((path for path in paths if path), None)
+
+
+def check_ranks(sources: Sequence[AdapterFile], method: str) -> None:
+    if method == "concat":
+        return
+    ranks: dict[str, dict[int, str]] = {}
+    for source in sources:
+        for path, (_, rank, _) in source.shapes.items():
+            ranks.setdefault(path, {})[rank] = source.title
+    for path, found in ranks.items():
+        if len(found) > 1:
+            met = ", ".join(f"{rank} in `{name}`" for rank, name in sorted(found.items()))
+            raise ValueError(
+                f"`method={method!r}` adds matrices entry by entry, and {path} has rank {met}. It needs equal ranks. "
+                "Use `method='concat'`, which takes any."
+            )
+
+
+def check_dtypes(sources: Sequence[AdapterFile]) -> None:
+    found = {source.title: "+".join(sorted(source.dtypes)) for source in sources}
+    if len({*found.values()}) > 1:
+        logger.warning(
+            f"The adapters have different dtypes ({', '.join(f'{name}: {dtype}' for name, dtype in found.items())}). "
+            "The merge is computed and written in float32, so none of them is rounded."
+        )
+
+
+class Independence:
+    """
+    How independent the sources' A are: the mean squared cosine between rows of one and rows of another.
+
+    By chance it is 1 / in_features. LoRI keeps tasks apart because their A are independent: paper Property 1.
+    """
+
+    LIMIT = 1.5  # times chance; two equal A of rank 32 in 4096 dimensions have 129 times
+    MODULES = 64  # spread over the model; they have pairs of rows enough
+
+    def __init__(self):
+        self.excess: dict[tuple[int, int], list[tuple[float, int]]] = {}
+        self.shared: dict[tuple[int, int], bool] = {}
+
+    def add(self, factors: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Take one module's A of every source into account."""
+        norms_of = {number: torch.linalg.vector_norm(A, dim=1) for number, (A, _) in factors.items()}
+        for pair in combinations(sorted(factors), 2):
+            first, second = (factors[number][0] for number in pair)
+            norms = torch.outer(*(norms_of[number] for number in pair))
+            counted = norms > 0  # rows of zeros are padding
+            if (pairs := int(counted.sum())) == 0:
+                continue
+            excess = ((first @ second.T)[counted] / norms[counted]).square().mean().item() * first.shape[1]
+            self.excess.setdefault(pair, []).append((excess, pairs))
+            self.shared[pair] = self.shared.get(pair, True) and excess > self.LIMIT and torch.equal(first, second)
+
+    def report(self, sources: Sequence[AdapterFile]) -> list[dict[str, Any]]:
+        """Return each pair's mean squared cosine in units of chance; warn of those that are not independent."""
+        entries = []
+        for pair, found in self.excess.items():
+            pairs = sum(count for _, count in found)
+            excess = sum(value * count for value, count in found) / pairs
+            names, shared = [sources[number].title for number in pair], self.shared[pair]
+            entries.append({"adapters": names, "same_A": shared, "squared_cosine_over_chance": round(excess, 4)})
+            if shared:
+                logger.warning(
+                    f"`{names[0]}` and `{names[1]}` have the same A. Their deltas lie in one subspace, so nothing "
+                    "keeps the two tasks apart: merging adds their B as `linear` would. Train each task with a "
+                    "`projection_seed` or `task_name` of its own."
+                )
+            elif excess > self.LIMIT + 6 * math.sqrt(2 / pairs):  # six standard errors: few rows scatter
+                logger.warning(
+                    f"The A of `{names[0]}` and `{names[1]}` are not independent: the mean squared cosine between "
+                    f"their rows is {excess:.3g} times that of random A. The tasks will disturb each other more than "
+                    "LoRI's do. LoRI's A, drawn from different seeds, are independent; those of plain LoRA are "
+                    "trained, and start equal where the seeds were equal."
+                )
+        return entries

@@ -1,0 +1,89 @@
+"""The methods of a merge: the factors of one module in, merged A and B out. Pure tensor arithmetic."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from peft.utils.merge_utils import dare_linear, magnitude_prune, task_arithmetic, ties
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """
+    One adapter's share in one module of a merge.
+
+    Args:
+        A (`Tensor`): `(rank, in_features)`, float32.
+        B (`Tensor`): `(out_features, rank)`, float32.
+        weight (`float`): the adapter's weight in the merge.
+        scaling (`float`): its alpha / rank, in units of the merged adapter's.
+    """
+
+    A: Tensor
+    B: Tensor
+    weight: float
+    scaling: float
+
+
+def concat(factors: Sequence[Factors], density: None = None) -> tuple[Tensor, Tensor]:
+    """
+    Stack A and weighted B: the merged delta is the weighted sum of the deltas, exactly.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: A `(sum of ranks, in_features)` and B `(out_features, sum of ranks)`.
+
+    Source: paper eq. 3 and 4, with each adapter's alpha / rank, which the paper's equations leave out.
+    """
+    ranks = [factor.A.shape[0] for factor in factors]
+    B = factors[0].B.new_empty(factors[0].B.shape[0], sum(ranks))
+    for factor, columns in zip(factors, B.split(ranks, dim=1), strict=True):
+        torch.mul(factor.B, factor.weight * factor.scaling, out=columns)
+    return torch.cat([factor.A for factor in factors]), B
+
+
+def linear(factors: Sequence[Factors], density: None = None) -> tuple[Tensor, Tensor]:
+    """
+    Sum weighted A and weighted B: the weights of two adapters multiply in their cross terms.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: A `(rank, in_features)`, the sum of w A; B `(out_features, rank)`, that of w s B.
+
+    Source: paper eq. 5. Its delta leaves out alpha / rank; here that of each adapter goes with its B, once, so one
+    adapter of weight w counts w squared times its delta.
+    """
+    A = sum(factor.A * factor.weight for factor in factors)
+    B = sum(factor.B * (factor.weight * factor.scaling) for factor in factors)
+    return A, B
+
+
+def _as_peft(combine: Callable[..., Tensor], takes_density: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """
+    Make a method of one of PEFT's, which work on A and on B by themselves, with the square roots of weight times
+    alpha / rank. Of one adapter, they are the weighted adapter itself.
+
+    Source: `LoraModel.add_weighted_adapter` of PEFT 0.21.
+    """
+
+    def merge(factors: Sequence[Factors], density: float | None = None) -> tuple[Tensor, Tensor]:
+        weights = [factor.weight * factor.scaling for factor in factors]
+        roots = [math.sqrt(abs(weight)) for weight in weights]
+        signed = [math.copysign(root, weight) for root, weight in zip(roots, weights, strict=True)]
+        arguments = (density,) if takes_density else ()
+        A = combine([factor.A for factor in factors], torch.tensor(signed), *arguments)  # A first: dare draws
+        B = combine([factor.B for factor in factors], torch.tensor(roots), *arguments)
+        return A, B
+
+    return merge
+
+
+METHODS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "concat": concat,
+    "linear": linear,
+    "linear_peft": _as_peft(task_arithmetic, takes_density=False),
+    "magnitude": _as_peft(magnitude_prune, takes_density=True),
+    "ties": _as_peft(ties, takes_density=True),
+    "dare": _as_peft(dare_linear, takes_density=True),
+}
+PAPERS = ("concat", "linear")  # their result keeps the inputs' alpha / rank; that of PEFT's methods is 1
+PRUNING = ("magnitude", "ties", "dare")
