@@ -1,0 +1,60 @@
+"""Which layers carry an adapter, and what their modules and tensors are called."""
+
+import re
+
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# Name parts that wrappers put between a module and its parent: torch.compile, FSDP1, activation checkpointing.
+_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def module_path(name: str) -> str:
+    """
+    Reduce a module or parameter name to the module's path in the base model.
+
+    Args:
+        name (`str`):
+            A name as `named_modules`, `named_parameters` or a state dict gives it, with any DDP, FSDP, compile,
+            checkpoint or PEFT prefix and with or without `lora_A`/`lora_B` and an adapter name behind it.
+
+    ```python
+    >>> module_path("module.base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight")
+    'model.layers.0.self_attn.q_proj'
+
+    ```
+    """
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+    name = name.removeprefix("module.").removeprefix("base_model.model.")
+    return re.sub(r"\.lora_[AB](\..*)?$", "", name)
+
+
+def lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """
+    Find the LoRA layers of one adapter.
+
+    Returns:
+        `dict[str, LoraLayer]`: module path in the base model -> PEFT's layer, sorted by path.
+
+    Raises:
+        `ValueError`: the adapter sits on something other than linear layers (embeddings, convolutions, the fused
+            parameters of mixture-of-experts blocks): LoRI masks are defined on `lora_B` `(out_features, rank)`.
+    """
+    layers, unsupported = {}, []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter_name in module.lora_A and isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
+            layers[module_path(name)] = module
+        elif adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
+            unsupported.append(f"{module_path(name)} ({type(module.get_base_layer()).__name__})")
+    if unsupported:
+        raise ValueError(
+            f"The adapter targets {len(unsupported)} modules that are not linear layers: "
+            f"{', '.join(unsupported[:3])}{', ...' if len(unsupported) > 3 else ''}. LoRI trains `lora_B` of "
+            "linear layers. Name those in `target_modules`, e.g. `target_modules='all-linear'`, and leave "
+            "`target_parameters` unset."
+        )
+    return dict(sorted(layers.items()))
