@@ -482,8 +482,8 @@ def _inspect(options: argparse.Namespace) -> None:
     from rich.progress import track
 
     from .files import replacing
-    from .inspection import inspect_adapters
-    from .report import inspection_sections, printable, render_page, render_picture, render_pictures
+    from .inspection import inspect_adapters, inspection_sections, render_page, render_picture, render_pictures
+    from .terminal import printable
 
     to_screen = options.json == "-"
     json_file = Path(options.json) if options.json and not to_screen else None

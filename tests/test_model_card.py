@@ -14,7 +14,7 @@ from shared_adapter import make_trainer, trained_adapter
 from lori_trl import LoriMasks
 from lori_trl.adapter import write_card
 from lori_trl.model_card import GENERATED, CardFacts, render_model_card
-from lori_trl.report import draw_density
+from lori_trl.heatmaps import draw_density
 
 GOLDEN = Path(__file__).parent / "golden"
 
