@@ -9,7 +9,14 @@ from conftest import lora_config
 from peft import get_peft_model
 
 from lori_trl.layers import lora_layers, module_path
-from lori_trl.projections import derive_projection_seed, draw_projection, fingerprint, freeze_projections, init_projections, projections
+from lori_trl.projections import (
+    derive_projection_seed,
+    draw_projection,
+    fingerprint,
+    freeze_projections,
+    init_projections,
+    projections,
+)
 
 
 @pytest.mark.parametrize(
