@@ -4,7 +4,8 @@ import copy
 import hashlib
 import json
 import re
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -16,8 +17,8 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
@@ -31,9 +32,10 @@ from .hub import MEMORY, logged, make_repo, push_in_background, push_lori_to_hub
 from .layers import lora_layers
 from .masks import LoriMasks
 from .model_card import CardFacts
-from .projections import derive_projection_seed, fingerprint, freeze_projections, init_projections, projections
+from .projections import Fingerprint, derive_projection_seed, freeze_projections, init_projections
 from .selection import num_to_select
-from .sparse import VALUES, fold_values, refresh_values, sparse_training
+from .sharding import adapter_state, assign, change, check_engine, engine_dtype, full_shape, gather, mask_shards
+from .sparse import VALUES, fold_values, refresh_values, sparse_training, values_in_state_dict
 from .tasks import kept_positions
 
 logger = get_logger(__name__)
@@ -156,7 +158,7 @@ class LoriTrainerMixin:
             `RuntimeError`: the optimizer moved frozen entries.
         """
         phase, checkpoint = self._resume_phase(resume_from_checkpoint)
-        self._check_sharding()
+        check_engine(self)
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
         with self._sparse_training(self.masks):
@@ -188,9 +190,9 @@ class LoriTrainerMixin:
                 "samples": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
                 "loss": output.training_loss,
             }
-        saliency = {path: weight.detach().cpu() - self.initial_weights[path] for path, weight in self.weights.items()}
+        saliency = {path: change(weight, self.initial_weights[path]) for path, weight in self.weights.items()}
         self._reset_weights()
-        if not any(change.any() for change in saliency.values()):
+        if not any(moved.any() for moved in saliency.values()):
             raise ValueError(
                 f"The calibration moved nothing in {self.calibration['steps']} steps at `calibration_learning_rate="
                 f"{self.calibration['learning_rate']}`. A mask is selected by how far B moved. Raise the rate or the "
@@ -212,11 +214,24 @@ class LoriTrainerMixin:
                 more.save_pretrained(folder)
         return output.metrics  # named calibration_... by _PhaseCallback when they were logged
 
-    def _sparse_training(self, masks: LoriMasks | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _sparse_training(self, masks: LoriMasks | None) -> Iterator[None]:
         """Restrict training to a mask, with an optimizer and a wrapping of the model that know the new parameters."""
         self.optimizer = self.lr_scheduler = None
-        self.model_wrapped = self.model
-        return sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend)
+        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
+            self.model_wrapped.destroy()  # an engine is made for one optimizer; what ZeRO-3 has sharded stays sharded
+        self.model_wrapped, self.trained_masks = self.model, masks
+        with sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend), ExitStack() as stack:
+            self.phase_end = stack
+            yield
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
+        """Mask the gradients of the shards, too, once FSDP2 has made them. It does so in a run's first phase."""
+        with values_in_state_dict(self.model, self.adapter_name):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        for hook in mask_shards(self.weights, self.trained_masks):
+            self.phase_end.callback(hook.remove)
+        return prepared
 
     @contextmanager
     def _calibration(self):
@@ -234,38 +249,23 @@ class LoriTrainerMixin:
             if early_stopping is not None:
                 self.add_callback(early_stopping)
 
-    def _check_sharding(self) -> None:
-        """Refuse what would go wrong without a word where a model is sharded when training begins."""
-        if self.masks is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "FSDP and DeepSpeed shard a model once, for one set of trained parameters; calibration and adaptation "
-                "train two. Allowed is one phase. Calibrate on one process or with DDP, which leaves the masks in "
-                "`output_dir/calibration`, and pass that folder as `mask_name_or_path` here."
-            )
-        if is_deepspeed_zero3_enabled() and self.args.sparse_backend == "packed":
-            raise ValueError(
-                "`sparse_backend='packed'` reads B outside of its own module, where ZeRO-3 keeps it partitioned. "
-                "Allowed with ZeRO-3 is 'hook'. Pass `sparse_backend='hook'`, or use FSDP2 or ZeRO-2."
-            )
-
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Exempt B from weight decay: it would pull the entries outside the mask towards zero."""
         names = super().get_decay_parameter_names(model)
         return [name for name in names if ".lora_B." not in name and f".{VALUES}." not in name]
 
-    @torch.no_grad()
     def _reset_weights(self) -> None:
         for path, weight in self.weights.items():
-            weight.copy_(self.initial_weights[path])
+            assign(weight, self.initial_weights[path])
 
     def _check_frozen_entries(self) -> None:
         """Raise if an entry outside the mask, or A, is not what it was: the method's promise, checked on every run."""
         moved = [
             path
             for path, weight in self.weights.items()
-            if (weight.detach().cpu() != self.initial_weights[path])[~self.masks[path]].any()
+            if gather(change(weight, self.initial_weights[path])).cpu()[~self.masks[path]].any()
         ]
-        if moved or fingerprint(projections(self.model, self.adapter_name)) != self.projection["fingerprint"]:
+        if moved or self._fingerprint() != self.projection["fingerprint"]:
             raise RuntimeError(
                 f"`optim={self.args.optim.value}` moved frozen entries of {', '.join(moved[:3]) or 'A'}. LoRI needs "
                 "an optimizer that leaves entries without a gradient alone. Use e.g. `optim='adamw_torch'`."
@@ -295,7 +295,11 @@ class LoriTrainerMixin:
         return {"init": None, "seed": None, "fingerprint": found}
 
     def _fingerprint(self) -> str:
-        return fingerprint(projections(self.model, self.adapter_name))
+        """Fingerprint A as the engine holds it."""
+        dtype, taken = engine_dtype(self.accelerator), Fingerprint()
+        for path, layer in self.lora_layers.items():
+            taken.add(path, gather(layer.lora_A[self.adapter_name].weight).to(dtype))
+        return str(taken)
 
     def _feasible_entries(self) -> LoriMasks | None:
         """Return the entries that no earlier task has; None where all are free. Raise if this task does not fit."""
@@ -352,8 +356,8 @@ class LoriTrainerMixin:
     @property
     def lori_config(self) -> dict[str, Any]:
         """What `lori_config.json` says of this run so far."""
-        lora_B = sum(weight.numel() for weight in self.weights.values())
-        lora_A = sum(layer.lora_A[self.adapter_name].weight.numel() for layer in self.lora_layers.values())
+        lora_B = sum(full_shape(weight).numel() for weight in self.weights.values())
+        lora_A = sum(full_shape(layer.lora_A[self.adapter_name].weight).numel() for layer in self.lora_layers.values())
         masks, records = self._all_masks(), {record["task"]: record for record in self.earlier_tasks}
         sparsity = self.args.sparsity if self.masks is None else self.masks.sparsity
         return {
@@ -379,6 +383,14 @@ class LoriTrainerMixin:
     def _all_masks(self) -> dict[str, LoriMasks]:
         own = {} if self.masks is None else {self.task_name: self.masks}
         return {**self.earlier_masks, **own}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter. Where the model is sharded, that alone is gathered, and not the base model with it."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, adapter_state(self.model, self.adapter_name, keep=self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save the adapter whole or not at all. The arguments are not pickled beside it: they may hold a token."""
