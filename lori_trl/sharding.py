@@ -124,7 +124,7 @@ def _zero_outside(mask: Tensor) -> Callable[[DTensor], None]:
 def _gathered(weight: nn.Parameter, modified_by: int | None = None) -> AbstractContextManager:
     if not hasattr(weight, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters([weight], modifier_rank=modified_by)
 

@@ -19,13 +19,20 @@ CASES = {
     "continued, disjoint": {"adapter_name_or_path": "adamw, accumulated", "task_name": "math", "disjoint_masks": True},
     "packed": {"sparse_backend": "packed"},
     "packed, given masks": {"sparse_backend": "packed", "mask_name_or_path": "sgd, model-wide"},
+    "interrupted": {"save_strategy": "steps", "save_steps": 2},
+    "interrupted, packed": {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "sparse_backend": "packed",
+        "mask_name_or_path": "sgd, model-wide",
+    },
 }
-EVERY_ENGINE = [name for name in CASES if not name.startswith("packed")]
+_HOOK = [name for name, case in CASES.items() if case.get("sparse_backend") != "packed"]
 RUNS = {
     "ddp": list(CASES),
-    "fsdp2": [*EVERY_ENGINE, "packed, given masks"],
+    "fsdp2": [*_HOOK, "packed, given masks", "interrupted, packed"],
     "zero2": list(CASES),
-    "zero3": EVERY_ENGINE,
+    "zero3": _HOOK,
 }
 
 
