@@ -33,7 +33,7 @@ from .masks import LoriMasks
 from .model_card import CardFacts
 from .projections import derive_projection_seed, fingerprint, freeze_projections, init_projections, projections
 from .selection import num_to_select
-from .sparse import VALUES, refresh_values, sparse_training
+from .sparse import VALUES, fold_values, refresh_values, sparse_training
 from .tasks import kept_positions
 
 logger = get_logger(__name__)
@@ -128,7 +128,6 @@ class LoriTrainerMixin:
             self.masks = LoriMasks(everything, task=self.task_name, sparsity=0.0, projection=self.projection)
         self.card_facts = CardFacts(self, rows)
         self.add_callback(self.card_facts)
-        # First in line, so that the callbacks that print or report see the phase's names.
         self.callback_handler.callbacks.insert(0, _PhaseCallback(self))
 
     @property
@@ -578,10 +577,17 @@ class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):
 
 
 class _PhaseCallback(TrainerCallback):
-    """Name the phase on the progress bar, and log the calibration's figures under names of its own."""
+    """
+    Keep B current, name the phase on the progress bar, and log the calibration's figures under names of its own.
+
+    It comes first in line, so that the other callbacks see all of it.
+    """
 
     def __init__(self, trainer: LoriTrainerMixin):
         self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        fold_values(self.trainer.model, self.trainer.adapter_name)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         for callback in self.trainer.callback_handler.callbacks:

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks, LoriSFTTrainer, load_lori_adapter, merge_lori_adapters, push_lori_to_hub
 from lori_trl.adapter_file import base_name
-from lori_trl.cli import _merge_parser, main
+from lori_trl.cli import main
+from lori_trl.cli.merge import recipe_parser
 from lori_trl.compact import expand, export_compact
 from lori_trl.evaluation import completion_loss
 from lori_trl.hub import adapter_files, push_files
@@ -722,7 +723,7 @@ def test_the_command_line_merges_as_python_does(tmp_path, capsys):
 
 
 def test_the_command_line_knows_every_method():
-    choices = next(action.choices for action in _merge_parser()._actions if action.dest == "method")
+    choices = next(action.choices for action in recipe_parser()._actions if action.dest == "method")
     assert choices == list(METHODS)
 
 
