@@ -54,6 +54,7 @@ def test_what_is_saved(adapter_folder):
         "density.png",
         "lori_config.json",
         "masks/code.safetensors",
+        "recipe.yaml",
     }
     config = read_lori_config(adapter_folder)
     weights = load_file(adapter_folder / "adapter_model.safetensors")
