@@ -34,7 +34,7 @@ from .model_card import (
 )
 from .layers import lora_layers
 from .projections import fingerprint, freeze_projections, projections
-from .report import draw_density
+from .heatmaps import draw_density
 
 logger = logging.getLogger(__name__)
 

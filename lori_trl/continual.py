@@ -24,7 +24,7 @@ from .adapter import (
 from .masks import LoriMasks, check_header, pools
 from .model_card import PICTURE_NAME
 from .layers import module_path
-from .report import draw_density
+from .heatmaps import draw_density
 from .selection import num_to_select
 
 _TOKENIZER_FILES = ("tokenizer", "chat_template", "special_tokens")

@@ -13,6 +13,7 @@ from .layers import lora_layers
 
 PROJECTION_INITS = ("gaussian", "kaiming_uniform")
 
+
 def derive_projection_seed(seed: int, task_name: str) -> int:
     """
     Derive the seed of a task's projections, so that two tasks get independent A and one task always the same.

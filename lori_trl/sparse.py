@@ -5,7 +5,9 @@
 `packed` makes the trained entries of a matrix one 1-D parameter, the values, and freezes B itself. Gradients,
 optimizer state and the printed parameter count are then truly a tenth of B's, and every optimizer works unchanged. The
 values are folded into B before B is read, so that whoever looks at B (saving, merging, another adapter) sees what was
-trained.
+trained; after an optimizer's step, [`fold_values`] does it.
+
+Masks and positions are buffers of the layer, so that they follow it to any device; they are in no state dict.
 """
 
 import math
@@ -20,11 +22,16 @@ from peft.tuners.lora.variants import _register_frozen_peft_weight
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as module_hooks
+from torch.nn.parallel import DistributedDataParallel
 
 from .layers import lora_layers
 
 SPARSE_BACKENDS = ("packed", "hook")
-VALUES = "sparse_values"  # the layer's attribute; a name with "lora_" in it would end up in PEFT's files
+# The layer's attributes; names with "lora_" in them would end up in PEFT's files.
+VALUES = "sparse_values"
+INDICES = "sparse_indices"
+MASK = "sparse_mask"
 
 
 @contextmanager
@@ -43,53 +50,80 @@ def sparse_training(
 
     Source: Algorithm 1, line 18.
     """
-    layers = lora_layers(model, adapter_name)
     undo: list[Callable[[], None]] = []
     try:
-        for path, layer in layers.items():
+        for path, layer in lora_layers(model, adapter_name).items():
             mask = None if masks is None or masks[path].all() else masks[path]
             if backend == "packed":
                 undo.append(_pack(layer, adapter_name, mask))
             elif mask is not None:
-                weight = layer.lora_B[adapter_name].weight
-                undo.append(weight.register_hook(_zero_outside(mask.to(weight.device))).remove)
+                undo.append(_zero_gradient_outside(layer, adapter_name, mask))
+        undo.append(_keep_to_this_rank(model))
         yield
     finally:
         for restore in undo:
             restore()
 
 
+def fold_values(model: PeftModel, adapter_name: str) -> None:
+    """Write the values into B after an optimizer has changed them. Where FSDP shards B, every rank must call this."""
+    for layer, variant in _packed_layers(model, adapter_name):
+        variant.fold(layer, adapter_name)
+
+
 def refresh_values(model: PeftModel, adapter_name: str) -> None:
-    """Read the values from B again, after B was loaded from a file."""
+    """Read the values from B again after B was loaded from a file. Where FSDP shards B, every rank must call this."""
+    for layer, variant in _packed_layers(model, adapter_name):
+        variant.read(layer, adapter_name)
+
+
+def _packed_layers(model: PeftModel, adapter_name: str) -> Iterator[tuple[LoraLayer, "SparseLora"]]:
     for layer in lora_layers(model, adapter_name).values():
         variant = layer.lora_variant.get(adapter_name)
         if isinstance(variant, SparseLora):
-            variant.read(layer, adapter_name)
+            yield layer, variant
 
 
-def _zero_outside(mask: Tensor) -> Callable[[Tensor], Tensor]:
+def _keep_to_this_rank(model: PeftModel) -> Callable[[], None]:
+    """Keep DDP from sending masks and positions, which are the same on every rank, with every forward pass."""
+    names = [name for name, _ in model.named_buffers() if name.rpartition(".")[2] in (INDICES, MASK)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return lambda: delattr(model, "_ddp_params_and_buffers_to_ignore")
+
+
+def _zero_gradient_outside(layer: LoraLayer, adapter_name: str, mask: Tensor) -> Callable[[], None]:
+    """Zero the gradient of a layer's B outside a mask. Returns the function that ends it."""
+    weight = layer.lora_B[adapter_name].weight
+    layer.register_buffer(MASK, mask.to(weight.device), persistent=False)
     # Runs before a gradient is accumulated, reduced over ranks or clipped: nothing behind it sees the other entries.
-    outside = ~mask
-    return lambda gradient: gradient.masked_fill(outside, 0)
+    hook = weight.register_hook(lambda gradient: gradient.masked_fill(~getattr(layer, MASK), 0))
+
+    def restore() -> None:
+        hook.remove()
+        delattr(layer, MASK)
+
+    return restore
 
 
 def _pack(layer: LoraLayer, adapter_name: str, mask: Tensor | None) -> Callable[[], None]:
     """Put a [`SparseLora`] on a layer. Returns the function that takes it off again."""
     weight = layer.lora_B[adapter_name].weight
-    variant = layer.lora_variant[adapter_name] = SparseLora()
     if mask is None:
+        layer.lora_variant[adapter_name] = SparseLora(packed=False)
         return lambda: layer.lora_variant.pop(adapter_name)
 
     frozen_before = layer.frozen_peft_weight_names
     _register_frozen_peft_weight(layer, adapter_name, "lora_B")
-    variant.indices = mask.flatten().nonzero().flatten().to(weight.device)
-    variant.idle = variant.indices.numel() == 0 and not weight.any()
+    indices = mask.flatten().nonzero().flatten().to(weight.device)
+    variant = layer.lora_variant[adapter_name] = SparseLora(packed=indices.numel() > 0)
+    variant.idle = not variant.packed and not weight.any()
+    layer.register_buffer(INDICES, indices, persistent=False)
     setattr(layer, VALUES, nn.ParameterDict())
-    if variant.indices.numel():
-        getattr(layer, VALUES)[adapter_name] = nn.Parameter(weight.detach().flatten()[variant.indices])
+    if variant.packed:
+        getattr(layer, VALUES)[adapter_name] = nn.Parameter(weight.detach().flatten()[indices])
     layer.adapter_layer_names = (*type(layer).adapter_layer_names, VALUES)  # `set_adapter()` freezes and thaws it
     hooks = [
-        layer.register_state_dict_pre_hook(lambda *_: variant.fold(layer, adapter_name)),
+        layer.register_state_dict_pre_hook(_fold_layer),
         layer.register_state_dict_post_hook(_leave_out_values),
     ]
 
@@ -100,10 +134,20 @@ def _pack(layer: LoraLayer, adapter_name: str, mask: Tensor | None) -> Callable[
         if layer.lora_variant.pop(adapter_name, None) is variant:  # else the adapter was deleted
             variant.fold(layer, adapter_name)
             layer.frozen_peft_weight_names = frozen_before
-            weight.requires_grad_(adapter_name in layer.active_adapters)
+            layer.lora_B[adapter_name].weight.requires_grad_(adapter_name in layer.active_adapters)
         delattr(layer, VALUES)
+        delattr(layer, INDICES)
 
     return restore
+
+
+# The hooks are functions of the module, and take what they need from the layer: a copied or pickled model has its own.
+
+
+def _fold_layer(layer: LoraLayer, *_) -> None:
+    for adapter_name, variant in layer.lora_variant.items():
+        if isinstance(variant, SparseLora):
+            variant.fold(layer, adapter_name)
 
 
 def _leave_out_values(layer: LoraLayer, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
@@ -119,44 +163,44 @@ class SparseLora(LoraVariant):
     PEFT calls its `LoraVariant` interface private. This class and `_pack` are the one place that touches it.
 
     Attributes:
-        indices (`Tensor` or `None`): flat positions in B of the values, int64; `None` where all of B is trained.
+        packed (`bool`):
+            whether the values are a parameter of their own, at the flat positions in B that the layer's buffer
+            `sparse_indices` holds, int64.
         idle (`bool`): nothing is selected and B is zero: the branch adds nothing.
     """
 
-    def __init__(self):
-        self.indices: Tensor | None = None
+    def __init__(self, packed: bool = False):
+        self.packed = packed
         self.idle = False
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         if self.idle:
             return result
         A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        values = getattr(module, VALUES)[active_adapter] if self.packed else None
+        values, indices = self._values(module, active_adapter) if self.packed else (None, None)
         dropout = module.lora_dropout[active_adapter]
         drop_share = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
         device, base, W = x.device.type, module.get_base_layer(), None
-        autocast = torch.is_autocast_enabled(device)
+        in_place = not _hooks(base)  # a hook may have kept the base layer's output
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast:
             x = x.to(torch.get_autocast_dtype(device))
         elif x.requires_grad and x.dtype == base.weight.dtype and len(module.active_adapters) == 1 and _is_plain(base):
             # One backward function for the layer and its branch: the branch's part of the gradient is added in place.
             result, W = result.detach(), base.weight
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            return _SparseBranch.apply(
-                result, x, B, values, A, W, self.indices, module.scaling[active_adapter], drop_share
-            )
+            scaling = module.scaling[active_adapter]
+            return _SparseBranch.apply(result, x, B, values, A, W, indices, scaling, drop_share, in_place)
 
-    @property
-    def packed(self) -> bool:
-        """Whether the values are a parameter of their own."""
-        return self.indices is not None and self.indices.numel() > 0
+    def _values(self, module: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+        return getattr(module, VALUES)[adapter_name], getattr(module, INDICES)
 
     @torch.no_grad()
     def fold(self, module: LoraLayer, adapter_name: str) -> None:
         """Write the values into B. Where FSDP has sharded them, every rank must call this."""
         if not self.packed:
             return
-        B, indices, values = module.lora_B[adapter_name].weight, self.indices, getattr(module, VALUES)[adapter_name]
+        B, (values, indices) = module.lora_B[adapter_name].weight, self._values(module, adapter_name)
         if isinstance(B, DTensor):
             start, end = _flat_range(B)
             mine = (indices >= start) & (indices < end)
@@ -166,14 +210,14 @@ class SparseLora(LoraVariant):
     @torch.no_grad()
     def read(self, module: LoraLayer, adapter_name: str) -> None:
         """Read the values from B. Where FSDP has sharded them, every rank must call this."""
+        B = module.lora_B[adapter_name].weight
         if not self.packed:
+            self.idle = self.idle and not B.any()
             return
-        B, values = module.lora_B[adapter_name].weight, getattr(module, VALUES)[adapter_name]
+        values, indices = self._values(module, adapter_name)
         if isinstance(B, DTensor):
             start, end = _flat_range(values)
-            B, values, indices = B.full_tensor(), values.to_local(), self.indices[start:end]
-        else:
-            indices = self.indices
+            B, values, indices = B.full_tensor(), values.to_local(), indices[start:end]
         values.copy_(B.flatten()[indices])
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -190,9 +234,20 @@ class SparseLora(LoraVariant):
 
 def _is_plain(base: nn.Module) -> bool:
     """Say whether a frozen base layer is x W^T and nothing else, whose gradient for x is g W."""
-    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base)
     trained = any(parameter.requires_grad for parameter in base.parameters())
-    return type(base) is nn.Linear and not hooks and not trained and not isinstance(base.weight, DTensor)
+    replaced = "forward" in vars(base)
+    return type(base) is nn.Linear and not (_hooks(base) or replaced or trained or isinstance(base.weight, DTensor))
+
+
+def _hooks(module: nn.Module) -> bool:
+    """Say whether somebody looks at what goes through a module, forward or backward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module_hooks._has_any_global_hook()
+    )
 
 
 def _flat_range(sharded: DTensor) -> tuple[int, int]:
@@ -210,7 +265,7 @@ def _fold(B: Tensor, indices: Tensor, values: Tensor) -> None:
 
 class _SparseBranch(torch.autograd.Function):
     """
-    result + scaling * dropout(x) A^T B^T, written into `result`.
+    result + scaling * dropout(x) A^T B^T, written into `result` where `in_place` says so.
 
     Where the base layer's W is given, `result` is that layer's output, detached, and the backward pass that of both.
 
@@ -230,6 +285,7 @@ class _SparseBranch(torch.autograd.Function):
         indices: Tensor | None,
         scaling: float,
         drop_share: float,
+        in_place: bool,
     ) -> Tensor:
         if values is not None:
             _fold(B, indices, values)
@@ -241,7 +297,7 @@ class _SparseBranch(torch.autograd.Function):
         h = rows @ A.to(rows.dtype).T
         ctx.save_for_backward(h, A, B, values, W, indices, dropped)
         ctx.scaling, ctx.input_shape = scaling, x.shape
-        if result.dtype == h.dtype and result.is_contiguous():
+        if in_place and result.dtype == h.dtype and result.is_contiguous():
             ctx.mark_dirty(result)
             result.view(-1, result.shape[-1]).addmm_(h, B.to(h.dtype).T, alpha=scaling)
             return result
@@ -273,7 +329,7 @@ class _SparseBranch(torch.autograd.Function):
                 d_B = None
             else:
                 d_B = d_B.mul_(ctx.scaling).to(B.dtype)
-        return gradient if W is None else None, d_x, d_B, d_values, None, None, None, None, None
+        return gradient if W is None else None, d_x, d_B, d_values, None, None, None, None, None, None
 
 
 def _draw_dropped(numel: int, drop_share: float, device: torch.device) -> Tensor:

@@ -15,26 +15,25 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftConfig, PeftModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
 from .adapter import FORMAT_VERSION, read_lori_config, save_lori_adapter
+from .checkpoints import find_checkpoint
 from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
 from .hub import MEMORY, logged, make_repo, push_in_background, push_lori_to_hub
+from .layers import lora_layers
 from .masks import LoriMasks
 from .model_card import CardFacts
-from .layers import lora_layers
 from .projections import derive_projection_seed, fingerprint, freeze_projections, init_projections, projections
 from .selection import num_to_select
-from .sparse import VALUES, refresh_values, sparse_training
+from .sparse import VALUES, fold_values, refresh_values, sparse_training
 from .tasks import kept_positions
 
 logger = get_logger(__name__)
@@ -129,7 +128,6 @@ class LoriTrainerMixin:
             self.masks = LoriMasks(everything, task=self.task_name, sparsity=0.0, projection=self.projection)
         self.card_facts = CardFacts(self, rows)
         self.add_callback(self.card_facts)
-        # First in line, so that the callbacks that print or report see the phase's names.
         self.callback_handler.callbacks.insert(0, _PhaseCallback(self))
 
     @property
@@ -157,7 +155,7 @@ class LoriTrainerMixin:
             `ValueError`: the calibration moved nothing, or the checkpoint belongs to another run.
             `RuntimeError`: the optimizer moved frozen entries.
         """
-        phase, checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        phase, checkpoint = self._resume_phase(resume_from_checkpoint)
         self._check_sharding()
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
@@ -478,29 +476,19 @@ class LoriTrainerMixin:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> tuple[str | None, str | None]:
+    def _resume_phase(self, resume_from_checkpoint: str | bool | None) -> tuple[str | None, str | None]:
         """Find where to resume: (phase, checkpoint). Takes over the masks of a calibration that is done."""
         if not resume_from_checkpoint:
             return None, None
-        calibration = Path(self.args.for_calibration().output_dir)
-        if resume_from_checkpoint is not True:
-            found = Path(resume_from_checkpoint)
+        calibration_dir = Path(self.args.for_calibration().output_dir)
+        if resume_from_checkpoint is True:
+            folder = find_checkpoint(Path(self.args.output_dir), calibration_dir, self.task_name)
         else:
-            found = _last_complete_checkpoint(Path(self.args.output_dir))
-            if found is None and (calibration / "masks" / f"{self.task_name}.safetensors").is_file():
-                # Killed between the calibration's end and the first checkpoint.
-                self._resume_masks(calibration, self._check_same_run(calibration))
-                return None, None
-            found = found or _last_complete_checkpoint(calibration)
-        if found is None:
-            raise ValueError(
-                f"`resume_from_checkpoint=True`, but `output_dir={self.args.output_dir}` holds no complete "
-                "checkpoint. Allowed is a folder that an earlier run saved to. Leave it unset to start anew."
-            )
-        config = self._check_same_run(found)
+            folder = Path(resume_from_checkpoint)
+        config = self._check_same_run(folder)
         if config["phase"] == "adaptation":
-            self._resume_masks(found, config)
-        return config["phase"], str(found)
+            self._resume_masks(folder, config)
+        return config["phase"], None if folder == calibration_dir else str(folder)
 
     def _check_same_run(self, folder: Path) -> dict[str, Any]:
         """Return a checkpoint's `lori_config.json`; raise if it is not of a run like this one."""
@@ -589,10 +577,17 @@ class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):
 
 
 class _PhaseCallback(TrainerCallback):
-    """Name the phase on the progress bar, and log the calibration's figures under names of its own."""
+    """
+    Keep B current, name the phase on the progress bar, and log the calibration's figures under names of its own.
+
+    It comes first in line, so that the other callbacks see all of it.
+    """
 
     def __init__(self, trainer: LoriTrainerMixin):
         self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        fold_values(self.trainer.model, self.trainer.adapter_name)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         for callback in self.trainer.callback_handler.callbacks:
@@ -653,17 +648,3 @@ def _name_of_data(rows: Dataset | IterableDataset) -> str:
     name = f"data-{hashlib.sha256(first_rows.encode()).hexdigest()[:8]}"
     logger.warning(f"`task_name` is not given and the data set has no name: the task is called {name!r}.")
     return name
-
-
-def _last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the last checkpoint of a folder that was written to its end; the Trainer's state is written last."""
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for checkpoint in sorted(checkpoints, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        try:
-            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            read_lori_config(checkpoint)
-            with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
-                return checkpoint
-        except (OSError, ValueError, SafetensorError) as error:
-            logger.warning(f"Passing over the half-written checkpoint {checkpoint}: {error}")
-    return None

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import lora_config, make_llama, make_rows, make_tokenizer
 from peft import get_peft_model
+from tiny import lora_config, make_llama, make_trainer
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer
+from lori_trl import LoriMasks
 from lori_trl.layers import lora_layers
 from lori_trl.projections import init_projections
 from lori_trl.selection import select_largest
@@ -26,28 +26,12 @@ def same_everywhere(tensor: torch.Tensor) -> bool:
 
 def ddp(folder: Path) -> None:
     """The whole method under DDP."""
-    trainer = LoriSFTTrainer(
-        make_llama(),
-        LoriSFTConfig(
-            output_dir=str(folder / "out"),
-            task_name="code",
-            learning_rate=5e-3,
-            calibration_learning_rate=5e-3,
-            max_steps=4,
-            calibration_max_steps=4,
-            per_device_train_batch_size=4 // dist.get_world_size() if dist.is_initialized() else 2,
-            use_cpu=True,
-            ddp_backend="gloo",
-            activation_checkpointing=False,
-            save_strategy="steps",
-            save_steps=2,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=make_rows(),
-        processing_class=make_tokenizer(),
-        peft_config=lora_config(),
+    trainer = make_trainer(
+        folder / "out",
+        per_device_train_batch_size=2,  # the one process takes 4
+        ddp_backend="gloo",
+        save_strategy="steps",
+        save_steps=2,
     )
     trainer.train()
     assert dist.get_world_size() == 2

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lora_config
 from hub_server import HubServer, client_of
 from peft import PeftModel, get_peft_model
+from tiny import lora_config
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from lori_trl import LoriMasks
 from lori_trl.cli import main
 from lori_trl.compact import export_compact
-from lori_trl.inspection import Magnitudes, inspect_adapters
+from lori_trl.inspection import Magnitudes, inspect_adapters, inspection_sections
 from lori_trl.projections import draw_projection, fingerprint
-from lori_trl.report import inspection_sections
 
 SHAPES = {"self_attn.q_proj": (24, 16), "self_attn.v_proj": (12, 16), "mlp.down_proj": (16, 40)}
 RANK, ALPHA = 4, 12
@@ -459,7 +458,7 @@ def test_wrong_calls_are_refused(tmp_path, capsys, two_tasks, monkeypatch):
     assert "--save" in refused(capsys, folder, "--save", folder / "adapter_config.json")
     assert "--html" in refused(capsys, folder, "--html", tmp_path / "no" / "page.html")
     assert "--json" in refused(capsys, folder, "--json", tmp_path)
-    monkeypatch.setattr("lori_trl.report.is_matplotlib_available", lambda: False)
+    monkeypatch.setattr("lori_trl.heatmaps.is_matplotlib_available", lambda: False)
     for option, target in (("--html", "page.html"), ("--save", "a.png"), ("--save", "folder")):
         assert "lori-trl[plots]" in refused(capsys, folder, option, tmp_path / target)
     assert not list(tmp_path.iterdir())

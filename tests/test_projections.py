@@ -5,11 +5,18 @@ import math
 
 import pytest
 import torch
-from conftest import lora_config
 from peft import get_peft_model
+from tiny import lora_config
 
 from lori_trl.layers import lora_layers, module_path
-from lori_trl.projections import derive_projection_seed, draw_projection, fingerprint, freeze_projections, init_projections, projections
+from lori_trl.projections import (
+    derive_projection_seed,
+    draw_projection,
+    fingerprint,
+    freeze_projections,
+    init_projections,
+    projections,
+)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import lora_config  # noqa: F401  (puts this folder on the path for all tests alike)
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,7 +16,8 @@ from trl.scripts.sft import main as trl_sft
 from trl.scripts.sft import make_parser as trl_parser
 
 from lori_trl import LoriMasks
-from lori_trl.cli import _sft_parser, sft
+from lori_trl.cli import sft
+from lori_trl.cli.sft import sft_parser
 from lori_trl.recipes import find_recipe, list_recipes, read_recipe, shipped_folder, validate_recipe
 from lori_trl.tasks import TASKS
 
@@ -94,7 +94,7 @@ def test_every_recipe_is_counted_and_listed():
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_recipe_is_valid_and_says_what_it_is(name):
     file = ALL[name]
-    validate_recipe(file, _sft_parser())
+    validate_recipe(file, sft_parser())
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
     assert header[0].startswith("# ") and len(header[0]) > 20
     assert any(line.startswith("# Needs:") for line in header)
@@ -336,7 +336,7 @@ def test_all_faults_come_in_one_error(tmp_path):
     }
     file.write_text(yaml.safe_dump(recipe))
     with pytest.raises(ValueError, match="has 8 faults") as error:
-        validate_recipe(file, _sft_parser())
+        validate_recipe(file, sft_parser())
     message = str(error.value)
     assert str(file) in message
     for part in (
@@ -365,7 +365,7 @@ def test_all_kinds_of_faults_come_in_one_error(tmp_path):
         "lora_r: 64\n"
     )
     with pytest.raises(ValueError, match="has 5 faults") as error:
-        validate_recipe(file, _sft_parser())
+        validate_recipe(file, sft_parser())
     for part in (
         "learnig_rate: no such field (did you mean learning_rate?)",
         "max_steps='many': not a valid int",
@@ -398,9 +398,9 @@ def test_all_kinds_of_faults_come_in_one_error(tmp_path):
 def test_ranges(line, fault, tmp_path):
     (tmp_path / "one.yaml").write_text(line)
     if fault is None:
-        return validate_recipe(tmp_path / "one.yaml", _sft_parser())
+        return validate_recipe(tmp_path / "one.yaml", sft_parser())
     with pytest.raises(ValueError, match="has 1 fault:") as error:
-        validate_recipe(tmp_path / "one.yaml", _sft_parser())
+        validate_recipe(tmp_path / "one.yaml", sft_parser())
     assert fault in str(error.value)
 
 

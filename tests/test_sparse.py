@@ -1,6 +1,7 @@
 """The two backends: the same result, and what packed promises about memory, PEFT and dropout."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -236,6 +237,70 @@ def test_deleting_the_adapter_takes_the_values_along(adapted):
         adapted.delete_adapter("default")
         assert "default" not in getattr(layer, VALUES) and "default" not in layer.lora_variant
     assert all(".other." in name for name in trainable(adapted))
+
+
+# ---- the layer moves, is copied, and is looked at -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+def test_masks_and_positions_follow_the_model_to_another_device(adapted, backend):
+    with sparse_training(adapted, "default", random_masks(adapted), backend):
+        names = {name.rpartition(".")[2] for name, _ in adapted.named_buffers()}
+        assert names & {"sparse_indices", "sparse_mask"}
+        assert not any("sparse" in name for name in adapted.state_dict())
+        adapted.to("meta")
+        tokens = TOKENS.to("meta")
+        adapted(input_ids=tokens, labels=tokens).loss.backward()
+        gradients = [parameter.grad for parameter in trainable(adapted).values()]
+        assert gradients and all(gradient.device.type == "meta" for gradient in gradients)
+    assert not any("sparse" in name for name, _ in adapted.named_buffers())
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_of_the_model_is_whole_and_its_own(adapted, way):
+    masks = random_masks(adapted)
+    start = {path: weight.clone() for path, weight in weights(adapted).items()}
+    with sparse_training(adapted, "default", masks):
+        if way == "deepcopy":
+            copied = copy.deepcopy(adapted)
+        else:
+            file = io.BytesIO()
+            torch.save(adapted, file)
+            file.seek(0)
+            copied = torch.load(file, weights_only=False)  # this test's own bytes
+        nudge(copied)
+        state = copied.state_dict()
+        check_against({path: state[f"base_model.model.{path}.lora_B.default.weight"] for path in start}, start, masks)
+        assert all(torch.equal(weight, start[path]) for path, weight in weights(adapted).items())
+
+
+@pytest.mark.parametrize("where", ["base layer", "every module"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_a_base_layer_fire_and_see_what_peft_shows_them(adapted, kind, where):
+    """Also where the base layer's W would else be used directly, and where the branch writes into its output."""
+    base = lora_layers(adapted, "default")["model.layers.1.mlp.up_proj"].get_base_layer()
+    embeddings = adapted.get_input_embeddings()
+    embeddings.weight.requires_grad_()
+    shown = []
+
+    def remember(module, *tensors):
+        if module is base:
+            shown.append([tensor for group in tensors for tensor in (group if isinstance(group, tuple) else (group,))])
+
+    if where == "base layer":
+        handle = getattr(base, f"register_{kind}_hook")(remember)
+    else:
+        handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(remember)
+    try:
+        loss(adapted).backward()
+        with sparse_training(adapted, "default", random_masks(adapted)):
+            loss(adapted).backward()
+    finally:
+        handle.remove()
+    peft, ours = shown
+    assert peft and len(peft) == len(ours)
+    for expected, tensor in zip(peft, ours, strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-6)
 
 
 # ---- dropout -------------------------------------------------------------------------------------------------------

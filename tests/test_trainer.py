@@ -229,6 +229,22 @@ def test_calibration_has_its_own_length_rate_and_rows(make_trainer):
     assert trainer.calibration["samples"] == 8
 
 
+def test_callbacks_see_the_B_that_the_step_has_made(make_trainer):
+    class Watch(TrainerCallback):
+        steps = []
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            B = {name: weight.clone() for name, weight in model.named_parameters() if "lora_B" in name}
+            self.steps.append((B, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+
+    trainer = make_trainer(callbacks=[Watch()], max_steps=2)
+    trainer.train()
+    assert len(Watch.steps) == 6
+    for B, state in Watch.steps:
+        assert all(torch.equal(weight, state[name]) for name, weight in B.items())
+    assert any(not torch.equal(Watch.steps[-1][0][name], weight) for name, weight in Watch.steps[-2][0].items())
+
+
 def test_several_sparsities_from_one_calibration(make_trainer, tmp_path):
     trainer = make_trainer(calibration_sparsities=[0.5, 0.99], mask_granularity="layer")
     trainer.train()

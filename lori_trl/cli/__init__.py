@@ -1,0 +1,35 @@
+"""The command line: `lori` with one file a verb, and `lori-sft`. All that prints is here."""
+
+import argparse
+import sys
+
+from . import eval, expand, export, inspect, merge, push, recipes, tasks
+from .errors import bad_input
+from .sft import sft  # the function, which the installed `lori-sft` calls, not its module
+
+_VERBS = (recipes, tasks, merge, push, export, expand, eval, inspect)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `lori`. Returns the exit code: 0; 2 for a wrong call; 1 for a failed push."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["sft"]:  # all that follows is for TRL's parser
+        return sft(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="lori",
+        description="Train LoRI adapters.",
+        epilog="example:\n  lori recipes list",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("sft", add_help=False, help="train an adapter (the same as lori-sft)")
+    for verb in _VERBS:
+        verb.add_parser(commands)
+    options = parser.parse_args(arguments)
+    with bad_input("lori"):
+        try:
+            options.func(options)
+        except RuntimeError as error:  # the call was right, the Hub was not
+            print(f"lori: {error}", file=sys.stderr)
+            return 1
+    return 0

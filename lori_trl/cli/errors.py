@@ -1,0 +1,16 @@
+"""Errors about the input: one message, and the exit code of a wrong call."""
+
+import os
+import sys
+from contextlib import contextmanager
+
+
+@contextmanager
+def bad_input(program: str, errors: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError)):
+    """Turn an error about the input into one message and exit code 2."""
+    try:
+        yield
+    except errors as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,140 @@
+"""`lori eval`: adapters beside their base model."""
+
+import argparse
+import os
+import warnings
+from pathlib import Path
+
+
+def add_parser(commands) -> None:
+    evaluation = commands.add_parser(
+        "eval",
+        help="evaluate adapters beside their base model",
+        epilog="example:\n  lori eval code-lori-s math-lori-s --tasks gsm8k boolq safety\n"
+        "  lori eval code-lori-s --metrics loss --dataset_path held_out.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = evaluation.add_argument
+    add("models", nargs="*", metavar="MODEL", help="adapters: folders, compact files, repositories; or model folders")
+    add("--base_model", help="the base model; by default the one that the adapters name")
+    add("--tasks", nargs="+", default=[], help="nlu, math, code, safety, or single ones: boolq, gsm8k, humaneval, ...")
+    add("--metrics", nargs="+", default=[], choices=["loss"], help="loss: of the completions in the local data")
+    add(
+        "--dataset_path",
+        nargs="+",
+        default=[],
+        metavar="[TASK=]PATH",
+        help="local data, a .jsonl or .json file or a folder, for all tasks or for one; by default those on the Hub",
+    )
+    add("--limit", type=int, help="take the first so many rows of each set")
+    add("--batch_size", type=int, default=8, help="sequences at a time (default: 8)")
+    add("--max_new_tokens", type=int, help="the longest answer (default: 512)")
+    add("--num_samples", type=int, help="samples a HumanEval problem (default: 20)")
+    add("--seed", type=int, default=42, help="of the samples (default: 42)")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    add("--allow_code_execution", action="store_true", help="run the code that models write, in a sandbox")
+    add("--output_path", type=Path, help="one more JSON file, with the results of all models and the base")
+    evaluation.set_defaults(func=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from ..evaluation import models, results
+    from ..evaluation.harness import evaluate, load_tasks
+    from ..evaluation.loss import held_out_rows, measure_loss
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT and transformers about each other's names
+    for name in ("limit", "batch_size", "max_new_tokens", "num_samples"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"`--{name} {value}` is too few. Allowed are 1 and more. Pass a positive number.")
+    if not options.tasks and not options.metrics:
+        raise ValueError(
+            "Neither `--tasks` nor `--metrics` is given. Allowed are tasks such as boolq, gsm8k, safety or humaneval, "
+            "and `--metrics loss`. Pass what to measure."
+        )
+    paths = _local_data(options.dataset_path)
+    base_name = models.find_base_model(options.base_model, options.models)
+    folders = [name for name in options.models if os.path.isdir(name) and os.access(name, os.W_OK)]
+    for folder in folders:
+        results.read_results(folder)
+    held_out = {}
+    if "loss" in options.metrics:
+        if not paths:
+            raise ValueError(
+                "`--metrics loss` has no data. It needs a local file with prompts and completions. Pass "
+                "`--dataset_path held_out.jsonl`."
+            )
+        held_out = {path: held_out_rows(path, options.limit) for path in paths.values()}
+    tasks = {}
+    if options.tasks:
+        tasks = load_tasks(
+            options.tasks,
+            paths=paths,
+            limit=options.limit,
+            max_new_tokens=options.max_new_tokens,
+            num_samples=options.num_samples,
+            allow_code_execution=options.allow_code_execution,
+        )
+    console = Console()
+    compared, on_file = {}, []
+
+    def measure(name: str, label: str, model, tokenizer, base: str | None) -> None:
+        console.print(f"{label}:")
+        figures = [measure_loss(model, tokenizer, path, rows, options.batch_size) for path, rows in held_out.items()]
+        if tasks:
+            figures += evaluate(model, tokenizer, tasks, batch_size=options.batch_size, seed=options.seed)
+        compared[label] = figures
+        new = results.records(figures, name, base)
+        on_file.extend(new)
+        if name in folders:
+            results.write_results(name, new)
+        if options.output_path is not None:
+            results.write_file(options.output_path, on_file)
+
+    whole = [name for name in options.models if models.is_whole_model(name)]
+    if base_name is not None:
+        model, tokenizer = models.load_model(base_name, options.dtype)
+        adapters = [name for name in options.models if name not in whole]
+        for name in adapters:
+            with models.with_adapter(model, name):  # whatever does not fit fails before hours of work
+                pass
+        measure(base_name, "base", model, tokenizer, None)
+        for name in adapters:
+            with models.with_adapter(model, name) as adapted:
+                own = models.own_tokenizer(name, tokenizer)
+                measure(name, _label(name, options.models), adapted, own, base_name)
+        del model
+    for name in whole:
+        measure(name, _label(name, options.models), *models.load_model(name, options.dtype), None)
+    console.print(results.results_table(compared))
+    elsewhere = [name for name in options.models if name not in folders]
+    if elsewhere and options.output_path is None:
+        print(f"No file was written for {', '.join(elsewhere)}: `--output_path FILE` writes one for all models.")
+
+
+def _label(name: str, names: list[str]) -> str:
+    """Name a model by the last part of its path, if no other ends so."""
+    last = Path(name).name
+    return name if [Path(other).name for other in names].count(last) > 1 or last == "base" else last
+
+
+def _local_data(given: list[str]) -> dict[str | None, str]:
+    """Parse `[TASK=]PATH`: task, or None for all, -> path."""
+    paths = {}
+    for text in given:
+        task, equals, path = text.partition("=")
+        if Path(text).exists() or not equals:
+            task, path = None, text
+        if task in paths:
+            raise ValueError(
+                f"`--dataset_path {' '.join(given)}` has two paths for {task or 'all tasks'}. Allowed is one. Pass "
+                "`TASK=PATH` for each task."
+            )
+        if not Path(path).exists():
+            raise FileNotFoundError(
+                f"`--dataset_path {text}` does not exist. Allowed is a .jsonl or .json file or a folder, with `TASK=` "
+                "before it if it is for one task. Correct the path."
+            )
+        paths[task] = path
+    return paths

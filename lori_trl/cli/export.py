@@ -1,0 +1,28 @@
+"""`lori export`: an adapter as one small file."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write an adapter as one small file",
+        epilog="example:\n  lori export --compact code-lori-s code-lori-s.safetensors --dtype bfloat16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("--compact", action="store_true", required=True, help="the form: seed, positions and values")
+    export.add_argument("folder", type=Path, help="the adapter's folder")
+    export.add_argument("file", type=Path, help="the new file")
+    export.add_argument("--dtype", choices=["bfloat16", "float16"], help="round the values; by default they are exact")
+    export.set_defaults(func=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    from ..compact import export_compact
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    file = export_compact(options.folder, options.file, dtype=dtype)
+    print(f"{file}: {file.stat().st_size:,} bytes")

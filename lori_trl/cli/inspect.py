@@ -1,0 +1,76 @@
+"""`lori inspect`: where tasks train, and how far their masks and deltas meet."""
+
+import argparse
+import os
+from pathlib import Path
+
+
+def add_parser(commands) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="show where tasks train, and how far their masks and deltas meet",
+        epilog="example:\n  lori inspect safety-lori code-lori --html interference.html",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect.add_argument("adapters", nargs="+", help="folders or Hub names of LoRI or plain LoRA adapters")
+    inspect.add_argument("--save", type=Path, metavar="FILE.png|FOLDER", help="draw one picture, or a folder of them")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no network")
+    inspect.add_argument("--json", metavar="FILE", help="write the numbers; - for the standard output, without tables")
+    inspect.set_defaults(func=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from ..files import replacing
+    from ..inspection import inspect_adapters, inspection_sections, render_page, render_picture, render_pictures
+    from ..terminal import printable
+
+    to_screen = options.json == "-"
+    json_file = Path(options.json) if options.json and not to_screen else None
+    one_picture = options.save is not None and options.save.suffix == ".png"
+    for option, file in (("save", options.save), ("html", options.html), ("json", json_file)):
+        if file is not None:
+            _check_target(option, file, folder=option == "save" and not one_picture)
+    console = Console(stderr=True)
+    inspection = inspect_adapters(
+        options.adapters,
+        track=lambda paths: track(paths, "reading", console=console, transient=True, disable=not console.is_terminal),
+    )
+    sections = inspection_sections(inspection)
+    numbers = json.dumps(inspection.to_dict(), indent=1, allow_nan=False) + "\n"
+    files: dict[Path, bytes] = {}
+    if json_file is not None:
+        files[json_file] = numbers.encode()
+    if options.html is not None:
+        files[options.html] = render_page(inspection, sections).encode()
+    if one_picture:
+        files[options.save] = render_picture(sections)
+    elif options.save is not None:
+        files |= {options.save / f"{key}.png": picture for key, picture in render_pictures(sections).items()}
+        options.save.mkdir(exist_ok=True)
+    for file, contents in files.items():
+        with replacing(file) as partial:
+            partial.write_bytes(contents)
+    if to_screen:
+        print(numbers, end="")
+        return
+    console = Console()
+    for section in sections:
+        console.print(section.for_terminal(), "")
+    for line in [*(f"- {note}" for note in inspection.notes), *(f"written: {file}" for file in files)]:
+        console.print(printable(line), highlight=False)
+
+
+def _check_target(option: str, target: Path, *, folder: bool) -> None:
+    """Raise unless a file or folder can be written, before work goes into what to write."""
+    wrong_kind = target.is_file() or (target.suffix and not target.is_dir()) if folder else target.is_dir()
+    if wrong_kind or not os.access(target if target.is_dir() else target.parent, os.W_OK | os.X_OK):
+        allowed = "a file that ends in .png, or a folder," if option == "save" else "a file"
+        raise OSError(
+            f"`--{option} {target}` cannot be written. Allowed is {allowed} in a folder that exists and is writable. "
+            "Pass another, or make the folder above it."
+        )

@@ -1,0 +1,139 @@
+"""`lori merge`: several adapters into one, by weights that are given or searched for."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..recipes import find_recipe, read_recipe, validate_recipe
+
+_EXAMPLE = """
+examples:
+  lori merge math-lori-s me/code-lori-s --weights 0.5 0.4 --output_dir math-code
+  lori merge --recipe table8_lori_s_concat.yaml --output_dir merged
+  lori merge math-lori-s code-lori-s --search coordinate --heldout math.jsonl code.jsonl --output_dir math-code
+"""
+
+
+def add_parser(commands) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="merge adapters into one",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_arguments(merge)
+    merge.add_argument("--recipe", help="a YAML file or a shipped recipe's name; options go over it")
+    merge.set_defaults(func=run)
+
+
+def recipe_parser() -> argparse.ArgumentParser:
+    """What a merge recipe may hold."""
+    parser = argparse.ArgumentParser(prog="lori merge")
+    _add_arguments(parser)
+    return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    methods = ["concat", "linear", "linear_peft", "magnitude", "ties", "dare"]
+    parser.add_argument("adapters", type=str, nargs="*", help="folders, compact files or names on the Hub")
+    parser.add_argument("--output_dir", type=str, help="where to (default: merged-lori)")
+    parser.add_argument("--weights", type=float, nargs="+", help="one for each adapter, or one for all (default: 1/n)")
+    parser.add_argument(
+        "--method",
+        type=str,
+        choices=methods,
+        help="concat: the weighted sum, exactly, ranks add up (default); linear: A and B summed by themselves; "
+        "linear_peft: with square roots of the weights; magnitude, ties, dare: pruned first, as PEFT does",
+    )
+    parser.add_argument("--density", type=float, help="what magnitude, ties and dare keep, in (0, 1]")
+    parser.add_argument("--seed", type=int, help="of dare's random numbers (default: 0)")
+    parser.add_argument(
+        "--base_model",
+        type=str,
+        help="the base model to record, and to search with; by default the one that the adapters name",
+    )
+    parser.add_argument(
+        "--search",
+        type=str,
+        choices=["shared", "coordinate"],
+        help="find the weights that give the lowest loss on --heldout: one for all adapters, or then one for each",
+    )
+    parser.add_argument(
+        "--heldout",
+        type=str,
+        nargs="+",
+        help=".jsonl or .json files that no adapter was trained on; the objective "
+        "is the mean over the files of the loss of a completion token",
+    )
+    parser.add_argument("--grid", type=float, nargs="+", help="the weights to try (default: 0.1 to 1)")
+
+
+def run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..adapter import read_lori_config
+    from ..merging import merge_lori_adapters
+
+    settings = {}
+    if options.recipe is not None:
+        file = find_recipe(options.recipe)
+        validate_recipe(file, recipe_parser())
+        settings = {key: value for key, value in read_recipe(file).items() if value is not None}
+    given = vars(options)
+    for action in recipe_parser()._actions:
+        if given.get(action.dest) not in (None, []):
+            settings[action.dest] = given[action.dest]
+    if isinstance(weights := settings.get("weights"), list) and len(weights) == 1:
+        settings["weights"] = weights[0]
+    adapters = settings.pop("adapters", [])
+    strategy, heldout, grid = (settings.pop(key, None) for key in ("search", "heldout", "grid"))
+    if strategy is not None:
+        settings |= _search(adapters, strategy, heldout, grid, settings)
+    elif heldout is not None or grid is not None:
+        raise ValueError(
+            f"`--heldout {heldout}`, `--grid {grid}` without `--search`. They are for the search for weights. Add "
+            "`--search shared`, or leave them out."
+        )
+    folder = merge_lori_adapters(adapters, **settings)
+    config = read_lori_config(folder)
+    table = Table(title=f"merged by {config['merge']['method']}: {config['task']}")
+    for column in ("adapter", "task", "weight", "rank"):
+        table.add_column(column, justify="right" if column in ("weight", "rank") else "left")
+    for adapter in config["merge"]["adapters"]:
+        table.add_row(adapter["source"], adapter["task"], f"{adapter['weight']:g}", str(adapter["rank"]))
+    Console().print(table)
+    print(f"saved to {folder}")
+
+
+def _search(adapters, strategy, heldout, grid, settings) -> dict[str, Any]:
+    """Search for the weights of a merge, and print what was tried. Returns the weights and the search's record."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..merging.search import GRID, search_merge_weights
+    from ..tasks import LoriScriptArguments, load_training_data
+
+    if "weights" in settings:
+        raise ValueError(
+            f"`weights={settings['weights']}` and `--search` exclude each other: the search finds the weights. Leave "
+            "one out."
+        )
+    names = {"/".join(Path(file).with_suffix("").parts[-2:]): file for file in heldout or []}
+    if len(names) < len(heldout or []):
+        raise ValueError(
+            f"`--heldout {' '.join(heldout)}` names a file twice, or two files alike. Each must have a folder's and a "
+            "file's name of its own. Rename one, or leave it out."
+        )
+    rows = {name: load_training_data(LoriScriptArguments(dataset_path=file))["train"] for name, file in names.items()}
+    facts = {key: settings[key] for key in ("method", "density", "seed", "base_model") if key in settings}
+    search = search_merge_weights(adapters, rows, strategy=strategy, grid=grid or GRID, **facts)
+    table = Table(title=f"completion loss by weights, {strategy} search")
+    for column in ("weights", *rows, *(["mean"] if len(rows) > 1 else [])):
+        table.add_column(column, justify="right")
+    for trial in (search.base, *search.trials):
+        losses = [*trial.losses.values(), *([trial.objective] if len(rows) > 1 else [])]
+        name = "base model" if trial is search.base else " ".join(f"{weight:g}" for weight in trial.weights)
+        table.add_row(name, *(f"{loss:.4f}" for loss in losses), style="bold" if trial is search.best else None)
+    Console().print(table)
+    return {"weights": list(search.best.weights), "search": search.record}

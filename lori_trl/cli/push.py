@@ -1,0 +1,48 @@
+"""`lori push`: an adapter's folder to the Hub, in one commit."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands) -> None:
+    push = commands.add_parser(
+        "push",
+        help="push an adapter's folder to the Hub, in one commit",
+        epilog="example:\n  lori push code-lori-s me/code-lori-s --private",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    push.add_argument("folder", type=Path, help="the adapter's folder")
+    push.add_argument("repo", help="the repository on the Hub, namespace/name; made if it is missing")
+    push.add_argument("--private", action="store_true", default=None, help="make a private repository")
+    push.add_argument("--revision", help="the branch; made if it is missing")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument(
+        "--include", nargs="+", default=["peft"], choices=["peft", "compact"], help="which forms of the adapter"
+    )
+    push.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and push nothing")
+    push.set_defaults(func=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..hub import adapter_files, push_lori_to_hub
+
+    if options.dry_run:
+        with adapter_files(options.folder, options.repo, options.include) as files:
+            table = Table("file", "bytes", title=f"{options.folder} -> {options.repo}")
+            for name, file in files.items():
+                table.add_row(name, f"{file.stat().st_size:,}")
+            table.add_row("together", f"{sum(file.stat().st_size for file in files.values()):,}")
+        Console().print(table)
+        return
+    commit = push_lori_to_hub(
+        options.folder,
+        options.repo,
+        private=options.private,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        include=options.include,
+    )
+    print(commit.pr_url or commit.commit_url)

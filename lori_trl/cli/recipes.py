@@ -1,0 +1,69 @@
+"""`lori recipes`: list, show, check and copy the shipped ones."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from ..recipes import find_recipe, is_merge_recipe, list_recipes, read_recipe, recipe_facts, validate_recipe
+from . import merge
+from .sft import sft_parser
+
+
+def add_parser(commands) -> None:
+    recipes = commands.add_parser(
+        "recipes",
+        help="the shipped recipes",
+        epilog="example:\n  lori recipes copy code_lori_s.yaml my_recipe.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = recipes.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="list the shipped recipes").set_defaults(func=_list)
+    show = actions.add_parser("show", help="print a recipe")
+    show.set_defaults(func=_show)
+    validate = actions.add_parser("validate", help="check a recipe, all faults at once")
+    validate.set_defaults(func=_validate)
+    for action in (show, validate):
+        action.add_argument("recipe", help="a YAML file or a shipped recipe's name")
+    copy = actions.add_parser("copy", help="copy a shipped recipe, to change it")
+    copy.add_argument("recipe", help="a shipped recipe's name")
+    copy.add_argument("target", type=Path, help="the new file")
+    copy.set_defaults(func=_copy)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "task", "base", "variant", "rank", "source", box=None, padding=(0, 1, 0, 0))
+    merges = Table("for lori merge", "adapters", "weights", "method", "density", box=None, padding=(0, 1, 0, 0))
+    runs = []
+    for file in list_recipes():
+        if is_merge_recipe(file):
+            recipe = read_recipe(file)
+            values = ", ".join(recipe["adapters"]), recipe["weights"], recipe["method"], recipe.get("density", "")
+            merges.add_row(file.name, *map(str, values))
+        else:
+            *facts, measured = recipe_facts(file).values()
+            table.add_row(file.name, *facts)
+            runs += [f"run here: {file.name}: {measured}"] if measured else []
+    console = Console(width=max(Console().width, 120))  # no name is cut, in a pipe neither
+    console.print(table, *runs, "", merges, sep="\n", highlight=False, soft_wrap=True)
+
+
+def _show(options: argparse.Namespace) -> None:
+    print(find_recipe(options.recipe).read_text(encoding="utf-8"), end="")
+
+
+def _validate(options: argparse.Namespace) -> None:
+    file = find_recipe(options.recipe)
+    validate_recipe(file, merge.recipe_parser() if is_merge_recipe(file) else sft_parser())
+    print(f"{file.name}: no faults")
+
+
+def _copy(options: argparse.Namespace) -> None:
+    file = find_recipe(options.recipe)
+    if options.target.exists():
+        raise FileExistsError(
+            f"`{options.target}` exists. A copy goes to a new file. Choose another name or delete it."
+        )
+    shutil.copyfile(file, options.target)

@@ -1,0 +1,249 @@
+"""`lori-sft`, which is `lori sft`: train an adapter."""
+
+import argparse
+import os
+import sys
+import tempfile
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from ..recipes import find_recipe, nearest, read_recipe, validate_recipe
+from .errors import bad_input
+
+_EXAMPLE = """
+several processes: --accelerate_config single | ddp | fsdp2 | zero3 | FILE, and --num_processes N
+
+example:
+  lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8
+  lori-sft --accelerate_config ddp --num_processes 8 --recipe code_lori_s.yaml --output_dir code-lori-s
+"""
+_LAUNCH_FILES = {"single": "single_gpu", "ddp": "multi_gpu", "fsdp2": "fsdp2", "zero3": "zero3"}  # TRL's names
+
+
+def sft(arguments: list[str] | None = None) -> int:
+    """Run `lori-sft`. Returns the exit code: 0; 2 for a wrong call; a failed run raises."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--accelerate_config" in arguments:
+        return _launch(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
+    with bad_input("lori-sft"):
+        parser = sft_parser()
+        script, args, model_args, recipe = _parse(parser, arguments)
+        if script.dry_run:
+            _dry_run(script, args, model_args)
+            return 0
+        trainer = _build_trainer(script, args, model_args)
+    trainer.recipe = recipe
+    resume = args.resume_from_checkpoint
+    with bad_input("lori-sft", (ValueError, FileNotFoundError)):
+        output = trainer.train(True if str(resume).lower() == "true" else resume)
+    trainer.save_model()
+    metrics = output.metrics
+    if trainer.eval_dataset is not None:
+        evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        metrics |= trainer.evaluate()
+        metrics["initial_eval_loss"] = [*evaluations, metrics["eval_loss"]][0]
+    trainer.save_metrics("all", metrics, combined=False)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if trainer.is_world_process_zero():
+        _print_outcome(trainer, metrics)
+    trainer.end()
+    return 0
+
+
+def _launch(arguments: list[str]) -> int:
+    """Start `lori-sft` on several processes, with one of the launch files that TRL ships or a file of one's own."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--accelerate_config")
+    finder.add_argument("--num_processes")
+    options, rest = finder.parse_known_args(arguments)
+    with bad_input("lori-sft"):
+        name = _LAUNCH_FILES.get(options.accelerate_config, options.accelerate_config)
+        if not Path(name).is_file() and name not in _LAUNCH_FILES.values():
+            raise FileNotFoundError(
+                f"`--accelerate_config {name}` is neither a file nor a shipped launch file. Shipped are "
+                f"{', '.join(_LAUNCH_FILES)}. Pass one of these, or a file that `accelerate config` wrote."
+            )
+    launch = resolve_accelerate_config_argument(["--accelerate_config", name])
+    if options.num_processes is not None:
+        launch += ["--num_processes", options.num_processes]
+    launch_command(launch_command_parser().parse_args([*launch, "--module", "lori_trl.cli", "sft", *rest]))
+    return 0
+
+
+def sft_parser():
+    from trl import ModelConfig, TrlParser
+
+    from ..config import LoriSFTConfig
+    from ..tasks import LoriScriptArguments
+
+    class Parser(TrlParser):
+        def error(self, message: str):  # argparse would print pages of usage first
+            raise ValueError(f"{message}. `lori-sft --help` lists what is allowed. Correct the call.")
+
+    parser = Parser(
+        (LoriScriptArguments, LoriSFTConfig, ModelConfig),
+        prog="lori-sft",
+        allow_abbrev=False,
+        description="Train a LoRI adapter: calibrate, select the mask, adapt.",
+        epilog=_EXAMPLE,
+        formatter_class=_HelpFormatter,
+    )
+    parser.set_defaults(use_peft=True, lora_target_modules="all-linear")
+    return parser
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Parse recipe and command line. Returns the three configurations and the recipe as it is run."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    name = finder.parse_known_args(arguments)[0].recipe
+    recipe = {}
+    if name is not None:
+        file = find_recipe(name)
+        if file.parent.name == "baselines":
+            raise ValueError(
+                f"`--recipe {name}` is a baseline for TRL's own trainer. `lori-sft` trains LoRI adapters. Run it with "
+                f"`trl sft --config {file}`."
+            )
+        validate_recipe(file, parser)
+        recipe = read_recipe(file)
+        arguments = ["--config", str(file), *arguments]
+    *configs, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(
+            f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help` lists all. Correct it."
+        )
+    script, args, model_args = configs
+    if model_args.model_name_or_path is None:
+        raise ValueError(
+            "`model_name_or_path` is missing. It names the base model, on the Hub or in a folder. Pass e.g. "
+            "`--model_name_or_path meta-llama/Meta-Llama-3-8B`, or a `--recipe` that does."
+        )
+    given = {
+        argument.lstrip("-").partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"
+    }
+    for config in configs:
+        set_here = {key: value for key, value in vars(config).items() if key in given}
+        recipe |= {key: value.value if isinstance(value, Enum) else value for key, value in set_here.items()}
+    for one, other in (("dataset_path", "dataset_name"), ("dataset_name", "dataset_path")):
+        if one in given and other not in given:  # one's own data in place of the recipe's
+            setattr(script, other, None)
+            recipe.pop(other, None)
+    for secret_or_ours in ("hub_token", "env", "recipe", "dry_run"):
+        recipe.pop(secret_or_ours, None)
+    script.recipe = str(file) if name is not None else None
+    return script, args, model_args, recipe
+
+
+def _dry_run(script, args, model_args) -> None:
+    from peft import PeftConfig
+    from rich.console import Console
+    from transformers import AutoConfig
+    from trl import get_peft_config
+
+    from ..counting import KNOWN_CONFIGS, count_parameters
+
+    peft_config = get_peft_config(model_args)
+    if script.adapter_name_or_path is not None:
+        peft_config = PeftConfig.from_pretrained(script.adapter_name_or_path)
+    config = KNOWN_CONFIGS.get(model_args.model_name_or_path) or AutoConfig.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    counts = count_parameters(config, peft_config, args.sparsity)
+    Console().print(counts.table(), counts.memory_table(_bytes_of_base(model_args)))
+
+
+def _bytes_of_base(model_args) -> float:
+    if model_args.load_in_4bit:
+        return 0.56  # NF4: half a byte, and a float32 scale every 64 entries
+    if model_args.load_in_8bit:
+        return 1.0
+    return {"bfloat16": 2.0, "float16": 2.0}.get(model_args.dtype, 4.0)
+
+
+def _build_trainer(script, args, model_args):
+    from transformers import AutoTokenizer
+    from trl import get_peft_config, get_quantization_config
+    from trl.trainer.utils import create_model_from_path
+
+    from ..adapter import load_lori_adapter
+    from ..tasks import data_name, load_training_data
+    from ..trainer import LoriSFTTrainer
+
+    data = load_training_data(script, args.dataset_text_field)
+    evaluated = args.eval_strategy != "no" or args.eval_on_start
+    if evaluated and script.dataset_test_split not in data:
+        raise ValueError(
+            f"`eval_strategy={args.eval_strategy.value}`, `eval_on_start={args.eval_on_start}`: the split "
+            f"{script.dataset_test_split!r} is needed, and the data have {', '.join(data)}. Pass one of these as "
+            "`dataset_test_split`, or evaluate nothing."
+        )
+    if args.task_name is None:
+        args.task_name = data_name(script)
+    _check_writable(args.output_dir)
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+        **(args.model_init_kwargs or {}),
+    }
+    args.model_init_kwargs = None
+    model = create_model_from_path(model_args.model_name_or_path, **model_init_kwargs)
+    peft_config = get_peft_config(model_args)
+    if script.adapter_name_or_path is not None:
+        model = load_lori_adapter(model, script.adapter_name_or_path, is_trainable=True)
+        peft_config = None
+    return LoriSFTTrainer(
+        model,
+        args,
+        train_dataset=data[script.dataset_train_split],
+        eval_dataset=data[script.dataset_test_split] if evaluated else None,
+        processing_class=AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        ),
+        peft_config=peft_config,
+    )
+
+
+def _check_writable(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"`output_dir={folder}` cannot be written: {error.strerror}. A folder is needed in which files can be "
+            "made. Pass another `--output_dir`."
+        ) from error
+
+
+def _print_outcome(trainer, metrics: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    masks, counts = trainer.masks, trainer.lori_config["counts"]
+    table = Table(show_header=False, title=f"{trainer.lori_config['variant']} adapter {trainer.task_name!r}")
+    table.add_row("plain LoRA would train", f"{counts['lora']:,}")
+    table.add_row(
+        "LoRI trained", f"{counts['selected']:,} ({100 * counts['selected'] / counts['lora']:.2f} % of LoRA)"
+    )
+    table.add_row("density", f"{masks.num_selected:,} / {masks.numel:,} = {masks.density:.8f}")
+    if "eval_loss" in metrics:
+        table.add_row("held-out loss, first evaluation", f"{metrics['initial_eval_loss']:.4f}")
+        table.add_row("held-out loss, at the end", f"{metrics['eval_loss']:.4f}")
+    table.add_row("saved to", trainer.args.output_dir)
+    Console().print(table)

@@ -1,0 +1,49 @@
+"""`lori tasks`: who owns how much of an adapter's B; extract or remove a task."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands) -> None:
+    tasks = commands.add_parser(
+        "tasks",
+        help="who owns how much of an adapter's B; extract or remove a task",
+        epilog="example:\n  lori tasks two-tasks --extract math --output_dir math-alone",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks.add_argument("adapter", help="the adapter: a folder, a compact file or a name on the Hub")
+    change = tasks.add_mutually_exclusive_group()
+    change.add_argument("--extract", metavar="TASK", help="write this task's own adapter")
+    change.add_argument("--remove", metavar="TASK", help="write the adapter without this task")
+    tasks.add_argument("--output_dir", type=Path, help="the new folder, for --extract and --remove")
+    tasks.set_defaults(func=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..continual import extract_task, read_ledger, remove_task
+
+    changed = options.extract or options.remove
+    if (changed is None) != (options.output_dir is None):
+        raise ValueError(
+            f"`--output_dir {options.output_dir}` with {'a' if changed else 'no'} task to extract or remove. They go "
+            "together. Pass both, or neither to see the ledger."
+        )
+    if changed is not None:
+        (extract_task if options.extract else remove_task)(options.adapter, changed, options.output_dir)
+    ledger = read_ledger(options.output_dir or options.adapter)
+    table = Table("task, oldest first", title=f"{options.output_dir or options.adapter}: who owns B")
+    for column in ("trained", "still its own", "of B", "steps", "rows"):
+        table.add_column(column, justify="right")
+    for task in ledger.tasks:
+        facts = task.record["training"] or {}
+        known = [facts.get("steps"), (facts.get("dataset") or {}).get("rows")]
+        share = f"{100 * task.owned / ledger.numel:.2f} %"
+        counts = [f"{task.trained:,}", f"{task.owned:,}", share]
+        table.add_row(task.task, *counts, *("" if fact is None else f"{fact:,}" for fact in known))
+    table.add_section()
+    table.add_row("free", "", f"{ledger.free:,}", f"{100 * ledger.free / ledger.numel:.2f} %")
+    Console().print(table)
+    print(f"{ledger.more_tasks} more disjoint tasks of sparsity {ledger.sparsity:g} fit.")

@@ -1,0 +1,16 @@
+"""Interference in numbers and pictures: where tasks train, and how far their masks and deltas meet."""
+
+from .measure import inspect_adapters
+from .render import render_page, render_picture, render_pictures
+from .sections import inspection_sections
+from .statistics import Inspection, Magnitudes
+
+__all__ = [
+    "Inspection",
+    "Magnitudes",
+    "inspect_adapters",
+    "inspection_sections",
+    "render_page",
+    "render_picture",
+    "render_pictures",
+]

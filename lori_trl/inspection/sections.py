@@ -1,0 +1,358 @@
+"""What an inspection says, section by section: in words, as tables, and as drawings."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ..heatmaps import draw_maps, layer_label, layer_numbers, maps_height, projection_names
+from ..terminal import printable
+from .pictures import draw_cosine_by_layer, draw_magnitudes, draw_matrix, matrix_height
+from .statistics import Cell, Inspection, TaskPair, TaskStatistics
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class Grid:
+    """
+    A table of texts; the first column names the row.
+
+    Args:
+        columns (`list[str]`): the heads.
+        rows (`list[list[str]]`): as many texts as there are columns.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers, to be set flush right."""
+        columns = list(zip(*self.rows, strict=True)) or [() for _ in self.columns]
+        return [all(re.match(r"[-+–\d]|$", text) for text in column) for column in columns]
+
+
+@dataclass
+class Section:
+    """
+    One thing to see: what it is, in words, as a table, and as a picture.
+
+    Args:
+        key (`str`): a short name; that of the picture's file.
+        title (`str`): the heading.
+        text (`str`): what it shows and how to read it.
+        table ([`Grid`]): the figures, condensed.
+        sparks (`list[str]`, *optional*): a line of bars for each row of the table: its course over the layers.
+        numbers ([`Grid`], *optional*): the figures in full, as the picture shows them.
+        draw (`Callable`, *optional*): draws the picture into a matplotlib figure.
+        height (`float`): of the picture, in inches; all are `WIDTH` wide.
+        alt (`str`): the picture in a sentence, for who cannot see it.
+    """
+
+    key: str
+    title: str
+    text: str
+    table: Grid
+    sparks: list[str] | None = None
+    numbers: Grid | None = None
+    draw: Callable[[Any], None] | None = None
+    height: float = 0.0
+    alt: str = ""
+
+    def for_terminal(self) -> Group:
+        """Return heading, table and text for the terminal."""
+        table = Table()
+        for column, numeric in zip(self.table.columns, self.table.numeric, strict=True):
+            table.add_column(printable(column), justify="right" if numeric else "left", overflow="fold")
+        for row in self.table.rows:
+            table.add_row(*map(printable, row))
+        parts = [Text(self.title, style="bold"), table]
+        if self.sparks is not None:
+            bars = Table(self.table.columns[0], "by layer")
+            for row, spark in zip(self.table.rows, self.sparks, strict=True):
+                bars.add_row(printable(row[0]), spark)
+            parts.append(bars)
+        return Group(*parts, *([Text(self.text, style="dim")] if self.text else []))
+
+
+def inspection_sections(inspection: Inspection) -> list[Section]:
+    """Put what was found into sections, in the order in which to read them."""
+    tasks = inspection.tasks
+    sections = [_adapters_section(inspection), _tasks_section(tasks)]
+    sections += [_projections_section(inspection)] if inspection.projections else []
+    sections += [_overlap_section(inspection), _cosine_section(inspection)] if inspection.pairs else []
+    compared = [pair for pair in inspection.pairs if pair.cosine_by_layer]
+    sections += [_cosine_by_layer_section(compared)] if compared else []
+    return [*sections, _density_section(tasks), _norms_section(tasks), _magnitudes_section(tasks)]
+
+
+def _adapters_section(inspection: Inspection) -> Section:
+    rows = [
+        [
+            adapter.name,
+            adapter.base_model or "not named",
+            f"{adapter.modules}",
+            ", ".join(map(str, adapter.ranks)),
+            ", ".join(f"{scaling:.4g}" for scaling in adapter.scalings),
+            f"{adapter.numel_B:,}",
+            ", ".join(adapter.tasks),
+        ]
+        for adapter in inspection.adapters
+    ]
+    columns = ["adapter", "base model", "matrices", "rank", "scaling", "entries of B", "tasks, oldest first"]
+    return Section("adapters", "Adapters", "", Grid(columns, rows))
+
+
+def _tasks_section(tasks: Sequence[TaskStatistics]) -> Section:
+    rows = [
+        [
+            task.name,
+            f"{task.selected:,}" if task.masked else "–",
+            _percent(task.density),
+            f"{task.owned:,}",
+            f"{task.norm:.4g}",
+        ]
+        for task in tasks
+    ]
+    text = (
+        "The delta of a task is s B A, with B reduced to the entries that belong to it: those of its mask that no "
+        "newer task of the same adapter has too; all of B where there is no mask (–). Norms are Frobenius norms."
+    )
+    columns = ["task", "entries on the mask", "density", "entries of its own", "norm of the delta"]
+    return Section("tasks", "Tasks", text, Grid(columns, rows))
+
+
+def _overlap_section(inspection: Inspection) -> Section:
+    names = [task.name for task in inspection.tasks]
+    found = {}
+    for pair in inspection.pairs:
+        if pair.overlap is not None:
+            parts = [pair.overlap.shares, pair.overlap.chance, pair.overlap.chance_by_matrix]
+            star = "" if pair.same_A else " *"
+            found[pair.first, pair.second] = (*(part[0] for part in parts), star)
+            found[pair.second, pair.first] = (*(part[1] for part in parts), star)
+
+    def text(cell: "tuple[float, float, float, str]") -> str:
+        share, chance, by_matrix, star = cell
+        return f"{_percent(share)}{star}\n({100 * chance:.3g}; {100 * by_matrix:.3g})"
+
+    def label(cell: "tuple[float, float, float, str]") -> str:
+        share, chance, _, star = cell
+        return f"{100 * share:.3g}{star}\n({100 * chance:.3g})"
+
+    starred = any(not pair.same_A for pair in inspection.pairs if pair.overlap is not None)
+    section = Section(
+        "overlap",
+        "Overlap of masks",
+        "Of the entries that the row's task trains, the share that the column's task trains too. In brackets, in %, "
+        "what chance gives: the density of the other mask; the same when every matrix keeps its own density."
+        + (" * The two have different A: equal positions are not equal directions." if starred else ""),
+        _matrix(names, {two: text(cell) for two, cell in found.items()}),
+    )
+    if found:
+        ratios = {two: cell[0] / cell[1] if cell[1] else math.nan for two, cell in found.items()}
+        labels = {two: label(cell) for two, cell in found.items()}
+        section.draw = partial(
+            draw_matrix, names, ratios, labels, (0, 2), "times chance", "overlap in %, in brackets chance"
+        )
+        section.height = matrix_height(names)
+        section.alt = "Matrix of the tasks: the masks' overlap in times of chance. The table has the values."
+    return section
+
+
+def _cosine_section(inspection: Inspection) -> Section:
+    names = [task.name for task in inspection.tasks]
+    found = {}
+    for pair in inspection.pairs:
+        if pair.cosine is not None:
+            found[pair.first, pair.second] = found[pair.second, pair.first] = pair.cosine
+    section = Section(
+        "cosine",
+        "Cosine of deltas",
+        "Over all matrices. 0: the tasks' changes of the model are orthogonal; 1: the same direction; below 0: they "
+        "work against each other.",
+        _matrix(names, {two: _signed(cosine) for two, cosine in found.items()}),
+    )
+    if found:
+        limit = max(0.1, *map(abs, found.values()))
+        labels = {two: _signed(cosine, 3) for two, cosine in found.items()}
+        section.draw = partial(draw_matrix, names, found, labels, (-limit, limit), "cosine", "task")
+        section.height = matrix_height(names)
+        section.alt = "Matrix of the tasks: the cosine between every two deltas. The table has the values."
+    return section
+
+
+def _cosine_by_layer_section(pairs: Sequence[TaskPair]) -> Section:
+    names = [f"{pair.first} | {pair.second}" for pair in pairs]
+    layers = sorted({layer for pair in pairs for layer in pair.cosine_by_layer})
+    rows = []
+    for name, pair in zip(names, pairs, strict=True):
+        ranked = sorted((cosine, layer) for layer, cosine in pair.cosine_by_layer.items())
+        ends = [f"{_signed(cosine)} (layer {layer_label(layer)})" for cosine, layer in (ranked[0], ranked[-1])]
+        rows.append([name, *ends])
+    grid = [[pair.cosine_by_layer.get(layer, math.nan) for layer in layers] for pair in pairs]
+    numbers = [[layer_label(layer), *(_signed(row[i]) for row in grid)] for i, layer in enumerate(layers)]
+    return Section(
+        "cosine_by_layer",
+        "Cosine of deltas by layer",
+        "The same within each layer, over its projections.",
+        Grid(["tasks", "lowest", "highest"], rows),
+        numbers=Grid(["layer", *names], numbers),
+        draw=partial(draw_cosine_by_layer, pairs, layers, grid),
+        height=0.9 + 0.4 * len(names),
+        alt="Heat map of the cosine between the deltas of every two tasks, by layer.",
+    )
+
+
+def _projections_section(inspection: Inspection) -> Section:
+    rows = [
+        [
+            f"{pair.first} | {pair.second}",
+            "the same" if pair.same else "different",
+            f"{pair.mean:.4f}",
+            f"{pair.chance:.4f}",
+            f"{pair.max:.4f}",
+        ]
+        for pair in inspection.projections
+    ]
+    return Section(
+        "projections",
+        "Cosine of the projections A",
+        "|cosine| between the rows of one A and the rows of the other, over all matrices. Independent random rows "
+        "have a mean of sqrt(2 / (pi in_features)); the largest is 1 where both have the same row.",
+        Grid(["adapters", "A", "mean", "chance", "largest"], rows),
+    )
+
+
+def _density_section(tasks: Sequence[TaskStatistics]) -> Section:
+    maps = [
+        (f"{task.name}, {_percent(task.density)}", {place: cell.density for place, cell in task.cells.items()})
+        for task in tasks
+        if 0 < task.density < 1
+    ]
+    section = Section(
+        "density",
+        "Density by layer and projection",
+        "Which % of B a task trains; without a mask, which % is not 0.",
+        *_by_projection(tasks, _density_in_percent, "{:.3g}".format),
+    )
+    if maps:
+        section.draw = partial(draw_maps, maps, "% of the entries", 100, True)
+        section.height = maps_height(maps)
+        section.numbers = _cell_grid(tasks, _density_in_percent, "{:.3g}".format)
+        section.alt = "A heat map a task: which share of B's entries is trained, by layer and projection."
+    return section
+
+
+def _norms_section(tasks: Sequence[TaskStatistics]) -> Section:
+    maps = [
+        (f"{task.name}, {task.norm:.4g} in all", {place: cell.norm for place, cell in task.cells.items()})
+        for task in tasks
+        if task.norm > 0
+    ]
+    section = Section(
+        "norms",
+        "Norms of the deltas by layer and projection",
+        "Frobenius norms of s B A. They are not relative to the base model's weights, which are not read.",
+        *_by_projection(tasks, lambda cell: cell.norm, "{:.3g}".format),
+    )
+    if maps:
+        section.draw = partial(draw_maps, maps, "norm", 1, False)
+        section.height = maps_height(maps)
+        section.numbers = _cell_grid(tasks, lambda cell: cell.norm, "{:.3g}".format)
+        section.alt = "A heat map a task: the Frobenius norm of the delta, by layer and projection."
+    return section
+
+
+def _magnitudes_section(tasks: Sequence[TaskStatistics]) -> Section:
+    shares = (0.01, 0.1, 0.5)
+    rows = [
+        [
+            task.name,
+            f"{task.magnitudes.zeros:,}",
+            *(_percent(task.magnitudes.top(share)) if task.norm > 0 else "–" for share in shares),
+        ]
+        for task in tasks
+    ]
+    section = Section(
+        "magnitudes",
+        "Entries by magnitude",
+        "How much of the squared norm of B the largest of a task's own entries hold.",
+        Grid(["task", "entries that are 0", *(f"largest {_percent(share)}" for share in shares)], rows),
+    )
+    drawn = [task for task in tasks if task.norm > 0]
+    if drawn:
+        bins = sorted({i for task in drawn for i in range(task.magnitudes.span.start, task.magnitudes.span.stop)})
+        section.draw = partial(draw_magnitudes, drawn)
+        section.height = 4.6 + 0.2 * len(drawn)
+        section.numbers = Grid(
+            ["magnitude from", *(task.name for task in drawn)],
+            [
+                [f"{10 ** drawn[0].magnitudes.edge(i):.2g}"]
+                + [_percent(int(task.magnitudes.counts[i]) / task.magnitudes.numel) for task in drawn]
+                for i in bins
+            ],
+        )
+        section.alt = (
+            "Above, a histogram of the magnitudes of a task's entries on a logarithmic scale; below, which share of "
+            "the squared norm the largest entries hold."
+        )
+    return section
+
+
+def _by_projection(
+    tasks: Sequence[TaskStatistics], value: Callable[[Cell], float], text: Callable[[float], str]
+) -> tuple[Grid, list[str]]:
+    """Condense cells to a row a task and a column a projection, and a line of bars over the layers."""
+    names = projection_names(task.cells for task in tasks)
+    rows = []
+    for task in tasks:
+        totals = [task.total(projection=name) for name in names]
+        rows.append([task.name, *(text(value(total)) if total.numel else "–" for total in totals)])
+    sparks = [_spark([value(task.total(layer)) for layer in layer_numbers(task.cells)]) for task in tasks]
+    return Grid(["task", *(name.removesuffix("_proj") for name in names)], rows), sparks
+
+
+def _cell_grid(tasks: Sequence[TaskStatistics], value: Callable[[Cell], float], text: Callable[[float], str]) -> Grid:
+    names = projection_names(task.cells for task in tasks)
+    rows = [
+        [
+            f"{task.name}, layer {layer_label(layer)}",
+            *(text(value(task.cells[layer, name])) if (layer, name) in task.cells else "–" for name in names),
+        ]
+        for task in tasks
+        for layer in layer_numbers(task.cells)
+    ]
+    return Grid(["task, layer", *(name.removesuffix("_proj") for name in names)], rows)
+
+
+def _matrix(names: Sequence[str], texts: Mapping[tuple[str, str], str]) -> Grid:
+    rows = [[row, *("" if row == column else texts.get((row, column), "–") for column in names)] for row in names]
+    return Grid(["", *names], rows)
+
+
+def _density_in_percent(cell: Cell) -> float:
+    return 100 * cell.density
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}\u00a0%"
+
+
+def _signed(cosine: float, digits: int = 4) -> str:
+    return "–" if math.isnan(cosine) else f"{round(cosine, digits) + 0.0:+.{digits}f}"  # + 0.0: no -0.0000
+
+
+def _spark(values: Sequence[float]) -> str:
+    """Draw values from 0 to their largest as bars, one each, in at most 40 characters."""
+    width = -(-len(values) // 40) or 1
+    values = [sum(part) / len(part) for part in (values[i : i + width] for i in range(0, len(values), width))]
+    top = max(values, default=0) or 1
+    return "".join(_BARS[min(int(len(_BARS) * value / top), len(_BARS) - 1)] for value in values)

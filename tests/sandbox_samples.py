@@ -1,0 +1,64 @@
+"""Programs for the tests of the sandbox."""
+
+import textwrap
+import time
+from pathlib import Path
+
+from lori_trl.sandbox import run_program
+
+DOUBLE = "def double(x):\n    "
+DOUBLE_TEST = "def check(candidate):\n    assert candidate(20) == 40\n    assert candidate(-3) == -6\n"
+
+
+def double(body, test=DOUBLE_TEST, **limits):
+    """Run a sample whose function `double` has this body."""
+    body = textwrap.dedent(body).strip().replace("\n", "\n    ")
+    return run_program(DOUBLE + body, DOUBLE, test, "double", **limits)
+
+
+def attempts(program, note="", **limits):
+    """Run a sample whose `attempts()` lists what it could do though it should not: passed means nothing."""
+    test = f"def check(candidate):\n    {note!r}\n    done = candidate()\n    assert done == [], repr(done)\n"
+    return run_program(textwrap.dedent(program), "", test, "attempts", **limits)
+
+
+FORKS = """
+    import ctypes, os, time
+    ctypes.CDLL(None).prctl(15, b"lori-escapee", 0, 0, 0)
+    def attempts():
+        done = 0
+        for turn in range(25):
+            try:
+                pid = os.fork()
+            except OSError:
+                continue
+            if pid == 0:
+                os.setsid()
+                try:
+                    grandchild = os.fork()
+                except OSError:
+                    grandchild = 1
+                if grandchild and turn % 2:
+                    os._exit(0)
+                time.sleep(60)
+                os._exit(0)
+            done += 1
+        return [done] if done else []
+"""
+
+
+def escapees():
+    found = []
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            found += [comm.parent.name] * (comm.read_text().strip() == "lori-escapee")
+        except OSError:
+            continue
+    return found
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
