@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+CALIBRATION_METHODS = ("train", "gradient", "random")
+GRADIENT_BATCHES = 8  # how many gradients are compared by default
+
 
 class GradientAgreement(torch.optim.Optimizer):
     """
