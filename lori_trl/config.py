@@ -185,8 +185,9 @@ class LoriArguments:
     def _check_calibration_method(self) -> None:
         if self.calibration_method == "random" and self.calibration_sparsities:
             raise ValueError(
-                f"`calibration_sparsities={self.calibration_sparsities}`, but `calibration_method='random'` calibrates "
-                "nothing. Allowed is `sparsity` alone: the same seed draws the mask of any other sparsity in its run."
+                f"`calibration_sparsities={self.calibration_sparsities}`, `calibration_method='random'`: there is no "
+                "calibration to select from. Allowed is `sparsity` alone: the same seed draws the mask of another "
+                "sparsity in a run of its own."
             )
         if self.calibration_method == "gradient" and self.calibration_max_steps == 1:
             raise ValueError(

@@ -198,9 +198,9 @@ class LoriTrainerMixin:
         if not any(values.any() for values in saliency.values()):
             raise ValueError(
                 f"The calibration moved nothing in {self.calibration['steps']} steps at `calibration_learning_rate="
-                f"{self.args.calibration_learning_rate}`, `calibration_method={self.args.calibration_method!r}`. A mask "
-                "is selected by how far B moved, or by its gradients. Raise the rate or the number of steps, and check "
-                "that the rows have completions to learn from."
+                f"{self.args.calibration_learning_rate}`, `calibration_method={self.args.calibration_method!r}`. A "
+                "mask is selected by how far B moved, or by its gradients. Raise the rate or the number of steps, and "
+                "check that the rows have completions to learn from."
             )
 
         self.masks = self._select(saliency, self.args.sparsity, self.task_name)

@@ -59,7 +59,10 @@ def test_gradient_selects_where_the_batches_agree(make_trainer, llama, accumulat
     batches = trainer.batches["calibration"]
     assert len(batches) == 5 * accumulation
     if accumulation > 1:
-        batches = [{name: torch.cat([a[name], b[name]]) for name in a} for a, b in zip(*[iter(batches)] * 2)]
+        batches = [
+            {name: torch.cat([a[name], b[name]]) for name in a}
+            for a, b in zip(batches[::2], batches[1::2], strict=True)
+        ]
 
     plain = get_peft_model(copy.deepcopy(llama).train(), lora_config())
     init_projections(plain, "default", seed=trainer.projection["seed"])
