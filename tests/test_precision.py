@@ -221,5 +221,7 @@ def test_fused_and_otherwise_named_modules(make_trainer, architecture, modules, 
 
 def test_fused_experts_are_refused(make_trainer):
     config = lora_config(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    with pytest.raises(ValueError, match=r"not linear layers: .*experts.*leave `target_parameters` unset"):
+    with pytest.raises(
+        ValueError, match=r"`target_parameters=.*experts.*` is not possible with LoRI.*is None"
+    ):
         make_trainer(model=build("mixtral"), peft_config=config)
