@@ -133,7 +133,3 @@ def engine_dtype(accelerator: Accelerator) -> torch.dtype:
     """Return the type in which the engine holds the adapter: DeepSpeed casts all weights to the one it trains in."""
     plugin = accelerator.state.deepspeed_plugin
     return torch.float32 if plugin is None else plugin.hf_ds_config.dtype()
-
-
-def check_engine(trainer: "LoriTrainerMixin") -> None:
-    pass

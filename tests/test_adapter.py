@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import lora_config
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import lora_config
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks, load_lori_adapter
@@ -54,6 +54,7 @@ def test_what_is_saved(adapter_folder):
         "density.png",
         "lori_config.json",
         "masks/code.safetensors",
+        "recipe.yaml",
     }
     config = read_lori_config(adapter_folder)
     weights = load_file(adapter_folder / "adapter_model.safetensors")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shared_adapter import base_model, make_trainer, trained_adapter
+from tiny import make_llama, make_trainer, trained_adapter
 
 import lori_trl.compact
 from lori_trl import LoriMasks, cli, load_lori_adapter
@@ -45,7 +45,7 @@ def test_the_plain_files_come_back_byte_for_byte(folder, tmp_path):
 
 def test_it_loads_as_it_is(folder, tmp_path):
     file = export_compact(folder, tmp_path / "code.safetensors")
-    model, plain = (load_lori_adapter(base_model(), source) for source in (file, folder))
+    model, plain = (load_lori_adapter(make_llama(), source) for source in (file, folder))
     assert model.lori_masks == plain.lori_masks
     assert LoriMasks.from_pretrained(file) == LoriMasks.from_pretrained(folder)
     for (name, mine), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
@@ -64,7 +64,7 @@ def test_entries_outside_every_mask_and_negative_zeros_are_kept(folder, tmp_path
 
 
 def test_several_tasks_and_a_projection_without_a_seed(folder, tmp_path):
-    model = load_lori_adapter(base_model(), folder, is_trainable=True)
+    model = load_lori_adapter(make_llama(), folder, is_trainable=True)
     trainer = make_trainer(tmp_path / "two", model=model, task_name="safety")
     trainer.train()
     trainer.save_model()
@@ -97,7 +97,7 @@ def test_another_platforms_last_digits_are_accepted_and_no_more(folder, tmp_path
     )
     expand(file, tmp_path / "again")
     assert "other last digits" in caplog.text
-    model = load_lori_adapter(base_model(), tmp_path / "again")
+    model = load_lori_adapter(make_llama(), tmp_path / "again")
     assert model.lori_masks["code"].projection["fingerprint"] == fingerprint_of(tmp_path / "again")
     monkeypatch.setattr(lori_trl.compact, "draw_projection", lambda *a, **k: draw_projection(*a, **k) + 1e-5)
     with pytest.raises(ValueError, match=r"differ from the stored ones by 1e-05"):

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import lora_config, make_llama, make_rows, make_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny import make_llama, make_rows, make_trainer
 
-from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer, load_lori_adapter
+from lori_trl import LoriMasks, LoriSFTTrainer, load_lori_adapter
 from lori_trl.cli import main
 from lori_trl.compact import export_compact
 from lori_trl.continual import extract_task, feasible_entries, read_ledger, remove_task, tasks_that_fit
@@ -21,19 +21,10 @@ TASKS = ("math", "code", "nlu")
 
 def train(folder, task, start=None, **changes):
     """Train a task on the tiny model, from a fresh adapter or from that in `start`; return the trainer."""
-    settings = {
-        "learning_rate": 5e-3, "calibration_learning_rate": 5e-3, "max_steps": 4, "per_device_train_batch_size": 4,
-        "activation_checkpointing": False, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "dataloader_pin_memory": False, "disjoint_masks": True,
-    }  # fmt: skip
-    model = make_llama() if start is None else load_lori_adapter(make_llama(), start, is_trainable=True)
-    trainer = LoriSFTTrainer(
-        model,
-        LoriSFTConfig(output_dir=str(folder), task_name=task, **settings | changes),
-        train_dataset=make_rows().shuffle(seed=len(task)),
-        processing_class=make_tokenizer(),
-        peft_config=lora_config() if start is None else None,
-    )
+    model = load_lori_adapter(make_llama(), start, is_trainable=True) if start is not None else None
+    data = make_rows().shuffle(seed=len(task))
+    changes = {"disjoint_masks": True} | changes
+    trainer = make_trainer(folder, model, train_dataset=data, task_name=task, **changes)
     trainer.train()
     trainer.save_model()
     return trainer
@@ -211,9 +202,8 @@ def test_when_the_free_entries_run_out(sequence, tmp_path):
 
 def test_entries_of_unknown_origin_are_refused(sequence, tmp_path):
     model = PeftModel.from_pretrained(make_llama(), sequence["math"], is_trainable=True)
-    args = LoriSFTConfig(output_dir=str(tmp_path / "out"), task_name="code", disjoint_masks=True, report_to="none")
     with pytest.raises(ValueError, match="belong to no task on record.*load_lori_adapter"):
-        LoriSFTTrainer(model, args, train_dataset=make_rows(), processing_class=make_tokenizer())
+        make_trainer(tmp_path / "out", model, disjoint_masks=True)
 
 
 def test_feasible_entries_and_room():

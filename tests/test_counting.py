@@ -1,9 +1,9 @@
 """Counts and memory, from configurations alone."""
 
 import pytest
-from conftest import lora_config
 from peft import LoraConfig
 from rich.console import Console
+from tiny import lora_config
 from transformers import LlamaConfig
 
 from lori_trl.counting import KNOWN_CONFIGS, count_parameters

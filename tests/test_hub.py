@@ -18,7 +18,7 @@ import torch
 from hub_server import READ_TOKEN, REVOKED_TOKEN, TOKEN, HubServer, client_of
 from huggingface_hub import close_session, constants
 from safetensors.torch import load_file
-from shared_adapter import base_model, make_trainer, rows, tokenizer, trained_adapter
+from tiny import make_llama, make_rows, make_tokenizer, make_trainer, trained_adapter
 
 from lori_trl import LoriMasks, cli, load_lori_adapter, push_lori_to_hub
 
@@ -152,7 +152,7 @@ def test_either_form_or_both(hub, folder):
     names = ["README.md", "adapter_compact.safetensors", "density.png", "lori_config.json", "recipe.yaml"]
     assert sorted(contents(hub, "me/small")) == names
     assert 'load_lori_adapter(base, "me/small")' in contents(hub, "me/small")["README.md"].decode()
-    model = load_lori_adapter(base_model(), "me/small")
+    model = load_lori_adapter(make_llama(), "me/small")
     assert model.lori_masks == {"code": LoriMasks.from_pretrained(folder)}
     assert LoriMasks.from_pretrained("me/small") == LoriMasks.from_pretrained(folder)
 
@@ -347,6 +347,7 @@ def test_no_token_gets_into_any_file(hub, tmp_path):
 )
 def test_every_strategy_pushes_the_adapter_and_nothing_else(hub, tmp_path, strategy, pushes):
     settings = {"hub_strategy": strategy, "hub_always_push": True, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"max_steps": 2, "calibration_max_steps": 2}
     trainer = make_trainer(tmp_path / "out", push_to_hub=True, hub_model_id=REPO, **settings)
     trainer.train()
     progress = [f"Training in progress, step {step}" for step in (2, 1)][:pushes]
@@ -392,7 +393,7 @@ def run(hub, home, code: str, *arguments, **environment) -> subprocess.Completed
 
 def test_plain_peft_in_a_new_process_gives_the_same_logits(hub, folder, tmp_path):
     push_lori_to_hub(folder, REPO, private=True)
-    base_model().save_pretrained(tmp_path / "base")
+    make_llama().save_pretrained(tmp_path / "base")
     code = """
 import sys
 sys.modules["lori_trl"] = None  # not to be imported
@@ -406,10 +407,10 @@ with torch.inference_mode():
 """
     done = run(hub, tmp_path / "new", code, tmp_path / "base", REPO, tmp_path / "logits.pt", HF_TOKEN=READ_TOKEN)
     assert done.returncode == 0, done.stderr
-    here = load_lori_adapter(base_model(), folder)
+    here = load_lori_adapter(make_llama(), folder)
     with torch.inference_mode():
         expected = here(torch.arange(3, 40)[None]).logits
-        plain = base_model()(torch.arange(3, 40)[None]).logits
+        plain = make_llama()(torch.arange(3, 40)[None]).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
     assert not torch.equal(plain, expected)
 
@@ -440,13 +441,13 @@ def test_killed_while_pushing_and_pushed_again_is_one_commit(hub, folder, method
 
 def test_an_adapter_from_the_hub_is_the_one_pushed_and_trains_on(hub, folder, tmp_path):
     push_lori_to_hub(folder, REPO, private=True)
-    model = load_lori_adapter(base_model(), REPO, is_trainable=True)
+    model = load_lori_adapter(make_llama(), REPO, is_trainable=True)
     assert model.lori_masks == {"code": LoriMasks.from_pretrained(folder)}
     assert model.lori_masks["code"].projection == LoriMasks.from_pretrained(folder).projection
     trainer = make_trainer(tmp_path / "out", model=model, task_name="safety")
     trainer.train()
     push_lori_to_hub(trainer, "me/two")
-    again = load_lori_adapter(base_model(), "me/two")
+    again = load_lori_adapter(make_llama(), "me/two")
     assert list(again.lori_masks) == ["code", "safety"]
     assert "has learned 2 tasks one after another" in contents(hub, "me/two")["README.md"].decode()
     assert LoriMasks.from_pretrained("me/two") == trainer.masks
@@ -476,11 +477,11 @@ def test_private_repositories_need_a_token(hub, folder, monkeypatch):
     push_lori_to_hub(folder, REPO, private=True)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(FileNotFoundError, match="is private.*hf auth login"):
-        load_lori_adapter(base_model(), REPO)
+        load_lori_adapter(make_llama(), REPO)
     with pytest.raises(PermissionError, match="HTTP 401.*hf auth login") as caught:
         LoriMasks.from_pretrained(REPO, token=REVOKED_TOKEN)
     assert REVOKED_TOKEN not in str(caught.value)
-    assert load_lori_adapter(base_model(), REPO, token=READ_TOKEN).lori_masks
+    assert load_lori_adapter(make_llama(), REPO, token=READ_TOKEN).lori_masks
     assert LoriMasks.from_pretrained(REPO, token=READ_TOKEN)
 
 
@@ -504,10 +505,10 @@ def test_a_broken_download_is_made_good(hub, folder, what):
 
 def test_the_cache_serves_offline_and_a_wrong_byte_in_it_is_found(hub, folder, monkeypatch, caplog):
     push_lori_to_hub(folder, REPO)
-    load_lori_adapter(base_model(), REPO)
+    load_lori_adapter(make_llama(), REPO)
     go_offline(monkeypatch)
     hub.requests.clear()
-    assert load_lori_adapter(base_model(), REPO).lori_masks["code"] == LoriMasks.from_pretrained(folder)
+    assert load_lori_adapter(make_llama(), REPO).lori_masks["code"] == LoriMasks.from_pretrained(folder)
     assert LoriMasks.from_pretrained(REPO) == LoriMasks.from_pretrained(folder)
     assert not hub.requests
     assert "comes from the cache" in caplog.text
@@ -516,10 +517,10 @@ def test_the_cache_serves_offline_and_a_wrong_byte_in_it_is_found(hub, folder, m
     cached = next(Path(constants.HF_HUB_CACHE).rglob("snapshots/*/adapter_model.safetensors")).resolve()
     cached.write_bytes(cached.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ValueError, match="altered in the cache"):
-        load_lori_adapter(base_model(), REPO)
+        load_lori_adapter(make_llama(), REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     close_session()
-    load_lori_adapter(base_model(), REPO)  # and it mends itself online
+    load_lori_adapter(make_llama(), REPO)  # and it mends itself online
     assert cached.read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
 
 
@@ -558,7 +559,7 @@ def test_the_authors_repositories_load(authors, folder):
     assert masks.sparsity == 0.9
     assert masks == LoriMasks(authors)
     assert "model.layers.0.self_attn.q_proj" in masks
-    model = load_lori_adapter(base_model(), "tomg/LoRI-D_code_rank_4", is_trainable=True)
+    model = load_lori_adapter(make_llama(), "tomg/LoRI-D_code_rank_4", is_trainable=True)
     assert model.lori_masks == {"LoRI-D_code_rank_4": masks}
     assert not [name for name, weight in model.named_parameters() if "lora_A" in name and weight.requires_grad]
     assert LoriMasks.from_pretrained(folder / "0.9_mask.pt") == masks
@@ -593,7 +594,7 @@ def test_a_name_that_leads_outside_is_refused(hub, folder, tmp_path, name):
     push_lori_to_hub(folder, REPO)
     hub.repos[REPO].names.append(name)
     with pytest.raises(ValueError, match="outside the repository"):
-        load_lori_adapter(base_model(), REPO)
+        load_lori_adapter(make_llama(), REPO)
     with pytest.raises(ValueError, match="outside the repository"):
         LoriMasks.from_pretrained(REPO)
     assert not list(tmp_path.rglob("x"))
@@ -609,11 +610,11 @@ def test_huge_metadata_are_refused_before_they_are_parsed(hub, folder):
         LoriMasks.from_pretrained(REPO)
     repo.commit("main", "adapter", {**files, "adapter_model.safetensors": header})
     with pytest.raises(ValueError, match="100 MB of metadata"):
-        load_lori_adapter(base_model(), REPO)
+        load_lori_adapter(make_llama(), REPO)
     repo.commit("main", "config", {**files, "lori_config.json": b" " * 11_000_000})
     sent = len(hub.requests)
     with pytest.raises(ValueError, match="11 MB"):
-        load_lori_adapter(base_model(), REPO)
+        load_lori_adapter(make_llama(), REPO)
     assert not [request for request in hub.requests[sent:] if "/resolve/" in request]
 
 
@@ -626,7 +627,7 @@ def test_a_hostile_task_is_refused(hub, folder, tmp_path, task):
     config["tasks"][0]["task"] = task
     repo.commit("main", "hostile", {**files, "lori_config.json": json.dumps(config).encode()})
     with pytest.raises(ValueError, match="task_name="):
-        load_lori_adapter(base_model(), REPO)
+        load_lori_adapter(make_llama(), REPO)
     (folder / "lori_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="task_name="):
         push_lori_to_hub(folder, "me/hostile")
@@ -664,9 +665,9 @@ def test_lori_push(hub, folder, capsys):
 
 def test_continual_learning_from_the_hub_in_one_line(hub, folder, tmp_path):
     base = tmp_path / "base"
-    base_model().save_pretrained(base)
-    tokenizer().save_pretrained(base)
-    rows().to_json(tmp_path / "rows.jsonl")
+    make_llama().save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    make_rows().to_json(tmp_path / "rows.jsonl")
     push_lori_to_hub(folder, "me/safety")
     masks = LoriMasks.from_pretrained(folder)
     other = LoriMasks({path: ~mask for path, mask in masks.items()}, **{**masks.metadata, "task": "other"})
@@ -678,6 +679,6 @@ def test_continual_learning_from_the_hub_in_one_line(hub, folder, tmp_path):
     arguments += " --task_name second --report_to none --use_cpu --adapter_name_or_path me/safety"
     arguments += " --mask_name_or_path me/code --mask_revision main"
     assert cli.sft(arguments.split()) == 0
-    trained = load_lori_adapter(base_model(), out)
+    trained = load_lori_adapter(make_llama(), out)
     assert list(trained.lori_masks) == ["code", "second"]
     assert trained.lori_masks["second"] == other

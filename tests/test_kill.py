@@ -1,6 +1,5 @@
 """SIGKILL at ten random moments over both phases, and resume: the adapter is that of an undisturbed run."""
 
-import copy
 import multiprocessing
 import os
 import random
@@ -9,11 +8,11 @@ import time
 
 import pytest
 import torch
-from conftest import lora_config
 from safetensors.torch import load_file
+from tiny import lora_config, make_trainer
 from transformers import TrainerCallback
 
-from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer
+from lori_trl import LoriMasks
 
 STEPS = 16
 
@@ -29,31 +28,17 @@ class Slowly(TrainerCallback):
         time.sleep(0.02)
 
 
-def run(folder, llama, tokenizer, rows, resume, callbacks=()):
-    config = LoriSFTConfig(
-        output_dir=str(folder),
-        task_name="code",
+def run(folder, resume, callbacks=()):
+    trainer = make_trainer(
+        folder,
+        peft_config=lora_config(lora_dropout=0.1),
+        callbacks=list(callbacks),
         learning_rate=1e-2,
-        calibration_learning_rate=5e-3,
         max_steps=STEPS,
         calibration_max_steps=STEPS,
-        per_device_train_batch_size=4,
-        activation_checkpointing=False,
-        logging_steps=1,
         save_strategy="steps",
         save_steps=2,
         save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    trainer = LoriSFTTrainer(
-        copy.deepcopy(llama),
-        config,
-        train_dataset=rows,
-        processing_class=copy.deepcopy(tokenizer),
-        peft_config=lora_config(lora_dropout=0.1),
-        callbacks=list(callbacks),
     )
     begun = any(folder.glob("**/checkpoint-*/trainer_state.json")) or (folder / "calibration" / "masks").is_dir()
     trainer.train(resume_from_checkpoint=resume and begun)
@@ -61,8 +46,8 @@ def run(folder, llama, tokenizer, rows, resume, callbacks=()):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_killed_at_ten_random_moments(tmp_path, llama, tokenizer, rows):
-    run(tmp_path / "whole", llama, tokenizer, rows, resume=False)
+def test_killed_at_ten_random_moments(tmp_path):
+    run(tmp_path / "whole", resume=False)
     folder = tmp_path / "killed"
     folder.mkdir()
     draw = random.Random(20261122)
@@ -70,7 +55,7 @@ def test_killed_at_ten_random_moments(tmp_path, llama, tokenizer, rows):
     kills = [0, 0]
     while True:
         progress = fork.Array("i", 2)
-        child = fork.Process(target=run, args=(folder, llama, tokenizer, rows, True, [Slowly(progress)]))
+        child = fork.Process(target=run, args=(folder, True, [Slowly(progress)]))
         child.start()
         if kills == [5, 5]:
             child.join()

@@ -1,6 +1,5 @@
 """Merging: exact where mathematics allows, PEFT's where it is PEFT's, and nothing written where the input is bad."""
 
-import copy
 import json
 import math
 import shlex
@@ -19,19 +18,19 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shared_adapter import base_model, make_trainer, trained_adapter
+from tiny import lora_config, make_llama, make_trainer, trained_adapter
 from transformers import AutoModelForCausalLM
 
-from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer, load_lori_adapter, merge_lori_adapters, push_lori_to_hub
+from lori_trl import LoriMasks, LoriSFTTrainer, load_lori_adapter, merge_lori_adapters, push_lori_to_hub
 from lori_trl.adapter_file import base_name
 from lori_trl.cli import main
 from lori_trl.cli.merge import recipe_parser
 from lori_trl.compact import expand, export_compact
 from lori_trl.evaluation import completion_loss
 from lori_trl.hub import adapter_files, push_files
+from lori_trl.layers import module_path
 from lori_trl.merge_search import search_merge_weights
 from lori_trl.merging import METHODS
-from lori_trl.layers import module_path
 from lori_trl.projections import draw_projection, fingerprint
 from lori_trl.recipes import find_recipe, read_recipe, shipped_folder
 from lori_trl.streaming import SafetensorsWriter
@@ -240,7 +239,7 @@ def peft_adapters(tmp_path_factory) -> list[Path]:
     """Three LoRA adapters of the tiny model with different scalings, one of them on fewer modules."""
     folders = []
     for seed, alpha, targets in ((1, 8, "all-linear"), (2, 6, ["q_proj", "v_proj", "up_proj"]), (3, 8, "all-linear")):
-        model = get_peft_model(base_model(), LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
+        model = get_peft_model(make_llama(), LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
@@ -265,7 +264,7 @@ def test_as_peft_merges(peft_adapters, tmp_path, method, theirs, density):
     """Bit for bit, the random numbers too; `concat` puts the weights on B, PEFT on A, so there the deltas are."""
     weights = [0.5, -0.3, 0.9]
     merged = merge_lori_adapters(peft_adapters, weights, method, tmp_path / "merged", density=density, seed=5)
-    model = PeftModel.from_pretrained(base_model(), peft_adapters[0], adapter_name="task1")
+    model = PeftModel.from_pretrained(make_llama(), peft_adapters[0], adapter_name="task1")
     for folder in peft_adapters[1:]:
         model.load_adapter(folder, adapter_name=folder.name)
     torch.manual_seed(5)
@@ -300,7 +299,7 @@ def test_dare_leaves_torchs_generator_alone_and_follows_its_seed(peft_adapters, 
 def test_plain_peft_gives_the_sum_of_the_adapters_outputs(peft_adapters, tmp_path):
     """In a process that has never heard of lori_trl."""
     merged = merge_lori_adapters(peft_adapters, [0.5, 0.25, 1.0], output_dir=tmp_path / "merged")
-    base = base_model()
+    base = make_llama()
     base.save_pretrained(tmp_path / "base")
     for folder, weight in zip(peft_adapters, (0.5, 0.25, 1.0), strict=True):
         for path, delta in deltas(folder).items():
@@ -409,7 +408,7 @@ def test_one_adapter_keeps_the_seed_of_its_a(lori_adapters, tmp_path):
 
 def test_a_merge_is_loaded_merged_packed_and_trained_like_any_adapter(lori_adapters, tmp_path):
     merged = merge_lori_adapters(lori_adapters, [0.5, 0.4], output_dir=tmp_path / "merged")
-    model = load_lori_adapter(base_model(), merged, is_trainable=True)
+    model = load_lori_adapter(make_llama(), merged, is_trainable=True)
     assert list(model.lori_masks) == ["code", "math"]
     twice = merge_lori_adapters([merged, lori_adapters[0]], [1.0, -0.5], output_dir=tmp_path / "twice")
     assert_close(deltas(twice), {path: 0.4 * delta for path, delta in deltas(lori_adapters[1]).items()}, 1e-5)
@@ -751,7 +750,7 @@ def test_bad_input_on_the_command_line_is_one_message(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory, model_folder, tokenizer) -> tuple[list[Path], dict[str, Path]]:
+def searched(tmp_path_factory, model_folder) -> tuple[list[Path], dict[str, Path]]:
     """Two adapters that know their own words by heart, too strongly, and a held-out file of each."""
     folder = tmp_path_factory.mktemp("searched")
     adapters, heldout = [], {}
@@ -759,21 +758,13 @@ def searched(tmp_path_factory, model_folder, tokenizer) -> tuple[list[Path], dic
         rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" {word} {word}"} for i in range(20, 32)]
         heldout[word] = folder / f"{word}.jsonl"
         heldout[word].write_text("\n".join(map(json.dumps, rows[:8])))
-        settings = {"use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        trainer = LoriSFTTrainer(
+        changes = {"task_name": word, "sparsity": 0.0, "max_steps": 30, "learning_rate": 1e-2}
+        trainer = make_trainer(
+            folder / f"{word}-lori",
             str(model_folder),
-            LoriSFTConfig(
-                output_dir=str(folder / f"{word}-lori"),
-                task_name=word,
-                sparsity=0.0,
-                max_steps=30,
-                learning_rate=1e-2,
-                activation_checkpointing=False,
-                **settings,
-            ),
+            peft_config=lora_config(),
             train_dataset=Dataset.from_list(rows),
-            processing_class=copy.deepcopy(tokenizer),
-            peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+            **changes,
         )
         trainer.train()
         trainer.save_model()

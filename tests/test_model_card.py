@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from shared_adapter import make_trainer, trained_adapter
+from tiny import make_trainer, trained_adapter
 
 from lori_trl import LoriMasks
 from lori_trl.adapter import write_card
-from lori_trl.model_card import GENERATED, CardFacts, render_model_card
 from lori_trl.heatmaps import draw_density
+from lori_trl.model_card import GENERATED, CardFacts, render_model_card
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -208,19 +208,19 @@ def test_a_run_writes_its_own_card(tmp_path):
     facts = config["training"]
     assert facts["base_model"] == {
         "id": None,
-        "name": None,
+        "name": "tiny-llama",
         "architecture": "LlamaForCausalLM",
         "parameters": 24992,
     }
-    assert facts["dataset"] == {"id": None, "rows": 16, "conversational": False}
+    assert facts["dataset"] == {"id": None, "rows": 32, "conversational": False}
     assert facts["tags"] == ["sft"]
-    assert facts["steps"] == 2
-    assert [row["step"] for row in facts["losses"]] == [1, 2]
-    assert facts["hyperparameters"]["learning_rate"] == 0.01
+    assert facts["steps"] == 4
+    assert [row["step"] for row in facts["losses"]] == [1, 2, 3, 4]
+    assert facts["hyperparameters"]["learning_rate"] == 0.005
     assert "output_dir" not in facts["hyperparameters"]
     assert f"seed `{config['projection']['seed']}`" in text
     assert f"this trains | {config['counts']['selected']:,}," in text
-    assert "2 steps on 16 rows at learning rate 5e-05" in text
+    assert "4 steps on 32 rows at learning rate 0.005" in text
     assert str(folder) not in text
     assert str(folder.parent) not in (folder / "lori_config.json").read_text()
     assert "[`recipe.yaml`](recipe.yaml)" in text

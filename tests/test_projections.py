@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import lora_config
 from peft import get_peft_model
+from tiny import lora_config
 
 from lori_trl.layers import lora_layers, module_path
 from lori_trl.projections import (

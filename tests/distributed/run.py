@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from cases import RUNS, make_trainer
+from cases import REFUSED, RUNS, make_trainer
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from transformers import TrainerCallback
 
@@ -91,6 +91,16 @@ def run_to_be_killed(engine: str, folder: Path, references: Path, phase: str) ->
     trainer.save_model()
 
 
+def refuse(engine: str, name: str, words: str, folder: Path, references: Path) -> None:
+    """What can't be done is refused before training, with what to do instead."""
+    try:
+        make(engine, name, folder, references).train()
+    except ValueError as error:
+        assert words in str(error) and "Pass" in str(error)
+    else:
+        raise AssertionError(f"{engine} took {name}")
+
+
 def select_from_shards() -> None:
     """Selection from shards equals that from whole tensors: ties, zeros, exclusion and uneven rows."""
     mesh = init_device_mesh("cpu", (2,))
@@ -114,6 +124,8 @@ if __name__ == "__main__":
     else:
         for name in RUNS[engine]:
             run(engine, name, folder / name, references)
+        for name, words in REFUSED[engine].items():
+            refuse(engine, name, words, folder / name, references)
         select_from_shards()
     dist.barrier()
     if dist.get_rank() == 0:
