@@ -72,7 +72,8 @@ def _check_zero(state: AcceleratorState, args: LoriArguments, calibrate: bool) -
     if calibrate and args.calibration_method == "gradient":
         raise ValueError(
             "`calibration_method='gradient'` looks at the gradients of every matrix, and DeepSpeed hands its "
-            "optimizer flat parts of them. Allowed with DeepSpeed are 'train' and 'random'. Pass one of these, or use FSDP2."
+            "optimizer flat parts of them. Allowed with DeepSpeed are 'train' and 'random'. Pass one of these, or use "
+            "FSDP2."
         )
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import torch
-from conftest import lora_config, make_rows, make_tokenizer
+from tiny import lora_config, make_rows, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_trl import LoriSFTConfig, LoriSFTTrainer, load_lori_adapter
