@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from .masks import GRANULARITIES, check_sparsity, check_task_name
 from .projections import PROJECTION_INITS
+from .saliency import CALIBRATION_METHODS, GRADIENT_BATCHES
 from .sparse import SPARSE_BACKENDS
 
 
@@ -42,14 +43,21 @@ class LoriArguments:
 
         > Parameters that control the calibration
 
+        calibration_method (`str`, *optional*, defaults to `"train"`):
+            How the mask is found. `"train"`, the paper's: all of B is trained, and what moved most is selected; it
+            costs a dense run of its own. `"gradient"`: nothing is moved; the gradients of a few batches at B0 are
+            summed up, and the entries on whose sign they agree most are selected, by |sum g| / sqrt(sum g^2); it costs
+            those batches, two float32 numbers an entry of B, and no learning rate. `"random"`: the mask is drawn from
+            `seed` and `task_name`; it costs nothing, works in one phase (so under FSDP and DeepSpeed), and needs no
+            data. What each of them loses is in `docs/results.md`.
         calibration_learning_rate (`float`, *optional*, defaults to `5e-5`):
             Learning rate while calibrating, when all of B is trained. The default is the paper's LoRI-D rate (Table
-            4 to 7, Llama-3-8B, r = 32).
+            4 to 7, Llama-3-8B, r = 32). Only `"train"` has one.
         calibration_num_train_epochs (`float`, *optional*):
             Epochs to calibrate. Defaults to `num_train_epochs`, as in the paper. Fewer: a quicker and noisier mask.
         calibration_max_steps (`int`, *optional*, defaults to `-1`):
             Optimizer steps to calibrate, if positive; takes precedence over the epochs. `-1` falls back on
-            `max_steps` where `calibration_num_train_epochs` is unset.
+            `max_steps` where `calibration_num_train_epochs` is unset; with `calibration_method="gradient"` on 8.
         calibration_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`.
         calibration_sparsities (`list[float]`, *optional*):
@@ -105,6 +113,14 @@ class LoriArguments:
             "help": "Whether the entries of earlier tasks are out of the race when an adapter is continued (LoRAF)."
         },
     )
+    calibration_method: str = field(
+        default="train",
+        metadata={
+            "help": "How the mask is found: 'train' selects what moved most in a dense run, 'gradient' where a few "
+            "batches' gradients agree in sign, 'random' draws it.",
+            "choices": list(CALIBRATION_METHODS),
+        },
+    )
     calibration_learning_rate: float = field(
         default=5e-5, metadata={"help": "Learning rate while calibrating, when all of B is trained."}
     )
@@ -153,8 +169,10 @@ class LoriArguments:
             )
         for sparsity in self.calibration_sparsities or ():
             check_sparsity(sparsity)
+        self._check_calibration_method()
         for name, allowed in (
             ("mask_granularity", list(GRANULARITIES)),
+            ("calibration_method", CALIBRATION_METHODS),
             ("projection_init", PROJECTION_INITS),
             ("sparse_backend", SPARSE_BACKENDS),
         ):
@@ -163,6 +181,19 @@ class LoriArguments:
                     f"`{name}={getattr(self, name)!r}` is not known. Allowed are {', '.join(allowed)}. Leave it unset "
                     f"for {allowed[0]!r}."
                 )
+
+    def _check_calibration_method(self) -> None:
+        if self.calibration_method == "random" and self.calibration_sparsities:
+            raise ValueError(
+                f"`calibration_sparsities={self.calibration_sparsities}`, `calibration_method='random'`: there is no "
+                "calibration to select from. Allowed is `sparsity` alone: the same seed draws the mask of another "
+                "sparsity in a run of its own."
+            )
+        if self.calibration_method == "gradient" and self.calibration_max_steps == 1:
+            raise ValueError(
+                "`calibration_max_steps=1` with `calibration_method='gradient'`: one gradient agrees with itself "
+                "everywhere. Allowed are two batches or more. Leave it unset for 8."
+            )
 
     def for_calibration(self):
         """Return a copy for the calibration phase: its own rate, length and folder; no evaluation, no push."""
@@ -173,6 +204,10 @@ class LoriArguments:
             args.num_train_epochs = self.calibration_num_train_epochs
         if self.calibration_max_steps > 0 or self.calibration_num_train_epochs is not None:
             args.max_steps = self.calibration_max_steps
+        elif self.calibration_method == "gradient":
+            args.max_steps = GRADIENT_BATCHES
+        if self.calibration_method == "gradient":  # every batch counts as it is, and no B moves
+            args.learning_rate, args.max_grad_norm, args.sparse_backend = 0.0, 0.0, "hook"
         args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
         args.save_strategy = "no" if self.save_strategy == "best" else self.save_strategy
         args.push_to_hub = False

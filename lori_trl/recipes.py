@@ -2,10 +2,16 @@
 
 import argparse
 import difflib
+import os
 import re
-from collections.abc import Iterable
+import reprlib
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from .yaml_reader import read_mapping
 
 # What TRL and transformers leave unchecked, or check one by one: intervals of the numbers in a recipe.
 _INTERVALS = {
@@ -30,6 +36,13 @@ _INTERVALS = {
 }
 # Keys of which a recipe sets one at most.
 _CONFLICTS = (("dataset_name", "dataset_path"), ("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"))
+_MOST_SHOWN = 10  # faults
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+_HARMLESS_VARIABLES = {
+    *("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "MKL_NUM_THREADS", "OMP_NUM_THREADS"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "WANDB_MODE", "WANDB_PROJECT"),
+}
 
 
 def shipped_folder(name: str) -> Path:
@@ -45,22 +58,28 @@ def list_recipes() -> list[Path]:
 
 def find_recipe(name_or_path: str) -> Path:
     """
-    Find a recipe: a path, or the name of a shipped one with or without `.yaml`.
+    Find a recipe: a path, or the name of a shipped one, with or without its folder and `.yaml`.
 
     Raises:
         `FileNotFoundError`: neither exists; the nearest shipped names are given.
     """
-    if Path(name_or_path).is_file():
+    if os.path.isfile(name_or_path):
         return Path(name_or_path)
-    shipped = {file.stem: file for file in list_recipes()}
+    names = {file.stem: file for file in list_recipes()}
+    paths = {file.relative_to(shipped_folder("recipes")).with_suffix("").as_posix(): file for file in names.values()}
     stem = name_or_path.removesuffix(".yaml")
-    if stem not in shipped:
-        near = difflib.get_close_matches(stem, shipped, n=3, cutoff=0.4) or list(shipped)[:3]
+    if stem not in names | paths:
+        near = difflib.get_close_matches(stem[:100], names, n=3, cutoff=0.4) or list(names)[:3]
         raise FileNotFoundError(
-            f"`--recipe {name_or_path}` is neither a file nor a shipped recipe. Near it are "
+            f"`{name_or_path}` is neither a file nor a shipped recipe. Near it are "
             f"{', '.join(f'{name}.yaml' for name in near)}. `lori recipes list` shows all."
         )
-    return shipped[stem]
+    return (names | paths)[stem]
+
+
+def is_shipped(file: Path) -> bool:
+    """Say whether a recipe is one of the package's own."""
+    return file.resolve().is_relative_to(shipped_folder("recipes").resolve())
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
@@ -70,15 +89,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: it is not YAML, or not a mapping.
     """
-    import yaml  # here, so that the shipped recipes can be listed without any dependency
-
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{file}` is not YAML: {error}. A recipe is lines of `key: value`. Correct it.") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"`{file}` holds a {type(recipe).__name__}. A recipe is lines of `key: value`. Correct it.")
-    return recipe
+    return read_mapping(file)[0]
 
 
 def recipe_facts(file: Path) -> dict[str, str]:
@@ -92,7 +103,7 @@ def recipe_facts(file: Path) -> dict[str, str]:
     """
     recipe, text = read_recipe(file), file.read_text(encoding="utf-8")
     header = dict(re.findall(r"^# (\w+): +(.+)$", text, flags=re.MULTILINE))
-    if file.parent.name == "baselines":
+    if is_baseline(file):
         variant = "DoRA" if recipe.get("use_dora") else "LoRA" if recipe.get("use_peft") else "full"
     else:
         variant = "LoRAF" if recipe.get("disjoint_masks") else "LoRI-S" if recipe.get("sparsity", 0.9) else "LoRI-D"
@@ -112,48 +123,102 @@ def is_merge_recipe(file: Path) -> bool:
     return "adapters" in read_recipe(file)
 
 
-def validate_recipe(file: Path, parser: argparse.ArgumentParser) -> None:
+def is_baseline(file: Path) -> bool:
+    """Say whether a recipe is for `trl sft`: it decides on `use_peft`, which is no choice for LoRI."""
+    return "use_peft" in read_recipe(file)
+
+
+def foreign_code(recipe: Mapping[str, Any]) -> list[str]:
+    """
+    List what lets a recipe run code that is in none of the installed packages.
+
+    Args:
+        recipe (`Mapping[str, Any]`): a recipe without faults.
+
+    Returns:
+        `list[str]`: `key=value`, and what it does.
+    """
+    settings = {**recipe, **(recipe.get("model_init_kwargs") or {})}
+    reasons = []
+    if settings.get("trust_remote_code"):
+        reasons.append("trust_remote_code=True: Python files of the base model's repository are run")
+    for key in ("attn_implementation", "use_kernels"):
+        if "/" in str(settings.get(key)) or settings.get(key) is True:
+            reasons.append(f"{key}={settings[key]}: compiled code of a repository is run")
+    variables = sorted((recipe.get("env") or {}).keys() - _HARMLESS_VARIABLES)
+    if variables:
+        reasons.append(f"env={', '.join(variables)}: variables can make Python, the linker or the Hub take other code")
+    return reasons
+
+
+def validate_recipe(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """
     Check every key and value of a recipe against a parser's arguments.
 
+    Returns:
+        `dict[str, Any]`: the recipe's values, converted as the command line converts its words. A null is left out
+            where the field cannot be `None`.
+
     Raises:
-        `ValueError`: one error that lists all faults: keys that are unknown (with the nearest valid name), that stand
+        `ValueError`: one error that lists the faults: keys that are unknown (with the nearest valid name), that stand
             there twice or exclude each other; values of a wrong type or out of range.
     """
     actions = {action.dest: action for action in reversed(parser._actions)}  # a field before its `--no_field`
+    del actions["help"]
     configs = vars(parser).get("dataclass_types", ())  # a TrlParser's
     mappings = {name for config in configs for name in getattr(config, "_VALID_DICT_FIELDS", ())}
-    recipe = read_recipe(file)
-    faults = [f"{key}: in lines {', '.join(map(str, lines))}. Keep one" for key, lines in _repeated_keys(file)]
+    hints = {name: hint for config in configs for name, hint in typing.get_type_hints(config).items()}
+    recipe, repeated = read_mapping(file)
+    values = {}
+    faults = [f"{_short(key)}: in lines {', '.join(map(str, lines[:5]))}. Keep one" for key, lines in repeated.items()]
     for key, value in recipe.items():
-        if key == "env":  # TrlParser's: environment variables to set
-            if not isinstance(value, dict):
-                faults.append(f"env={value!r} is no mapping of environment variables")
-        elif key not in actions:
-            faults.append(f"{key}: no such field{nearest(str(key), actions)}")
-        elif isinstance(value, dict) and key in mappings:
-            continue
-        elif fault := _value_fault(value, actions[key]) or _range_fault(value, _INTERVALS.get(key)):
-            faults.append(f"{key}={value!r}: {fault}")
+        if key == "env" and configs:  # TrlParser's: environment variables to set
+            faults += _env_faults(value)
+            values[key] = value
+        elif key not in actions or key == "recipe":
+            near = nearest(str(key), actions) if len(faults) < _MOST_SHOWN else ""
+            faults.append(f"{_short(key)}: no such field{near}")
+        elif value is None:
+            values |= {key: None} if _accepts(hints.get(key), types.NoneType) else {}
+        else:
+            try:
+                values[key] = _converted(value, actions[key], hints.get(key), is_mapping=key in mappings)
+                fault = _range_fault(values[key], _INTERVALS.get(key))
+            except ValueError as error:
+                fault = str(error)
+            faults += [f"{key}={_REPR.repr(value)}: {fault}"] if fault else []
     for keys in _CONFLICTS:
         if all(recipe.get(key) for key in keys):
-            faults.append(f"{', '.join(f'{key}={recipe[key]!r}' for key in keys)}: they exclude each other. Keep one")
+            together = ", ".join(f"{key}={_REPR.repr(recipe[key])}" for key in keys)
+            faults.append(f"{together}: they exclude each other. Keep one")
     if faults:
-        lines = "\n".join(f"  - {fault}" for fault in faults)
-        raise ValueError(
-            f"`{file}` has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n{lines}\nAllowed are the fields that "
-            f"`{parser.prog} --help` lists, with values of their types. Correct the file."
-        )
+        raise ValueError(_list_faults(file, faults, parser.prog))
+    return values
 
 
-def _repeated_keys(file: Path) -> list[tuple[str, list[int]]]:
-    """Find the keys that YAML would let the last one win: (key, its lines)."""
-    import yaml
+def _list_faults(file: Path, faults: list[str], program: str) -> str:
+    more = len(faults) - _MOST_SHOWN
+    lines = [*faults[:_MOST_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
+    return "\n".join(
+        [
+            f"`{file}` has {len(faults):,} fault{'s' if len(faults) > 1 else ''}:",
+            *(f"  - {line}" for line in lines),
+            f"Allowed are the fields that `{program} --help` lists, with values of their types. Correct the file.",
+        ]
+    )
 
-    lines: dict[str, list[int]] = {}
-    for key, _ in yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader).value:
-        lines.setdefault(key.value, []).append(key.start_mark.line + 1)
-    return [(key, where) for key, where in lines.items() if len(where) > 1]
+
+def _env_faults(variables: Any) -> list[str]:
+    """List what of a recipe's `env` the system would not take."""
+    if not isinstance(variables, dict):
+        return [f"env={_REPR.repr(variables)} is no mapping of environment variables"]
+    faults = []
+    for name, value in variables.items():
+        if not isinstance(name, str) or not name or set(name) & {"=", "\0"}:
+            faults.append(f"env: {_REPR.repr(name)} is no name of an environment variable")
+        elif not isinstance(value, (str, int, float)) or "\0" in str(value):
+            faults.append(f"env: {_short(name)}={_REPR.repr(value)}: text or a number is needed")
+    return faults
 
 
 def nearest(key: str, names: Iterable[str]) -> str:
@@ -162,24 +227,51 @@ def nearest(key: str, names: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _value_fault(value: Any, action: argparse.Action) -> str | None:
-    """Say what is wrong with a value, by the conversion that the command line would do; None if nothing is."""
-    if value is None:
-        return None
+def _converted(value: Any, action: argparse.Action, hint: Any, *, is_mapping: bool) -> Any:
+    """
+    Convert a value as the command line would.
+
+    Raises:
+        `ValueError`: what is wrong with it.
+    """
     if isinstance(value, dict):
-        return "a mapping is not allowed here"
-    if isinstance(value, list) and action.nargs not in ("+", "*") and action.type is not str:
-        return "a list is not allowed here"
-    for item in value if isinstance(value, list) else [value]:
-        if action.type is str and not isinstance(item, str):
-            return f"a {type(item).__name__}, where text is needed: put it in quotes"
-        try:
-            converted = action.type(str(item)) if action.type else item
-        except (ValueError, TypeError, argparse.ArgumentTypeError):
-            return f"not a valid {_type_name(action)}"
-        if action.choices is not None and converted not in action.choices:
-            return f"allowed are {', '.join(map(str, action.choices))}"
-    return None
+        if not is_mapping:
+            raise ValueError("a mapping is not allowed here")
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("the keys of a mapping must be text")
+        return value
+    several = action.nargs in ("+", "*")
+    if not isinstance(value, list):
+        return [_converted_item(value, action)] if several else _converted_item(value, action)
+    if not several and not _accepts(hint, list):
+        raise ValueError("a list is not allowed here")
+    if not value and action.nargs == "+":
+        raise ValueError("one value at least is needed")
+    return [_converted_item(item, action) for item in value]
+
+
+def _converted_item(item: Any, action: argparse.Action) -> Any:
+    if action.type is str and not isinstance(item, str):
+        raise ValueError(f"a {type(item).__name__}, where text is needed: put it in quotes")
+    try:
+        converted = action.type(str(item)) if action.type else item
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        raise ValueError(f"not a valid {_type_name(action)}") from None
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f"allowed are {', '.join(map(str, action.choices))}")
+    return converted
+
+
+def _accepts(hint: Any, kind: type) -> bool:
+    """Say whether a type or union has a kind: `str | list[str] | None` has `list`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_accepts(part, kind) for part in typing.get_args(hint))
+    return hint is kind or typing.get_origin(hint) is kind
+
+
+def _short(name: object) -> str:
+    text = str(name)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _range_fault(value: Any, interval: str | None) -> str | None:

@@ -32,6 +32,7 @@ from .layers import lora_layers
 from .masks import LoriMasks
 from .model_card import CardFacts
 from .projections import derive_projection_seed, fingerprint, freeze_projections, init_projections, projections
+from .saliency import GradientAgreement, random_saliency
 from .selection import num_to_select
 from .sparse import VALUES, fold_values, refresh_values, sparse_training
 from .tasks import kept_positions
@@ -126,6 +127,8 @@ class LoriTrainerMixin:
         elif self.args.sparsity == 0:
             everything = {path: torch.ones(weight.shape, dtype=torch.bool) for path, weight in self.weights.items()}
             self.masks = LoriMasks(everything, task=self.task_name, sparsity=0.0, projection=self.projection)
+        elif self.args.calibration_method == "random":
+            self.masks = self._draw_masks()
         self.card_facts = CardFacts(self, rows)
         self.add_callback(self.card_facts)
         self.callback_handler.callbacks.insert(0, _PhaseCallback(self))
@@ -167,8 +170,9 @@ class LoriTrainerMixin:
 
     def calibrate(self, resume_from_checkpoint: str | None = None) -> dict[str, float]:
         """
-        Train all of B, select the mask by |B - B0|, and set B back to B0. With `disjoint_masks`, only what no earlier
-        task has is trained and selected from.
+        Train all of B, select the mask by |B - B0|, and set B back to B0. With `calibration_method="gradient"` B stays
+        B0, and what is selected is where the gradients of the batches agree in sign. With `disjoint_masks`, only what
+        no earlier task has is trained and selected from.
 
         Args:
             resume_from_checkpoint (`str`, *optional*): a checkpoint of the calibration.
@@ -182,35 +186,50 @@ class LoriTrainerMixin:
         set_seed(self.args.seed)
         with self._calibration(), self._sparse_training(self.feasible):
             output = super().train(resume_from_checkpoint)
+            saliency = self._saliency()
             self.calibration = {
+                "method": self.args.calibration_method,
                 "learning_rate": self.args.learning_rate,
                 "steps": output.global_step,
                 "samples": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
                 "loss": output.training_loss,
             }
-        saliency = {path: weight.detach().cpu() - self.initial_weights[path] for path, weight in self.weights.items()}
         self._reset_weights()
-        if not any(change.any() for change in saliency.values()):
+        if not any(values.any() for values in saliency.values()):
             raise ValueError(
                 f"The calibration moved nothing in {self.calibration['steps']} steps at `calibration_learning_rate="
-                f"{self.calibration['learning_rate']}`. A mask is selected by how far B moved. Raise the rate or the "
-                "number of steps, and check that the rows have completions to learn from."
+                f"{self.args.calibration_learning_rate}`, `calibration_method={self.args.calibration_method!r}`. A "
+                "mask is selected by how far B moved, or by its gradients. Raise the rate or the number of steps, and "
+                "check that the rows have completions to learn from."
             )
 
-        taken = None if self.feasible is None else ~self.feasible
-
-        def select(sparsity: float, task: str) -> LoriMasks:
-            granularity = self.args.mask_granularity
-            return LoriMasks.select(saliency, sparsity, granularity, taken, task=task, projection=self.projection)
-
-        self.masks = select(self.args.sparsity, self.task_name)
+        self.masks = self._select(saliency, self.args.sparsity, self.task_name)
         folder = self.args.for_calibration().output_dir
         self.save_model(folder, _internal_call=True)
         for sparsity in self.args.calibration_sparsities or ():
-            more = select(sparsity, f"{self.task_name}-{sparsity}")
+            more = self._select(saliency, sparsity, f"{self.task_name}-{sparsity}")
             if self.args.should_save:
                 more.save_pretrained(folder)
         return output.metrics  # named calibration_... by _PhaseCallback when they were logged
+
+    def _saliency(self) -> dict[str, Tensor]:
+        """Return what the calibration that has just ended says of B's entries."""
+        if self.args.calibration_method == "gradient":
+            optimizer = self.optimizer.optimizer  # accelerate's wrapper holds it
+            return {path: optimizer.saliency(weight).cpu() for path, weight in self.weights.items()}
+        return {path: weight.detach().cpu() - self.initial_weights[path] for path, weight in self.weights.items()}
+
+    def _draw_masks(self) -> LoriMasks:
+        """Draw masks at random, from the run's seed and the task's name: no calibration, and no file is needed."""
+        seed = derive_projection_seed(self.args.seed, self.task_name)
+        self.calibration = {"method": "random", "seed": seed}
+        saliency = {path: random_saliency(path, weight.shape, seed=seed) for path, weight in self.weights.items()}
+        return self._select(saliency, self.args.sparsity, self.task_name)
+
+    def _select(self, saliency: dict[str, Tensor], sparsity: float, task: str) -> LoriMasks:
+        taken = None if self.feasible is None else ~self.feasible
+        granularity = self.args.mask_granularity
+        return LoriMasks.select(saliency, sparsity, granularity, taken, task=task, projection=self.projection)
 
     def _sparse_training(self, masks: LoriMasks | None) -> AbstractContextManager[None]:
         """Restrict training to a mask, with an optimizer and a wrapping of the model that know the new parameters."""
@@ -221,9 +240,11 @@ class LoriTrainerMixin:
     @contextmanager
     def _calibration(self):
         """Swap in the calibration's arguments and rows."""
-        args, rows = self.args, self.train_dataset
+        args, rows, optimizer = self.args, self.train_dataset, self.optimizer_cls_and_kwargs
         early_stopping = self.pop_callback(EarlyStoppingCallback)  # it needs evaluations
         self.phase, self.args = "calibration", args.for_calibration()
+        if args.calibration_method == "gradient":
+            self.optimizer_cls_and_kwargs = (GradientAgreement, {})
         if args.calibration_fraction < 1:
             count = max(1, int(args.calibration_fraction * len(rows)))
             self.train_dataset = rows.shuffle(seed=args.seed).select(range(count))
@@ -231,6 +252,7 @@ class LoriTrainerMixin:
             yield
         finally:
             self.phase, self.args, self.train_dataset = "adaptation", args, rows
+            self.optimizer_cls_and_kwargs = optimizer
             if early_stopping is not None:
                 self.add_callback(early_stopping)
 
@@ -332,7 +354,7 @@ class LoriTrainerMixin:
                 f"belong to {', '.join(self.earlier_masks)}. Disjoint masks share none. Leave `mask_name_or_path` "
                 "unset to calibrate on what is free, or leave `disjoint_masks` unset."
             )
-        theirs, mine = masks.projection or {"fingerprint": None, "seed": None}, self.projection
+        theirs, mine = masks.projection or {"init": None, "seed": None, "fingerprint": None}, self.projection
         same_draw = mine["seed"] is not None and (theirs["seed"], theirs["init"]) == (mine["seed"], mine["init"])
         if theirs["fingerprint"] != mine["fingerprint"] and not same_draw:  # one of them may be rounded to bfloat16
             logger.warning(
@@ -493,14 +515,16 @@ class LoriTrainerMixin:
     def _check_same_run(self, folder: Path) -> dict[str, Any]:
         """Return a checkpoint's `lori_config.json`; raise if it is not of a run like this one."""
         theirs, mine = read_lori_config(folder), self.lori_config
-        theirs["disjoint_masks"] = theirs["training"]["hyperparameters"].get("disjoint_masks", False)
-        mine["disjoint_masks"] = self.args.disjoint_masks
+        for name, default in (("disjoint_masks", False), ("calibration_method", "train")):
+            theirs[name] = theirs["training"]["hyperparameters"].get(name, default)
+            mine[name] = getattr(self.args, name)
         theirs["base_model"] = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         theirs["num_processes"], mine["num_processes"] = theirs["training"]["world_size"], self.args.world_size
         mine["base_model"] = self.model.peft_config[self.adapter_name].base_model_name_or_path
         if theirs["base_model"] and mine["base_model"]:  # a folder may have been moved
             theirs["base_model"], mine["base_model"] = (Path(run["base_model"]).name for run in (theirs, mine))
-        for what in ("base_model", "task", "projection", "sparsity", "granularity", "disjoint_masks", "num_processes"):
+        compared = ("base_model", "task", "projection", "sparsity", "granularity", "disjoint_masks", "num_processes")
+        for what in (*compared, "calibration_method"):
             if theirs[what] != mine[what]:
                 raise ValueError(
                     f"`{folder}` was trained with {what} {theirs[what]}, this run has {mine[what]}. A run resumes "

@@ -62,3 +62,11 @@ def until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def system_calls(machine):
+    """Read the kernel's table: name -> number, for `x86_64` or `aarch64`."""
+    lines = Path(__file__).with_name("golden").joinpath("system_calls.tsv").read_text().splitlines()
+    header, *rows = [line.split("\t") for line in lines if not line.startswith("#")]
+    column = header.index(machine)
+    return {row[0]: int(row[column]) for row in rows if row[column] != "-"}

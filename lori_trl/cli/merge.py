@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..recipes import find_recipe, read_recipe, validate_recipe
+from ..recipes import find_recipe, validate_recipe
 
 _EXAMPLE = """
 examples:
@@ -77,9 +77,7 @@ def run(options: argparse.Namespace) -> None:
 
     settings = {}
     if options.recipe is not None:
-        file = find_recipe(options.recipe)
-        validate_recipe(file, recipe_parser())
-        settings = {key: value for key, value in read_recipe(file).items() if value is not None}
+        settings = validate_recipe(find_recipe(options.recipe), recipe_parser())
     given = vars(options)
     for action in recipe_parser()._actions:
         if given.get(action.dest) not in (None, []):

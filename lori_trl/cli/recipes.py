@@ -4,9 +4,17 @@ import argparse
 import shutil
 from pathlib import Path
 
-from ..recipes import find_recipe, is_merge_recipe, list_recipes, read_recipe, recipe_facts, validate_recipe
+from ..recipes import (
+    find_recipe,
+    is_baseline,
+    is_merge_recipe,
+    list_recipes,
+    read_recipe,
+    recipe_facts,
+    validate_recipe,
+)
 from . import merge
-from .sft import sft_parser
+from .sft import make_configs, sft_parser, warn_of_foreign_code
 
 
 def add_parser(commands) -> None:
@@ -56,8 +64,20 @@ def _show(options: argparse.Namespace) -> None:
 
 def _validate(options: argparse.Namespace) -> None:
     file = find_recipe(options.recipe)
-    validate_recipe(file, merge.recipe_parser() if is_merge_recipe(file) else sft_parser())
-    print(f"{file.name}: no faults")
+    if is_merge_recipe(file):
+        validate_recipe(file, merge.recipe_parser())
+        print(f"{file.name}: no faults")
+    elif is_baseline(file):
+        from trl.scripts.sft import make_parser
+
+        recipe = validate_recipe(file, parser := make_parser(prog="trl sft"))
+        make_configs(parser, {"bf16": False} | recipe, [])  # TRL's default is refused where there is no GPU
+        print(f"{file.name}: no faults, for `trl sft --config`")
+    else:
+        recipe = validate_recipe(file, parser := sft_parser())
+        warn_of_foreign_code(file, recipe)
+        make_configs(parser, recipe, [])
+        print(f"{file.name}: no faults")
 
 
 def _copy(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..recipes import find_recipe, nearest, read_recipe, validate_recipe
+from ..recipes import find_recipe, foreign_code, is_baseline, is_shipped, nearest, validate_recipe
 from .errors import bad_input
 
 _EXAMPLE = """
@@ -85,7 +85,7 @@ def sft_parser():
 
     class Parser(TrlParser):
         def error(self, message: str):  # argparse would print pages of usage first
-            raise ValueError(f"{message}. `lori-sft --help` lists what is allowed. Correct the call.")
+            raise ValueError(message)
 
     parser = Parser(
         (LoriScriptArguments, LoriSFTConfig, ModelConfig),
@@ -103,33 +103,65 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     pass
 
 
-def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Parse recipe and command line. Returns the three configurations and the recipe as it is run."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--recipe")
-    name = finder.parse_known_args(arguments)[0].recipe
-    recipe = {}
-    if name is not None:
-        file = find_recipe(name)
-        if file.parent.name == "baselines":
-            raise ValueError(
-                f"`--recipe {name}` is a baseline for TRL's own trainer. `lori-sft` trains LoRI adapters. Run it with "
-                f"`trl sft --config {file}`."
-            )
-        validate_recipe(file, parser)
-        recipe = read_recipe(file)
-        arguments = ["--config", str(file), *arguments]
-    *configs, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[Any]:
+    """
+    Make the configurations of a recipe and a command line, which goes over it; they check themselves.
+
+    Raises:
+        `ValueError`: one of them, or argparse, refuses a value.
+    """
+    parser.set_defaults_with_config(**recipe)
+    try:
+        *configs, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except Exception as error:  # transformers raises this and that on values it does not foresee
+        raise ValueError(
+            f"{str(error).rstrip('.')}. `lori-sft --help` lists what is allowed. Correct the call or the recipe."
+        ) from error
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(
             f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help` lists all. Correct it."
         )
+    return configs
+
+
+def warn_of_foreign_code(file: Path, recipe: dict[str, Any]) -> None:
+    """Say aloud what of a recipe that is not a shipped one runs code from elsewhere."""
+    for reason in [] if is_shipped(file) else foreign_code(recipe):
+        print(f"{file}: {reason}. Go on only if you trust the recipe.", file=sys.stderr)
+
+
+def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Parse recipe and command line. Returns the three configurations and the recipe as it is run."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe", "--config")  # TRL's name for it
+    options, arguments = finder.parse_known_args(arguments)
+    recipe = {}
+    if options.recipe is not None:
+        file = find_recipe(options.recipe)
+        if is_baseline(file):
+            raise ValueError(
+                f"`--recipe {options.recipe}` is a baseline for TRL's own trainer: it sets `use_peft`. `lori-sft` "
+                f"trains LoRI adapters alone. Run it with `trl sft --config {file}`, or take `use_peft` out."
+            )
+        recipe = validate_recipe(file, parser)
+        warn_of_foreign_code(file, recipe)
+        os.environ |= {name: str(value) for name, value in recipe.pop("env", {}).items()}
+    configs = make_configs(parser, recipe, arguments)
     script, args, model_args = configs
     if model_args.model_name_or_path is None:
         raise ValueError(
             "`model_name_or_path` is missing. It names the base model, on the Hub or in a folder. Pass e.g. "
             "`--model_name_or_path meta-llama/Meta-Llama-3-8B`, or a `--recipe` that does."
+        )
+    if not model_args.use_peft:
+        raise ValueError("`use_peft=False` is no LoRI. A LoRI adapter is PEFT's. Leave `use_peft` out.")
+    if not isinstance(args.model_init_kwargs, dict | None):
+        raise ValueError(
+            f"`model_init_kwargs={args.model_init_kwargs}` is text. Allowed is a mapping. Pass JSON, e.g. "
+            '`--model_init_kwargs \'{"attn_implementation": "sdpa"}\'`.'
         )
     given = {
         argument.lstrip("-").partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"
@@ -141,9 +173,9 @@ def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]
         if one in given and other not in given:  # one's own data in place of the recipe's
             setattr(script, other, None)
             recipe.pop(other, None)
-    for secret_or_ours in ("hub_token", "env", "recipe", "dry_run"):
+    for secret_or_ours in ("hub_token", "dry_run", "use_peft"):
         recipe.pop(secret_or_ours, None)
-    script.recipe = str(file) if name is not None else None
+    script.recipe = str(file) if options.recipe is not None else None
     return script, args, model_args, recipe
 
 

@@ -12,6 +12,6 @@ object with an `__eq__` of its own reaches an assertion.
 The children load this package alone (`python -I -S`), hence only the standard library, and that sparingly.
 """
 
-from .run import Outcome, isolation, run_program, run_programs
+from .run import Outcome, check_isolation, isolation, run_program, run_programs
 
-__all__ = ["Outcome", "isolation", "run_program", "run_programs"]
+__all__ = ["Outcome", "check_isolation", "isolation", "run_program", "run_programs"]

@@ -10,7 +10,17 @@ import time
 import types
 from typing import NamedTuple
 
-from .kernel import CLONE_NEWPID, PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, confine, prctl, unshare
+from .kernel import (
+    CLONE_NEWPID,
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_DUMPABLE,
+    PR_SET_PDEATHSIG,
+    SCRATCH_BYTES,
+    SCRATCH_FILES,
+    confine,
+    prctl,
+    unshare,
+)
 from .wire import NoAnswer, frame, pack, receive, send, unpack, write
 
 SETUP_SECONDS = 30  # from the start of a process until the candidate's clock starts, on a machine that has much to do
@@ -49,7 +59,7 @@ def supervise() -> None:
         _child(_serve, job, True, (request_pipe[0], reply_pipe[1]))
     for end in (*request_pipe, *reply_pipe, verdict_pipe[1]):
         os.close(end)
-    verdict = _await_verdict(verdict_pipe[0], job["timeout"])
+    verdict = _await_verdict(verdict_pipe[0], job)
     os.kill(judge, signal.SIGKILL)
     ended = verdict.get("reason") == "failed: the program ended"
     status = _end(candidate, wait=ended)
@@ -60,16 +70,38 @@ def supervise() -> None:
     os.write(1, json.dumps(verdict).encode())
 
 
-def _await_verdict(verdicts: int, timeout: float) -> dict:
+def _await_verdict(verdicts: int, job: dict) -> dict:
     deadline, started = time.monotonic() + SETUP_SECONDS, False
-    while select.select([verdicts], [], [], max(0, deadline - time.monotonic()))[0]:
-        frame = receive(verdicts)
-        if frame is None:
-            return {"passed": False, "reason": "failed: the tests' process ended without a verdict"}
-        if "started" not in frame:
-            return frame
-        deadline, started = time.monotonic() + timeout, True
+    # A file system in memory is bounded by itself; a folder has to be watched.
+    watch_seconds = SETUP_SECONDS if "mounts" in job["layers"] else 0.01
+    while (remaining := deadline - time.monotonic()) > 0:
+        if select.select([verdicts], [], [], min(remaining, watch_seconds))[0]:
+            message = receive(verdicts)
+            if message is None:
+                return {"passed": False, "reason": "failed: the tests' process ended without a verdict"}
+            if "started" not in message:
+                return message
+            deadline, started = time.monotonic() + job["timeout"], True
+        elif "mounts" not in job["layers"] and _is_over_budget():
+            limit = f"{SCRATCH_FILES} files or {SCRATCH_BYTES} bytes"
+            return {"passed": False, "reason": f"failed: more than {limit} in the scratch folder"}
     return {"passed": False, "reason": "timed out"} if started else {"error": f"not ready in {SETUP_SECONDS} seconds"}
+
+
+def _is_over_budget() -> bool:
+    """Add up the files in the scratch folder, which is the current one; it holds no folders."""
+    num_files = num_bytes = 0
+    with os.scandir() as entries:
+        for entry in entries:
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            num_files += 1
+            num_bytes += max(status.st_size, 512 * status.st_blocks)
+            if num_files > SCRATCH_FILES or num_bytes > SCRATCH_BYTES:
+                return True
+    return False
 
 
 def _end(candidate: int, wait: bool) -> int:

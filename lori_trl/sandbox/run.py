@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 
-from .kernel import LAYERS, PROMISES
+from .kernel import LAYERS, NAMESPACES, PROMISES, landlock_abi
 from .roles import SETUP_SECONDS, Outcome
-from .wire import frame
+from .wire import MAX_FRAME_BYTES, NoAnswer, frame
 
 # What a child does with the folder that holds this package; the program sees the standard library alone.
 CHILD = "import sys; sys.path.append(sys.argv[1]); from sandbox.roles import supervise; sys.path.pop(); supervise()"
@@ -97,17 +97,42 @@ def run_programs(
 
 
 def isolation() -> dict[str, tuple[str, ...]]:
-    """Say what this machine enforces on a candidate, and by what; an empty tuple means that nothing does.
+    """Say what this machine holds a program to, and by what layers; an empty tuple means that nothing does.
 
-    Found by trial, once a process. The limits on time, file size, open files and (not on macOS) address space, the
-    empty environment and the end of the candidate itself do not depend on it. Where nothing enforces the last promise,
-    Linux's subreaper finds what a candidate has left, and macOS finds what stayed in its process group.
+    Found by trial, once a process. The limits on time, file size, open files and (not on macOS) a process's address
+    space, the empty environment and the end of the candidate itself do not depend on it. Where nothing enforces the
+    last promise, Linux's subreaper finds what a program has left, and macOS finds what stayed in its process group.
 
     The layers are `"pids"`, `"mounts"` and `"network"` (namespaces; `"mounts"` with a root of its own that holds
-    Python's library, read-only, and 32 MiB in memory), `"nobody"` (another user, where the caller is root),
-    `"landlock"` and `"seccomp"` (a list of the system calls that are allowed).
+    Python's library, read-only, and 32 MiB in memory), `"nobody"` (another user, where the caller is root), `"users"`
+    (a user namespace, for kernel keys), `"landlock"` and `"seccomp"` (a list of the system calls that are allowed).
     """
-    return {promise: tuple(layer for layer in layers if layer in _layers()) for promise, layers in PROMISES.items()}
+    return {promise: _enforced_by(ways) for promise, ways in PROMISES.items()}
+
+
+def _enforced_by(ways: tuple[set[str], ...]) -> tuple[str, ...]:
+    at_hand = _layers()
+    return tuple(layer for layer in at_hand if any(layer in way and way <= {*at_hand} for way in ways))
+
+
+def check_isolation(*, required: bool = False) -> None:
+    """Try the layers before anything is run: warn, once, of those that are absent and of what is missing for it.
+
+    Args:
+        required (`bool`, *optional*, defaults to `False`): whether to refuse a machine without namespaces.
+
+    Raises:
+        ValueError: If namespaces are required and this machine gives none, or not all.
+        NotImplementedError: On Windows.
+        RuntimeError: If the sandbox does not work here at all.
+    """
+    absent = [layer for layer in NAMESPACES if layer not in _layers()]
+    if required and absent:
+        raise ValueError(
+            f"`--require_isolation` is given, and this machine refuses the namespaces {', '.join(absent)}. Allowed "
+            f"are machines that give {', '.join(NAMESPACES)}. Run this on Linux where a user may make namespaces (in "
+            "Docker: `--security-opt seccomp=unconfined`), or leave the option out and trust to the other layers."
+        )
 
 
 @cache
@@ -118,33 +143,45 @@ def _layers() -> tuple[str, ...]:
             f"`sys.platform={sys.platform!r}` has none of the limits that generated code is run under. "
             "Linux has all of them, macOS some. Run the evaluation there, e.g. in WSL or a container."
         )
-    import logging
-
-    logger = logging.getLogger(__name__)
-    program, test = "def f():\n    import colorsys\n    return 1", "def check(f): assert f() == 1"
-    bare = _run(program, "", test, "f", SETUP_SECONDS, 2**30, ())
-    if not bare.passed:
-        raise RuntimeError(f"The sandbox does not work on this machine: {bare.reason}")
+    if fault := _refusal(()):
+        raise RuntimeError(f"The sandbox does not work on this machine: {fault}")
     kept: tuple[str, ...] = ()
     refused = {}
-    for layer in LAYERS if sys.platform == "linux" else ():
-        try:
-            outcome = _run(program, "", test, "f", SETUP_SECONDS, 2**30, (*kept, layer))
-        except RuntimeError as error:
-            outcome = Outcome(False, str(error))
-        if outcome.passed:
-            kept += (layer,)
+    for layer in LAYERS:
+        if layer == "nobody" and os.getuid() != 0:  # only root can become another user
+            continue
+        if fault := _refusal((*kept, layer)):
+            refused[layer] = fault
         else:
-            refused[layer] = outcome.reason
-    logger.info("The sandbox for generated code uses %s; refused here: %s.", kept, refused)
-    unmet = [promise for promise, layers in PROMISES.items() if not {*layers} & {*kept}]
-    if unmet:
-        logger.warning(
-            "This machine does not hold generated code to: %s. Run the evaluation on Linux 5.13 or later, or in a "
-            "container that holds nothing of worth.",
-            "; ".join(unmet),
-        )
+            kept += (layer,)
+    _warn(kept, refused)
     return kept
+
+
+def _refusal(layers: tuple[str, ...]) -> str | None:
+    """Say why a program that is right does not pass under these layers; None if it does."""
+    if layers and sys.platform != "linux":
+        return f"not on {sys.platform}"
+    program, test = "def f():\n    import colorsys\n    return 1", "def check(f): assert f() == 1"
+    try:
+        outcome = _run(program, "", test, "f", SETUP_SECONDS, 2**30, layers)
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return None if outcome.passed else outcome.reason
+
+
+def _warn(kept: tuple[str, ...], refused: dict[str, str]) -> None:
+    import logging
+
+    unmet = [promise for promise, ways in PROMISES.items() if not any(way <= {*kept} for way in ways)]
+    if refused:
+        logging.getLogger(__name__).warning(
+            "The sandbox for generated code is without %s. This machine does not hold such code to: %s. Run the "
+            "evaluation on Linux 5.13 or later where namespaces are allowed, or in a container that holds nothing of "
+            "worth.",
+            "; ".join(f"{layer} ({reason})" for layer, reason in refused.items()),
+            "; ".join(unmet) or "nothing less than with it",
+        )
 
 
 def _run(
@@ -154,9 +191,26 @@ def _run(
     import subprocess
     import tempfile
 
-    limits = {"timeout": timeout, "memory_bytes": memory_bytes, "layers": layers}
-    job = {"program": program, "entry_point": entry_point, **limits}
+    job = {
+        "program": program,
+        "entry_point": entry_point,
+        "timeout": timeout,
+        "memory_bytes": memory_bytes,
+        "layers": layers,
+        "landlock_abi": landlock_abi() if "landlock" in layers else 0,
+    }
     problem = {"prompt": prompt, "test": test, "entry_point": entry_point}
+    try:
+        job_frame = frame(job)
+    except NoAnswer:
+        return Outcome(False, f"failed: a program of more than {MAX_FRAME_BYTES} bytes")
+    try:
+        problem_frame = frame(problem)
+    except NoAnswer as error:
+        raise ValueError(
+            f"`prompt` and `test` have {len(prompt)} and {len(test)} characters. Allowed are {MAX_FRAME_BYTES} bytes "
+            "together. Pass a shorter test."
+        ) from error
     with tempfile.TemporaryDirectory(prefix="lori-sandbox-", ignore_cleanup_errors=True) as scratch:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", CHILD, os.path.dirname(os.path.dirname(__file__))],
@@ -168,7 +222,7 @@ def _run(
             start_new_session=True,
         )
         try:
-            answer, errors = process.communicate(frame(job) + frame(problem), timeout + 2 * SETUP_SECONDS)
+            answer, errors = process.communicate(job_frame + problem_frame, timeout + 2 * SETUP_SECONDS)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()

@@ -1,8 +1,10 @@
 """`lori recipes`: the shipped ones are listed, shown, checked and copied."""
 
+import os
+
 import pytest
 
-from lori_trl.cli import main
+from lori_trl.cli import main, sft
 
 
 def test_recipes_list_show_copy_validate(tmp_path, capsys):
@@ -31,3 +33,95 @@ def test_recipes_list_show_copy_validate(tmp_path, capsys):
             main(["recipes", *arguments])
         assert exit.value.code == 2
     assert (tmp_path / "mine.yaml").read_text() == "sparsity: high\n"
+
+
+def validate(tmp_path, capsys, text):
+    """Return exit code, standard output and error of `lori recipes validate` for a text."""
+    (tmp_path / "mine.yaml").write_text(text)
+    try:
+        code = main(["recipes", "validate", str(tmp_path / "mine.yaml")])
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("lr_scheduler_type: text", "text"),
+        ("env: {'A=B': '1'}", "env: 'A=B' is no name of an environment variable"),
+        ("env: {1: 2}", "env: 1 is no name of an environment variable"),
+        ("env: {A: [1]}", "env: A=[1]: text or a number is needed"),
+        ('env: {A: "\\0"}', "text or a number is needed"),
+        ("help: 1", "help: no such field"),
+        ("recipe: quickstart.yaml", "recipe: no such field"),
+        ("output_dir: [a]", "a list is not allowed here"),
+        ("lora_target_modules: []", "one value at least is needed"),
+        ("model_init_kwargs: {1: 2}", "the keys of a mapping must be text"),
+        ("deepspeed: text", "deepspeed"),
+        ("load_best_model_at_end: true", "load_best_model_at_end"),
+        ("adapters: [a]\nenv: {A: b}", "env: no such field"),
+    ],
+)
+def test_what_the_run_would_refuse_is_a_fault(line, fault, tmp_path, capsys):
+    code, _, error = validate(tmp_path, capsys, line)
+    assert code == 2 and fault in error and "Correct the" in error
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "calibration_sparsities: 0.5",
+        "calibration_sparsities: ['0.5', 9.5e-1]",
+        "lora_target_modules: all-linear",
+        "lora_alpha: null",
+        "max_length: null",
+        "report_to: [none]",
+        "env: {A: 1, B: text}",
+    ],
+)
+def test_what_is_valid_the_run_takes(line, tmp_path, capsys, model_folder):
+    assert validate(tmp_path, capsys, line)[0] == 0
+    assert sft(["--recipe", str(tmp_path / "mine.yaml"), "--model_name_or_path", str(model_folder), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("trust_remote_code: true", "trust_remote_code=True"),
+        ("model_init_kwargs: {trust_remote_code: true}", "trust_remote_code=True"),
+        ("attn_implementation: some/kernel", "attn_implementation=some/kernel"),
+        ("env: {LD_PRELOAD: /tmp/a.so, PYTHONPATH: /tmp, OMP_NUM_THREADS: 1}", "env=LD_PRELOAD, PYTHONPATH:"),
+        ("env: {OMP_NUM_THREADS: 1}\ntrust_remote_code: false", None),
+    ],
+)
+def test_code_from_elsewhere_is_told_before_it_runs(text, told, tmp_path, capsys, model_folder, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    code, _, error = validate(tmp_path, capsys, text)
+    assert code == 0 and (told in error and "Go on only if you trust" in error if told else error == "")
+    sft(["--recipe", str(tmp_path / "mine.yaml"), "--model_name_or_path", str(model_folder), "--dry-run"])
+    assert not told or told in capsys.readouterr().err
+
+
+def test_baselines_are_for_trl(tmp_path, capsys):
+    for name in ("nlu_lora.yaml", "baselines/nlu_fft"):
+        assert main(["recipes", "validate", name]) == 0
+        assert "no faults, for `trl sft --config`" in capsys.readouterr().out
+    code, _, error = validate(tmp_path, capsys, "use_peft: true\nsparsity: 0.9")
+    assert code == 2 and "sparsity: no such field" in error
+
+
+def test_a_recipe_is_found_by_its_relative_path(capsys):
+    for name in ("baselines/nlu_lora.yaml", "merge/table8_lori_s_concat"):
+        assert main(["recipes", "show", name]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        main(["recipes", "show", "nope.yaml"])
+    error = capsys.readouterr().err
+    assert "`nope.yaml` is neither a file nor a shipped recipe" in error and "--recipe" not in error
+
+
+def test_many_faults_are_counted_not_listed(tmp_path, capsys):
+    code, _, error = validate(tmp_path, capsys, "\n".join(f"key_{number}: {'x' * 999}" for number in range(300)))
+    assert code == 2 and "has 300 faults" in error and "and 290 more" in error and len(error) < 1500
+    code, _, error = validate(tmp_path, capsys, f"{'k' * 900}: 1\ntask_name: [{'x' * 999}]\nsparsity: {'9' * 30}")
+    assert code == 2 and len(error) < 800

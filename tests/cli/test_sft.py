@@ -1,6 +1,7 @@
 """`lori-sft`: one command trains; wrong calls exit with 2, say why, and touch nothing."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -125,8 +126,13 @@ def fails(arguments, capsys, *parts):
 @pytest.mark.parametrize(
     ("extra", "parts"),
     [
-        (["--recipe", "nosuch.yaml"], ["`--recipe nosuch.yaml` is neither", "`lori recipes list` shows all"]),
+        (["--recipe", "nosuch.yaml"], ["`nosuch.yaml` is neither", "`lori recipes list` shows all"]),
         (["--recipe", "code_lora.yaml"], ["is a baseline for TRL's own trainer", "Run it with `trl sft --config"]),
+        (["--recipe", "baselines/nlu_fft.yaml"], ["is a baseline", "it sets `use_peft`", "take `use_peft` out"]),
+        (["--use_peft", "False"], ["`use_peft=False` is no LoRI", "Leave `use_peft` out"]),
+        (["--model_init_kwargs", "text"], ["`model_init_kwargs=text`", "Pass JSON"]),
+        (["--lr_scheduler_type", "text"], ["text", "`lori-sft --help` lists what is allowed"]),
+        (["--ddp_timeout", "9" * 30], ["too large", "Correct the call or the recipe"]),
         (["--sparcity", "0.5"], ["`--sparcity` is no option (did you mean --sparsity?)"]),
         (["--learning_rate", "fast"], ["invalid float value: 'fast'", "Correct the call"]),
         (["--sparsity", "1.5"], ["`sparsity=1.5` is outside [0, 1)", "e.g. `sparsity=0.9`"]),
@@ -165,6 +171,25 @@ def test_an_output_folder_below_a_file(call, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     fails([*call, "--output_dir", str(tmp_path / "file" / "out")], capsys, "cannot be written", "Pass another")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_copied_baseline_is_still_one_in_a_dry_run_too(tmp_path, capsys):
+    assert main(["recipes", "copy", "nlu_lora.yaml", str(tmp_path / "mine.yaml")]) == 0
+    for more in ([], ["--dry-run"]):
+        fails(["--recipe", str(tmp_path / "mine.yaml"), *more], capsys, "is a baseline for TRL's own trainer")
+
+
+def test_trls_name_for_a_recipe_is_checked_too(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("sparsity: high\n")
+    fails(["--config", str(tmp_path / "bad.yaml")], capsys, "has 1 fault")
+
+
+def test_variables_of_a_recipe_are_set(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with (tmp_path / "recipe.yaml").open("a") as file:
+        file.write("env: {OMP_NUM_THREADS: 3}\n")
+    assert sft([*call, "--dry-run"]) == 0
+    assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
 def test_a_model_is_needed(capsys):

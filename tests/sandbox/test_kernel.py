@@ -1,12 +1,16 @@
 """No sample gets out of what the kernel holds it to."""
 
 import os
+import re
 import socket
+import struct
 import sys
 from pathlib import Path
 
 import pytest
-from sandbox_samples import attempts
+from sandbox_samples import attempts, system_calls
+
+from lori_trl.sandbox import kernel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the samples attack Linux")
 
@@ -135,3 +139,84 @@ def test_system_calls_that_no_program_needs_are_refused():
             return done
     """
     assert attempts(program) == (True, "passed")
+
+
+# ---- The tables, on the machines that there are
+
+
+@pytest.mark.parametrize("machine", kernel.AUDIT_ARCHITECTURE)
+def test_the_numbers_of_system_calls_are_the_kernels(machine):
+    numbers, column = system_calls(machine), [*kernel.AUDIT_ARCHITECTURE].index(machine)
+    entries = [entry.split() for entry in kernel.SYSTEM_CALLS.split(",")]
+    ours = {name: given[column] for name, *given in entries} | {
+        name: str(given[column]) for name, given in kernel.SETUP_CALLS.items()
+    }
+    assert ours == {name: str(numbers.get(name, "-")) for name in ours}
+    assert len(entries) == len({name for name, *_ in entries}) and {*kernel.CHECKED_ARGUMENTS} <= {*ours}
+
+
+def test_the_table_is_that_of_the_installed_headers():
+    header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+    if not header.is_file():
+        pytest.skip("no kernel headers are installed")
+    installed = dict(re.findall(r"#define __NR_(\w+) (\d+)", header.read_text()))
+    table = system_calls("x86_64")
+    assert {name: int(installed[name]) for name in table} == table
+
+
+def decide(program, architecture, number, *arguments):
+    """Run a seccomp program as the kernel does, on little-endian words."""
+    data = struct.pack("<iIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    word, at = 0, 0
+    while True:
+        code, if_equal, if_not, value = program[at]
+        at += 1
+        if code == 0x20:
+            (word,) = struct.unpack_from("<I", data, value)
+        elif code == 0x54:
+            word &= value
+        elif code == 0x15:
+            at += if_equal if word == value else if_not
+        else:
+            assert code == 0x06
+            return {0x7FFF0000: "allowed", 0x00050001: "refused", 0x80000000: "killed"}[value]
+
+
+@pytest.mark.parametrize("machine", kernel.AUDIT_ARCHITECTURE)
+def test_the_filter_allows_what_is_listed_and_nothing_else(machine):
+    numbers, program = system_calls(machine), kernel.system_call_filter(machine)
+    architecture = kernel.AUDIT_ARCHITECTURE[machine]
+    listed = {entry.split()[0] for entry in kernel.SYSTEM_CALLS.split(",")} - {*kernel.CHECKED_ARGUMENTS}
+    for name, number in numbers.items():
+        if name not in kernel.CHECKED_ARGUMENTS:
+            assert decide(program, architecture, number) == ("allowed" if name in listed else "refused"), name
+            assert decide(program, architecture, number | 0x40000000) == "refused"  # x32
+            assert decide(program, 0x40000003, number) == "killed"  # i386
+    assert not listed & {"truncate", "keyctl", "add_key", "request_key", "socket", "fork", "clone", "readlinkat"}
+
+
+REFUSED_ARGUMENTS = {
+    "fcntl": ((3, 8), (3, 10), (3, 15), (3, 1024), (3, 1026), (3, 1031), (3, 8 | 1 << 32)),
+    "ioctl": ((3, 0x5452), (3, 0x8901), (3, 0x5412)),
+    "prlimit64": ((1,), (4711,)),
+    "openat": ((3, 0, os.O_TRUNC), (3, 0, 3), (3, 0, 3 | os.O_TRUNC)),
+}
+ALLOWED_ARGUMENTS = {
+    "fcntl": ((3, 1), (3, 2), (3, 1030)),
+    "ioctl": ((3, 0x5401), (3, 0x5451)),
+    "prlimit64": ((0, 9),),
+    "openat": ((3, 0, os.O_RDONLY | os.O_CLOEXEC), (3, 0, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)),
+}
+
+
+@pytest.mark.parametrize("machine", kernel.AUDIT_ARCHITECTURE)
+@pytest.mark.parametrize(
+    ("decision", "table"), [("refused", REFUSED_ARGUMENTS), ("allowed", ALLOWED_ARGUMENTS)], ids=["refused", "allowed"]
+)
+def test_the_filter_looks_at_arguments(decision, table, machine):
+    numbers, program = system_calls(machine), kernel.system_call_filter(machine)
+    for name, cases in table.items():
+        for arguments in cases:
+            assert decide(program, kernel.AUDIT_ARCHITECTURE[machine], numbers[name], *arguments) == decision, name
+            if name == "openat" and machine == "x86_64":
+                assert decide(program, kernel.AUDIT_ARCHITECTURE[machine], numbers["open"], *arguments[1:]) == decision

@@ -7,7 +7,7 @@ import time
 import pytest
 from sandbox_samples import DOUBLE, DOUBLE_TEST, attempts, double
 
-from lori_trl.sandbox import isolation, kernel, run, run_program, run_programs
+from lori_trl.sandbox import check_isolation, isolation, kernel, run, run_program, run_programs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the samples attack Linux")
 
@@ -151,6 +151,13 @@ def test_answers_have_a_greatest_size(body):
     assert not outcome.passed and len(outcome.reason) < 300
 
 
+def test_programs_have_a_greatest_size():
+    padding = "#" * 2**24
+    assert run_program(padding, "", DOUBLE_TEST, "double") == (False, "failed: a program of more than 16777216 bytes")
+    with pytest.raises(ValueError, match="`prompt` and `test` have 16777216 and 0 characters. Allowed are 16777216"):
+        run_program("", padding, "", "double")
+
+
 def test_files_have_a_greatest_size(layers):
     program = f"""
         def attempts():
@@ -175,16 +182,45 @@ def test_files_have_a_greatest_size(layers):
 def test_isolation_names_what_enforces_each_promise(monkeypatch):
     monkeypatch.setattr(run, "_layers", lambda: ("landlock", "seccomp"))
     assert isolation()["no network"] == ("seccomp",)
-    assert isolation()["no writes outside the scratch folder"] == ("landlock",)
+    assert isolation()["no writes outside the scratch folder"] == ("landlock", "seccomp")
+    assert isolation()["no sight of the names, sizes and dates of the user's files"] == ()
+    monkeypatch.setattr(run, "_layers", lambda: ("landlock",))
+    kept = {"no reading of the user's files, nor of installed packages": ("landlock",)}
+    assert {promise: layers for promise, layers in isolation().items() if layers} == kept
     monkeypatch.setattr(run, "_layers", lambda: ())
     assert set(isolation().values()) == {()}
 
 
-def test_a_machine_without_isolation_warns_once(monkeypatch, caplog):
+@pytest.fixture
+def trials():
+    """Find the layers anew."""
+    run._layers.cache_clear()
+    yield
+    run._layers.cache_clear()
+
+
+def test_a_machine_without_isolation_warns_once(monkeypatch, caplog, trials):
     monkeypatch.setattr(run.sys, "platform", "darwin")
-    run._layers.cache_clear()
-    assert run._layers() == () and "does not hold generated code to: no network; no writes" in caplog.text
-    run._layers.cache_clear()
+    check_isolation()
+    check_isolation()
+    assert caplog.text.count("does not hold such code to: no network; no local sockets") == 1
+    assert "without pids (not on darwin); mounts (not on darwin)" in caplog.text
+
+
+def test_every_absent_layer_is_named(monkeypatch, caplog, trials):
+    refuse = {"mounts": "no", "landlock": "too old"}
+    monkeypatch.setattr(run, "_refusal", lambda layers: refuse.get(layers[-1]) if layers else None)
+    check_isolation()
+    assert "without mounts (no); landlock (too old). This machine does not hold such code to: no writes" in caplog.text
+
+
+def test_isolation_can_be_required(monkeypatch):
+    monkeypatch.setattr(run, "_layers", lambda: ("pids", "mounts", "network"))
+    check_isolation(required=True)
+    monkeypatch.setattr(run, "_layers", lambda: ("network", "landlock", "seccomp"))
+    check_isolation()
+    with pytest.raises(ValueError, match="refuses the namespaces pids, mounts. Allowed are machines that give pids"):
+        check_isolation(required=True)
 
 
 def test_windows_is_refused(monkeypatch):

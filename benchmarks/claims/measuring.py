@@ -1,0 +1,83 @@
+"""From a cell to its figures."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lori_trl import LoriMasks, merge_lori_adapters
+from lori_trl.evaluation import completion_loss, is_refusal
+from lori_trl.evaluation.harness import BENIGN_FILE
+from lori_trl.tasks import alpaca_prompt
+
+from .cells import SALIENCIES, SNAPSHOTS, STEPS, Base, Cell, Gradients, Held, Merge, Overlaps, Refusals, Train
+from .data import Rows, tokenizer
+from .setting import generate
+from .store import Figures
+from .training import Folder, base_model, take_gradients, train
+
+REQUESTS = 24  # harmful ones and harmless ones, each
+
+
+def measure(cell: Cell, rows: Rows, folder: Folder) -> Figures:
+    """Run a cell. Its files, if other cells need any, are then in its folder."""
+    kinds: dict[type, Callable[[Any, Rows, Folder], Figures]] = {
+        Base: lambda cell, rows, _: _losses(base_model(), rows, cell.task),
+        Train: lambda cell, rows, folder: _losses(train(cell, rows, folder), rows, cell.task),
+        Gradients: lambda cell, rows, folder: take_gradients(cell, rows, folder) or {},
+        Overlaps: _overlaps,
+        Merge: _merge,
+        Held: _held,
+        Refusals: _refusals,
+    }
+    return kinds[type(cell)](cell, rows, folder)
+
+
+def _losses(model: PreTrainedModel, rows: Rows, task: str) -> Figures:
+    """Measure the loss on a task's dev and test rows, in nats a completion token."""
+    dev, test = (completion_loss(model, tokenizer(), split) for split in (rows.dev(task), rows.test(task)))
+    return {"dev_loss": dev.loss, "loss": test.loss, "loss_stderr": test.stderr}
+
+
+def _overlaps(cell: Overlaps, rows: Rows, folder: Folder) -> Figures:
+    dense, gradients = (folder(need) / "masks_on_the_way" / "masks" for need in cell.needs)
+    read = LoriMasks.from_pretrained
+    full = read(dense / f"train-{STEPS}.safetensors")
+    files = {f"train-{steps}": dense for steps in SNAPSHOTS[:-1]}
+    files |= {f"{saliency}-{batches}": gradients for saliency in SALIENCIES for batches in SNAPSHOTS}
+    return {name: full.overlap(read(place / f"{name}.safetensors")) for name, place in files.items()}
+
+
+def _merge(cell: Merge, rows: Rows, folder: Folder) -> Figures:
+    adapters = [folder(adapter) for adapter in cell.adapters]
+    merged = folder(cell) / "merged"
+    merge_lori_adapters(adapters, weights=[cell.weight] * len(adapters), method=cell.how, output_dir=merged)
+    model = _with_adapter(merged)
+    return {adapter.task: _losses(model, rows, adapter.task) for adapter in cell.adapters}
+
+
+def _held(cell: Held, rows: Rows, folder: Folder) -> Figures:
+    model = _with_adapter(_adapter(cell.of, folder))
+    return {task: _losses(model, rows, task) for task in cell.tasks}
+
+
+def _refusals(cell: Refusals, rows: Rows, folder: Folder) -> Figures:
+    model = base_model() if cell.of is None else _with_adapter(_adapter(cell.of, folder))
+    lines = BENIGN_FILE.read_text(encoding="utf-8").splitlines()[:REQUESTS]
+    prompts = {
+        "harmful": [row["prompt"] for row in rows.harmful()[:REQUESTS]],
+        "harmless": [alpaca_prompt(json.loads(line)["instruction"]) for line in lines],
+    }
+    answers = {name: generate(model, tokenizer(), asked, name, 24) for name, asked in prompts.items()}
+    return {name: sum(map(is_refusal, given)) / len(given) for name, given in answers.items()} | {"of": REQUESTS}
+
+
+def _adapter(cell: Train | Merge, folder: Folder) -> Path:
+    return folder(cell) / "merged" if isinstance(cell, Merge) else folder(cell)
+
+
+def _with_adapter(adapter: Path) -> PreTrainedModel:
+    return PeftModel.from_pretrained(base_model(), adapter).merge_and_unload()

@@ -1,0 +1,145 @@
+"""The parts of the study, in the order in which they are begun: which cells each of them needs."""
+
+from collections.abc import Callable, Iterator
+
+from .cells import SEEDS, TASKS, Base, Cell, Held, Mask, Merge, Overlaps, Refusals, Train
+from .tuning import Tuning
+
+# Masks other than the whole dense run's: those that decide, and those that draw the curve.
+CHEAP = (Mask("random", granularity="matrix"), Mask("agreement", 4), Mask("train", 4))
+CURVE = (
+    Mask("agreement", 15), Mask("random"), Mask("agreement", 8), Mask("train", 8), Mask("train", 15),
+    Mask("agreement", 30), Mask("adam", 4), Mask("adam", 15), Mask("train", 2),
+)  # fmt: skip
+CURVE_TASKS = ("gsm8k", "safety")
+POOR = (Mask("gradient", 4), Mask("fisher", 4))  # worse than chance in a first look: on one task
+MERGED = tuple(("safety", "gsm8k", "nlu", "code")[:count] for count in (2, 3, 4))
+COMPARED = ("LoRA", "LoRI-D", "LoRI-S", "random")
+SEQUENCE = ("gsm8k", "nlu", "code")
+SPARSITIES = (0.5, 0.95, 0.99)
+GRANULARITIES = ("module", "projection", "layer", "matrix")
+
+
+def masks(tuning: Tuning) -> Iterator[Cell]:
+    """What a cheap mask costs, from none at all to the whole dense run's."""
+    yield from deciding_masks(tuning, "gsm8k")
+    yield from curve(tuning, "gsm8k", CURVE)
+    for task in TASKS[1:]:
+        yield from deciding_masks(tuning, task)
+    yield from curve(tuning, "safety", CURVE)
+    yield from curve(tuning, "gsm8k", POOR)
+
+
+def deciding_masks(tuning: Tuning, task: str) -> Iterator[Cell]:
+    """The random mask, the whole dense run's, and the cheapest between them."""
+    yield Base(task)
+    for method in ("LoRI-D", "LoRI-S", "random"):
+        yield from tuning.cells(method, task)
+    for seed in SEEDS:
+        yield from (tuning.train(method, task, seed) for method in ("LoRI-D", "LoRI-S", "random"))
+        yield from curve(tuning, task, CHEAP[1:], (seed,))
+        yield Overlaps(task, seed, tuning.rate("LoRI-D", task))
+
+
+def curve(tuning: Tuning, task: str, masks: tuple[Mask, ...], seeds: tuple[int, ...] = SEEDS) -> Iterator[Cell]:
+    """LoRI-S with other masks."""
+    for mask in masks:
+        yield from (with_mask(tuning, mask, task, seed) for seed in seeds)
+
+
+def with_mask(tuning: Tuning, mask: Mask, task: str, seed: int) -> Train:
+    """LoRI-S with another mask; the one that needs a dense run takes the tuned one's."""
+    if mask.method == "train":
+        mask = Mask("train", mask.batches, tuning.rate("LoRI-D", task))
+    return tuning.masked(mask, task, seed)
+
+
+def merging(tuning: Tuning) -> Iterator[Cell]:
+    """Two, three and four tasks in one adapter; weights are searched on seed 0."""
+    for tasks in MERGED:
+        for method in COMPARED:
+            for task in tasks:
+                yield from tuning.cells(method, task)
+        for method in COMPARED:
+            yield from merges(tuning, method, tasks, "concat")
+    for method in COMPARED:
+        yield from merges(tuning, method, MERGED[0], "linear")
+    for method in ("LoRI-D", "random"):  # LoRI's own explanation is that A are independent
+        yield from merges(tuning, method, MERGED[0], "concat", shared_A=True)
+
+
+def merges(tuning: Tuning, method: str, tasks: tuple[str, ...], how: str, **fields) -> Iterator[Cell]:
+    """One method's single adapters and their merges."""
+    searched, weight = tuning.merges(single_adapters(tuning, method, tasks, 0, **fields), how)
+    yield from searched[0].adapters
+    yield from searched
+    for seed in SEEDS[1:]:
+        adapters = single_adapters(tuning, method, tasks, seed, **fields)
+        yield from adapters
+        yield Merge(adapters, how, weight)
+
+
+def single_adapters(tuning: Tuning, method: str, tasks: tuple[str, ...], seed: int, **fields) -> tuple[Train, ...]:
+    return tuple(tuning.train(method, task, seed, **fields) for task in tasks)
+
+
+def sequences(tuning: Tuning) -> Iterator[Cell]:
+    """One adapter, several tasks one after the other: what is left of the earlier ones."""
+    yield Refusals()
+    for method in COMPARED:
+        for seed in SEEDS:
+            first, second = sequence(tuning, method, ("safety", "gsm8k"), seed)
+            yield from (first, Refusals(first), second, Held(second, ("safety",)), Refusals(second))
+    for method in ("LoRI-S", "LoRAF", "LoRA", "LoRI-D"):
+        for seed in SEEDS:
+            first, second, third = sequence(tuning, method, SEQUENCE, seed)
+            yield from (first, second, third, Held(third, SEQUENCE[:2]))
+
+
+def sequence(tuning: Tuning, method: str, tasks: tuple[str, ...], seed: int) -> list[Train]:
+    """One adapter's cells, task after task. LoRAF's first task is LoRI-S's."""
+    disjoint, method = method == "LoRAF", method.replace("LoRAF", "LoRI-S")
+    cells: list[Train] = []
+    for task in tasks:
+        start = cells[-1] if cells else None
+        cells.append(tuning.train(method, task, seed, start=start, disjoint=disjoint and start is not None))
+    return cells
+
+
+def single(tuning: Tuning) -> Iterator[Cell]:
+    """LoRI-D against LoRA, and how far up sparsity goes."""
+    for method in ("LoRA", "LoRI-D", "LoRI-S"):
+        for task in TASKS:
+            yield from tuning.cells(method, task)
+            yield from (tuning.train(method, task, seed) for seed in SEEDS)
+    for task in CURVE_TASKS:
+        for sparsity in SPARSITIES:
+            yield from tuning.cells(f"s={sparsity}", task)
+            yield from (tuning.train(f"s={sparsity}", task, seed) for seed in SEEDS)
+
+
+def granularity(tuning: Tuning) -> Iterator[Cell]:
+    """Over what the entries of B compete."""
+    for task in CURVE_TASKS:
+        for name in GRANULARITIES:
+            yield from (tuning.masked(tuning.full_mask(task, granularity=name), task, seed) for seed in SEEDS)
+
+
+PARTS: dict[str, Callable[[Tuning], Iterator[Cell]]] = {
+    "masks": masks, "merging": merging, "sequences": sequences, "single": single, "granularity": granularity,
+}  # fmt: skip
+
+
+def plan(tuning: Tuning, only: tuple[str, ...] = ()) -> list[Cell]:
+    """Return the cells of some parts, or of all, in order and with what they need before them."""
+    cells: dict[str, Cell] = {}
+
+    def add(cell: Cell) -> None:
+        for need in cell.needs:
+            add(need)
+        cells.setdefault(cell.key, cell)
+
+    for name in only or PARTS:
+        for cell in PARTS[name](tuning):
+            add(cell)
+    return list(cells.values())

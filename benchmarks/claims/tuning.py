@@ -1,0 +1,79 @@
+"""What is chosen on dev rows: learning rates, per method and task, and weights of merges."""
+
+from collections.abc import Callable
+
+from .cells import STEPS, UNTUNED, Cell, Mask, Merge, Train
+from .store import Store
+
+RATES = (1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 0.15, 0.5)
+WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+FIRST_RATES, FIRST_WEIGHTS = (3, 6), (2, 5)  # every search begins with these: positions, the end excluded
+
+SPARSE = ("LoRI-S", "random", "s=0.5", "s=0.95", "s=0.99")
+METHODS = ("LoRA", "LoRI-D", *SPARSE)
+
+
+class Tuning:
+    """
+    The searches on seed 0: from the same three values for every method, on to one side while the best is at the edge.
+
+    Args:
+        store ([`Store`]): the results so far.
+    """
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def cells(self, method: str, task: str) -> list[Cell]:
+        """Return the cells of a method's search on a task, as far as it has come."""
+        return self._search(lambda rate: self._train(method, task, 0, rate), RATES, FIRST_RATES)[0]
+
+    def rate(self, method: str, task: str) -> float:
+        """Return a method's learning rate for a task, `UNTUNED` while it is not chosen."""
+        return self._search(lambda rate: self._train(method, task, 0, rate), RATES, FIRST_RATES)[1]
+
+    def train(self, method: str, task: str, seed: int, **fields) -> Train:
+        """Return the cell of a method on a task, at its own learning rate."""
+        return self._train(method, task, seed, self.rate(method, task), **fields)
+
+    def masked(self, mask: Mask, task: str, seed: int) -> Train:
+        """Return the cell of LoRI-S with another mask, at the rate chosen for LoRI-S's own."""
+        return Train("LoRI", task, seed, self.rate("LoRI-S", task), mask)
+
+    def full_mask(self, task: str, sparsity: float = 0.9, granularity: str = "model") -> Mask:
+        """Return the paper's mask: that of a whole dense run."""
+        return Mask("train", STEPS, self.rate("LoRI-D", task), sparsity, granularity)
+
+    def merges(self, adapters: tuple[Train, ...], how: str) -> tuple[list[Merge], float]:
+        """Return the merges of adapters at the weights of the search so far, and the weight with the lowest loss."""
+        return self._search(lambda weight: Merge(adapters, how, weight), WEIGHTS, FIRST_WEIGHTS)
+
+    def _train(self, method: str, task: str, seed: int, rate: float, **fields) -> Train:
+        if method == "LoRA":
+            return Train("LoRA", task, seed, rate, **fields)
+        if method == "LoRI-D":
+            return Train("LoRI", task, seed, rate, **fields)
+        if method == "random":
+            return Train("LoRI", task, seed, rate, Mask("random", granularity="matrix"), **fields)
+        sparsity = 0.9 if method == "LoRI-S" else float(method.removeprefix("s="))
+        return Train("LoRI", task, seed, rate, self.full_mask(task, sparsity), **fields)
+
+    def _search(
+        self, make: Callable[[float], Cell], ladder: tuple[float, ...], window: tuple[int, int]
+    ) -> tuple[list[Cell], float]:
+        start, end = window
+        while True:
+            cells = [make(value) for value in ladder[start:end]]
+            if not all(cell in self.store for cell in cells):
+                return cells, UNTUNED
+            losses = [_dev_loss(self.store.figures(cell)) for cell in cells]
+            best = start + losses.index(min(losses))
+            if start < best < end - 1 or best in (0, len(ladder) - 1):
+                return cells, ladder[best]
+            start, end = (start - 1, end) if best == start else (start, end + 1)
+
+
+def _dev_loss(figures: dict) -> float:
+    """Return a cell's loss on dev rows, the mean over its tasks."""
+    losses = [figures["dev_loss"]] if "dev_loss" in figures else [task["dev_loss"] for task in figures.values()]
+    return sum(losses) / len(losses)
