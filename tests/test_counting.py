@@ -46,7 +46,7 @@ def test_a_dense_run_is_shown_beside_the_papers_sparsity():
 
 
 def test_memory_of_llama_3_8b_in_bytes():
-    """Worked out by hand: 2 bytes a weight of the base, 4 of the adapter, 12 a trained entry (gradient, two moments)."""
+    """Worked out by hand: 2 bytes a weight of the base, 4 of the adapter, 12 a trained entry: gradient, moments."""
     counts = count_parameters(KNOWN_CONFIGS[LLAMA_3], LoraConfig(r=32, target_modules=TARGETS), 0.9)
     memory = counts.memory(2.0, gpus=1)
     assert memory["base weights"] == 16_060_522_496

@@ -123,11 +123,10 @@ def _label(name: str, names: list[str]) -> str:
 
 def _local_data(given: list[str]) -> dict[str | None, str]:
     """Parse `[TASK=]PATH`: task, or None for all, -> path."""
-    paths = {}
+    paths: dict[str | None, str] = {}
     for text in given:
-        task, equals, path = text.partition("=")
-        if Path(text).exists() or not equals:
-            task, path = None, text
+        first, equals, rest = text.partition("=")
+        task, path = (None, text) if Path(text).exists() or not equals else (first, rest)
         if task in paths:
             raise ValueError(
                 f"`--dataset_path {' '.join(given)}` has two paths for {task or 'all tasks'}. Allowed is one. Pass "

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import permutations
 from typing import Any
 
 from rich.console import Group
@@ -151,8 +150,9 @@ def _overlap_section(inspection: Inspection) -> Section:
         if pair.overlap is None:
             continue
         star = "" if pair.same_A else " *"
+        both_ways = (pair.first, pair.second), (pair.second, pair.first)
         each = zip(pair.overlap.shares, pair.overlap.chance, pair.overlap.chance_by_matrix, strict=True)
-        for two, (share, chance, by_matrix) in zip(permutations((pair.first, pair.second)), each, strict=True):
+        for two, (share, chance, by_matrix) in zip(both_ways, each, strict=True):
             texts[two] = f"{_percent(share)}{star}\n({100 * chance:.3g}; {100 * by_matrix:.3g})"
             labels[two] = f"{100 * share:.3g}{star}\n({100 * chance:.3g})"
             ratios[two] = share / chance if chance else math.nan
