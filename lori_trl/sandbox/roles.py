@@ -91,7 +91,11 @@ def _await_verdict(verdicts: int, job: dict) -> dict:
 def _is_over_budget() -> bool:
     """Add up the files in the scratch folder, which is the current one; it holds no folders."""
     num_files = num_bytes = 0
-    with os.scandir() as entries:
+    try:
+        entries = os.scandir()
+    except PermissionError:  # the program has shut it
+        return True
+    with entries:
         for entry in entries:
             try:
                 status = entry.stat(follow_symlinks=False)
@@ -146,10 +150,10 @@ def _descendants() -> list[int]:
         except OSError:
             continue
         children.setdefault(parent, []).append(int(name))
-    found = [os.getpid()]
-    for pid in found:
-        found += children.get(pid, ())
-    return found[1:]
+    pids = [os.getpid()]
+    for pid in pids:
+        pids += children.get(pid, ())
+    return pids[1:]
 
 
 def _child(role, job: dict, has_scratch: bool, fds: tuple[int, ...]) -> None:

@@ -174,13 +174,14 @@ def _warn(kept: tuple[str, ...], refused: dict[str, str]) -> None:
     import logging
 
     unmet = [promise for promise, ways in PROMISES.items() if not any(way <= {*kept} for way in ways)]
+    advice = "Run it on Linux 5.13 or later with namespaces, or in a container that holds nothing of worth."
     if refused:
         logging.getLogger(__name__).warning(
-            "The sandbox for generated code is without %s. This machine does not hold such code to: %s. Run the "
-            "evaluation on Linux 5.13 or later where namespaces are allowed, or in a container that holds nothing of "
-            "worth.",
+            "The sandbox for generated code is without %s. %s",
             "; ".join(f"{layer} ({reason})" for layer, reason in refused.items()),
-            "; ".join(unmet) or "nothing less than with it",
+            f"This machine does not hold such code to: {'; '.join(unmet)}. {advice}"
+            if unmet
+            else "The other layers are enough for all that `isolation()` promises.",
         )
 
 

@@ -157,7 +157,7 @@ def test_nothing_outlives_the_caller(tmp_path):
     call = f"_run({program!r}, '', 'def check(f): f()', 'attempts', 60, 2**30, ('pids',))"
     command = [sys.executable, "-c", f"from lori_trl.sandbox.run import _run; {call}"]
     with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}) as caller:
-        until(lambda: len(escapees()) > 1)
+        until(lambda: len(escapees()) > (os.getuid() == 0))  # root alone may fork
         caller.kill()
     until(lambda: escapees() == [])
 
@@ -170,5 +170,5 @@ def test_a_sample_cannot_fork():
 def test_nothing_outlives_a_sample_that_forks_and_waits(monkeypatch):
     monkeypatch.setattr(run, "_layers", lambda: ())
     program = FORKS.replace("return [done]", "time.sleep(60); return [done]")
-    assert attempts(program, timeout=2).reason == ("timed out" if os.getuid() == 0 else "passed")
+    assert attempts(program, timeout=2) == (False, "timed out")
     assert escapees() == []

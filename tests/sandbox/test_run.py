@@ -214,6 +214,12 @@ def test_every_absent_layer_is_named(monkeypatch, caplog, trials):
     assert "without mounts (no); landlock (too old). This machine does not hold such code to: no writes" in caplog.text
 
 
+def test_a_layer_that_the_others_replace_is_named_too(monkeypatch, caplog, trials):
+    monkeypatch.setattr(run, "_refusal", lambda layers: "too old" if layers[-1:] == ("landlock",) else None)
+    check_isolation()
+    assert "without landlock (too old). The other layers are enough" in caplog.text
+
+
 def test_isolation_can_be_required(monkeypatch):
     monkeypatch.setattr(run, "_layers", lambda: ("pids", "mounts", "network"))
     check_isolation(required=True)
