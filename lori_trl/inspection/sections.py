@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..heatmaps import draw_maps, layer_label, layer_numbers, maps_height, projection_names
-from ..terminal import printable
 from .pictures import draw_cosine_by_layer, draw_magnitudes, draw_matrix, matrix_height
 from .statistics import Cell, Inspection, TaskPair, TaskStatistics
 
@@ -81,17 +80,17 @@ class Section:
     drawing: Drawing | None = None
 
     def for_terminal(self) -> Group:
-        """Return heading, table and text for the terminal."""
+        """Return heading, table and text for a terminal that takes no text for markup, for names are foreign."""
         table = Table()
         for column, numeric in zip(self.table.columns, self.table.numeric, strict=True):
-            table.add_column(printable(column), justify="right" if numeric else "left", overflow="fold")
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in self.table.rows:
-            table.add_row(*map(printable, row))
+            table.add_row(*row)
         parts: list[Text | Table] = [Text(self.title, style="bold"), table]
         if self.sparks is not None:
             bars = Table(self.table.columns[0], "by layer")
             for row, spark in zip(self.table.rows, self.sparks, strict=True):
-                bars.add_row(printable(row[0]), spark)
+                bars.add_row(row[0], spark)
             parts.append(bars)
         return Group(*parts, *([Text(self.text, style="dim")] if self.text else []))
 
