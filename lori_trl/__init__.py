@@ -10,10 +10,32 @@ if TYPE_CHECKING:
     from .masks import LoriMasks
     from .merging import merge_lori_adapters
     from .trainer import LoriSFTTrainer, LoriTrainerMixin
+    from .trainers import (
+        LoriDPOConfig,
+        LoriDPOTrainer,
+        LoriGRPOConfig,
+        LoriGRPOTrainer,
+        LoriKTOConfig,
+        LoriKTOTrainer,
+        LoriRewardConfig,
+        LoriRewardTrainer,
+        LoriRLOOConfig,
+        LoriRLOOTrainer,
+    )
 
 _MODULES = {
     "LoriArguments": "config",
+    "LoriDPOConfig": "trainers",
+    "LoriDPOTrainer": "trainers",
+    "LoriGRPOConfig": "trainers",
+    "LoriGRPOTrainer": "trainers",
+    "LoriKTOConfig": "trainers",
+    "LoriKTOTrainer": "trainers",
     "LoriMasks": "masks",
+    "LoriRLOOConfig": "trainers",
+    "LoriRLOOTrainer": "trainers",
+    "LoriRewardConfig": "trainers",
+    "LoriRewardTrainer": "trainers",
     "LoriSFTConfig": "config",
     "LoriSFTTrainer": "trainer",
     "LoriTrainerMixin": "trainer",

@@ -8,11 +8,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .sharding import assign, gather
+from .sparse import VALUES
 
 
 def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parameter]:
     """
-    Find what of a model is trained besides an adapter's B. No mask covers it.
+    Find what of a model is trained besides an adapter's B, dense or packed. No mask covers it.
 
     Returns:
         `dict[str, nn.Parameter]`: name in the model -> parameter.
@@ -24,7 +25,7 @@ def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parame
     dense = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and f".lora_B.{adapter_name}." not in name
+        if parameter.requires_grad and f".lora_B.{adapter_name}." not in name and f".{VALUES}." not in name
     }
     unsaved = [name for name in dense if not name.startswith(tuple(f"{wrapper}." for wrapper in saved_whole))]
     if unsaved:

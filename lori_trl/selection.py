@@ -160,8 +160,9 @@ def _shard_like(whole: Tensor, model: Tensor) -> Tensor:
 
 
 def _gather_like(shard: Tensor, model: DTensor) -> Tensor:
-    layout = {"shape": model.shape, "stride": model.stride()}
-    return DTensor.from_local(shard.byte(), model.device_mesh, model.placements, **layout).full_tensor().bool()
+    mesh, placements = model.device_mesh, model.placements
+    whole = DTensor.from_local(shard.byte(), mesh, placements, shape=model.shape, stride=model.stride())
+    return whole.full_tensor().bool()
 
 
 def _bin_of_kth(histogram: Tensor, k: int) -> tuple[int, int]:

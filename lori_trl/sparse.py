@@ -13,6 +13,7 @@ Masks and positions are buffers of the layer, so that they follow it to any devi
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.lora.variants import _register_frozen_peft_weight
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as module_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -212,7 +213,7 @@ class SparseLora(LoraVariant):
             scaling = module.scaling[active_adapter]
             return _SparseBranch.apply(result, x, B, values, A, W, indices, scaling, drop_share, in_place)
 
-    def _values(self, module: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    def _values(self, module: LoraLayer, adapter_name: str) -> tuple[Any, Tensor]:
         return getattr(module, VALUES)[adapter_name], getattr(module, INDICES)
 
     @torch.no_grad()
@@ -295,7 +296,7 @@ class _SparseBranch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         result: Tensor,  # first, as autograd wants it where it is a view that is written to
         x: Tensor,
         B: Tensor,
@@ -307,7 +308,7 @@ class _SparseBranch(torch.autograd.Function):
         drop_share: float,
         in_place: bool,
     ) -> Tensor:
-        if values is not None:
+        if values is not None and indices is not None:
             _fold(B, indices, values)
         rows, dropped = x.reshape(-1, x.shape[-1]), None
         if drop_share > 0:
@@ -325,7 +326,7 @@ class _SparseBranch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         h, A, B, values, W, indices, dropped = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1]).to(h.dtype)
         d_x = d_B = d_values = None

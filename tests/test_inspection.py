@@ -272,7 +272,7 @@ def test_a_compact_adapter_is_the_same_as_its_folder(tmp_path, adapter_folder):
     compact = export_compact(adapter_folder, tmp_path / "code.safetensors")
     inspection = inspect_adapters([adapter_folder, compact])
     one, two = inspection.tasks
-    assert [one.name, two.name] == ["code: code", "code.safetensors: code"]
+    assert [one.name, two.name] == ["code-lori-s: code", "code.safetensors: code"]
     assert one.cells == two.cells and one.norm > 0
     assert inspection.pairs[0].overlap.shares == (1, 1)
 

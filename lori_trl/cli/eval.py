@@ -5,6 +5,8 @@ import os
 import warnings
 from pathlib import Path
 
+from .terminal import show
+
 
 def add_parser(commands) -> None:
     evaluation = commands.add_parser(
@@ -39,8 +41,6 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from ..evaluation import models, results
     from ..evaluation.harness import evaluate, load_tasks
     from ..evaluation.loss import held_out_rows, measure_loss
@@ -78,11 +78,10 @@ def run(options: argparse.Namespace) -> None:
             allow_code_execution=options.allow_code_execution,
             require_isolation=options.require_isolation,
         )
-    console = Console()
     compared, on_file = {}, []
 
     def measure(name: str, label: str, model, tokenizer, base: str | None) -> None:
-        console.print(f"{label}:")
+        show(f"{label}:")
         figures = [measure_loss(model, tokenizer, path, rows, options.batch_size) for path, rows in held_out.items()]
         if tasks:
             figures += evaluate(model, tokenizer, tasks, batch_size=options.batch_size, seed=options.seed)
@@ -109,10 +108,10 @@ def run(options: argparse.Namespace) -> None:
         del model
     for name in whole:
         measure(name, _label(name, options.models), *models.load_model(name, options.dtype), None)
-    console.print(results.results_table(compared))
+    show(results.results_table(compared))
     elsewhere = [name for name in options.models if name not in folders]
     if elsewhere and options.output_path is None:
-        print(f"No file was written for {', '.join(elsewhere)}: `--output_path FILE` writes one for all models.")
+        show(f"No file was written for {', '.join(elsewhere)}: `--output_path FILE` writes one for all models.")
 
 
 def _label(name: str, names: list[str]) -> str:
@@ -123,11 +122,10 @@ def _label(name: str, names: list[str]) -> str:
 
 def _local_data(given: list[str]) -> dict[str | None, str]:
     """Parse `[TASK=]PATH`: task, or None for all, -> path."""
-    paths = {}
+    paths: dict[str | None, str] = {}
     for text in given:
-        task, equals, path = text.partition("=")
-        if Path(text).exists() or not equals:
-            task, path = None, text
+        first, equals, rest = text.partition("=")
+        task, path = (None, text) if Path(text).exists() or not equals else (first, rest)
         if task in paths:
             raise ValueError(
                 f"`--dataset_path {' '.join(given)}` has two paths for {task or 'all tasks'}. Allowed is one. Pass "

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .terminal import show
+
 
 def add_parser(commands) -> None:
     export = commands.add_parser(
@@ -25,4 +27,4 @@ def run(options: argparse.Namespace) -> None:
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     file = export_compact(options.folder, options.file, dtype=dtype)
-    print(f"{file}: {file.stat().st_size:,} bytes")
+    show(f"{file}: {file.stat().st_size:,} bytes")

@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from .terminal import show
+
 
 def add_parser(commands) -> None:
     inspect = commands.add_parser(
@@ -27,7 +29,6 @@ def run(options: argparse.Namespace) -> None:
 
     from ..files import replacing
     from ..inspection import inspect_adapters, inspection_sections, render_page, render_picture, render_pictures
-    from ..terminal import printable
 
     to_screen = options.json == "-"
     json_file = Path(options.json) if options.json and not to_screen else None
@@ -58,11 +59,9 @@ def run(options: argparse.Namespace) -> None:
     if to_screen:
         print(numbers, end="")
         return
-    console = Console()
     for section in sections:
-        console.print(section.for_terminal(), "")
-    for line in [*(f"- {note}" for note in inspection.notes), *(f"written: {file}" for file in files)]:
-        console.print(printable(line), highlight=False)
+        show(section.for_terminal(), "")
+    show(*(f"- {note}" for note in inspection.notes), *(f"written: {file}" for file in files))
 
 
 def _check_target(option: str, target: Path, *, folder: bool) -> None:

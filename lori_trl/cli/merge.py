@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes import find_recipe, validate_recipe
+from .terminal import show
 
 _EXAMPLE = """
 examples:
@@ -69,7 +70,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..adapter import read_lori_config
@@ -100,13 +100,12 @@ def run(options: argparse.Namespace) -> None:
         table.add_column(column, justify="right" if column in ("weight", "rank") else "left")
     for adapter in config["merge"]["adapters"]:
         table.add_row(adapter["source"], adapter["task"], f"{adapter['weight']:g}", str(adapter["rank"]))
-    Console().print(table)
-    print(f"saved to {folder}")
+    show(table)
+    show(f"saved to {folder}")
 
 
 def _search(adapters, strategy, heldout, grid, settings) -> dict[str, Any]:
     """Search for the weights of a merge, and print what was tried. Returns the weights and the search's record."""
-    from rich.console import Console
     from rich.table import Table
 
     from ..merging.search import GRID, search_merge_weights
@@ -133,5 +132,5 @@ def _search(adapters, strategy, heldout, grid, settings) -> dict[str, Any]:
         losses = [*trial.losses.values(), *([trial.objective] if len(rows) > 1 else [])]
         name = "base model" if trial is search.base else " ".join(f"{weight:g}" for weight in trial.weights)
         table.add_row(name, *(f"{loss:.4f}" for loss in losses), style="bold" if trial is search.best else None)
-    Console().print(table)
+    show(table)
     return {"weights": list(search.best.weights), "search": search.record}

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .terminal import show
+
 
 def add_parser(commands) -> None:
     push = commands.add_parser(
@@ -24,18 +26,18 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..hub import adapter_files, push_lori_to_hub
 
+    _check_repo(options.repo)
     if options.dry_run:
         with adapter_files(options.folder, options.repo, options.include) as files:
             table = Table("file", "bytes", title=f"{options.folder} -> {options.repo}")
             for name, file in files.items():
                 table.add_row(name, f"{file.stat().st_size:,}")
             table.add_row("together", f"{sum(file.stat().st_size for file in files.values()):,}")
-        Console().print(table)
+        show(table)
         return
     commit = push_lori_to_hub(
         options.folder,
@@ -45,4 +47,17 @@ def run(options: argparse.Namespace) -> None:
         create_pr=options.create_pr,
         include=options.include,
     )
-    print(commit.pr_url or commit.commit_url)
+    show(commit.pr_url or commit.commit_url)
+
+
+def _check_repo(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise ValueError(
+            f"`{repo}` cannot be a repository. Allowed is `namespace/name`, of letters and digits, with single '-', "
+            "'_' and '.' between them. Correct it."
+        ) from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..recipes import find_recipe, foreign_code, is_baseline, is_shipped, nearest, validate_recipe
 from .errors import bad_input
+from .terminal import show, show_logs_as_text
 
 _EXAMPLE = """
 several processes: --accelerate_config single | ddp | fsdp2 | zero3 | FILE, and --num_processes N
@@ -27,6 +28,7 @@ def sft(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--accelerate_config" in arguments:
         return _launch(arguments)
+    show_logs_as_text()
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
     with bad_input("lori-sft"):
         parser = sft_parser()
@@ -130,7 +132,7 @@ def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[A
 def warn_of_foreign_code(file: Path, recipe: dict[str, Any]) -> None:
     """Say aloud what of a recipe that is not a shipped one runs code from elsewhere."""
     for reason in [] if is_shipped(file) else foreign_code(recipe):
-        print(f"{file}: {reason}. Go on only if you trust the recipe.", file=sys.stderr)
+        show(f"{file}: {reason}. Go on only if you trust the recipe.", error=True)
 
 
 def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -181,7 +183,6 @@ def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]
 
 def _dry_run(script, args, model_args) -> None:
     from peft import PeftConfig
-    from rich.console import Console
     from transformers import AutoConfig
     from trl import get_peft_config
 
@@ -194,7 +195,7 @@ def _dry_run(script, args, model_args) -> None:
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
     counts = count_parameters(config, peft_config, args.sparsity)
-    Console().print(counts.table(), counts.memory_table(_bytes_of_base(model_args)))
+    show(counts.table(), counts.memory_table(_bytes_of_base(model_args)))
 
 
 def _bytes_of_base(model_args) -> float:
@@ -208,9 +209,9 @@ def _bytes_of_base(model_args) -> float:
 def _build_trainer(script, args, model_args):
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
-    from trl.trainer.utils import create_model_from_path
 
     from ..adapter import load_lori_adapter
+    from ..base_model import load_base_model
     from ..tasks import data_name, load_training_data
     from ..trainer import LoriSFTTrainer
 
@@ -234,7 +235,7 @@ def _build_trainer(script, args, model_args):
         **(args.model_init_kwargs or {}),
     }
     args.model_init_kwargs = None
-    model = create_model_from_path(model_args.model_name_or_path, **model_init_kwargs)
+    model = load_base_model(model_args.model_name_or_path, **model_init_kwargs)
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
         model = load_lori_adapter(model, script.adapter_name_or_path, is_trainable=True)
@@ -264,7 +265,6 @@ def _check_writable(folder: str) -> None:
 
 
 def _print_outcome(trainer, metrics: dict[str, float]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     masks, counts = trainer.masks, trainer.lori_config["counts"]
@@ -278,4 +278,4 @@ def _print_outcome(trainer, metrics: dict[str, float]) -> None:
         table.add_row("held-out loss, first evaluation", f"{metrics['initial_eval_loss']:.4f}")
         table.add_row("held-out loss, at the end", f"{metrics['eval_loss']:.4f}")
     table.add_row("saved to", trainer.args.output_dir)
-    Console().print(table)
+    show(table)

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .terminal import show
+
 
 def add_parser(commands) -> None:
     tasks = commands.add_parser(
@@ -20,7 +22,6 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..continual import extract_task, read_ledger, remove_task
@@ -45,5 +46,5 @@ def run(options: argparse.Namespace) -> None:
         table.add_row(task.task, *counts, *("" if fact is None else f"{fact:,}" for fact in known))
     table.add_section()
     table.add_row("free", "", f"{ledger.free:,}", f"{100 * ledger.free / ledger.numel:.2f} %")
-    Console().print(table)
-    print(f"{ledger.more_tasks} more disjoint tasks of sparsity {ledger.sparsity:g} fit.")
+    show(table)
+    show(f"{ledger.more_tasks} more disjoint tasks of sparsity {ledger.sparsity:g} fit.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import yaml
@@ -135,7 +136,7 @@ def fails(arguments, capsys, *parts):
         (["--ddp_timeout", "9" * 30], ["too large", "Correct the call or the recipe"]),
         (["--sparcity", "0.5"], ["`--sparcity` is no option (did you mean --sparsity?)"]),
         (["--learning_rate", "fast"], ["invalid float value: 'fast'", "Correct the call"]),
-        (["--sparsity", "1.5"], ["`sparsity=1.5` is outside [0, 1)", "e.g. `sparsity=0.9`"]),
+        (["--sparsity", "1.5"], ["`sparsity=1.5` is outside [0, 1)", "leave it unset for 0.9"]),
         (["--calibration_fraction", "0"], ["`calibration_fraction=0.0` is outside (0, 1]"]),
         (["--task_name", "a/b"], ["`task_name='a/b'` cannot name a file"]),
         (["--dataset_path", "nowhere"], ["`dataset_path=nowhere` does not exist"]),
@@ -190,6 +191,20 @@ def test_variables_of_a_recipe_are_set(call, tmp_path, monkeypatch):
         file.write("env: {OMP_NUM_THREADS: 3}\n")
     assert sft([*call, "--dry-run"]) == 0
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_pickled_base_is_not_read(call, tmp_path, model_folder, capsys):
+    base = shutil.copytree(model_folder, tmp_path / "pickled")
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch %s/ran'\ntR." % bytes(tmp_path))
+    wrong = [*call, "--model_name_or_path", str(base)]
+    fails(wrong, capsys, "has no model.safetensors", "convert them once", "Then pass that folder")
+    fails(
+        [*wrong, "--model_init_kwargs", '{"use_safetensors": false, "weights_only": false}'], capsys, "are left alone"
+    )
+    assert not (tmp_path / "ran").exists()
+    (base / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    fails(wrong, capsys, "has a damaged file of weights", "Fetch or save the model again")
 
 
 def test_a_model_is_needed(capsys):
