@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft import PeftModel
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from .sharding import assign, gather
@@ -36,6 +36,17 @@ def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parame
             "`requires_grad_(False)`."
         )
     return dense
+
+
+def show_bias_of_tied_head(model: PeftModel) -> None:
+    """
+    Let TRL's fused head read the bias of output embeddings that are tied to embeddings with trained tokens.
+
+    TRL 1.16 reads their `weight` and `bias`; PEFT 0.21's wrapper of tied ones shows the weight alone.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper) and head.original_module.bias is None:
+        head.bias = None
 
 
 @contextmanager

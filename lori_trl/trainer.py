@@ -26,15 +26,15 @@ from .checkpoints import find_checkpoint
 from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
-from .dense import dense_parameters, set_back
+from .dense import dense_parameters, set_back, show_bias_of_tied_head
 from .engines import check_engine
 from .hub import MEMORY, logged, make_repo, push_in_background, push_lori_to_hub
 from .layers import lora_layers
-from .lora_options import check_variants
+from .lora_options import check_variants, for_language_part
 from .masks import LoriMasks
 from .model_card import CardFacts
 from .projections import Fingerprint, derive_projection_seed, freeze_projections, init_projections
-from .rows import name_of_data
+from .rows import have_images, name_of_data
 from .saliency import GradientAgreement, random_saliency
 from .selection import num_to_select
 from .sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
@@ -67,7 +67,8 @@ class LoriTrainerMixin:
             every entry outside the new mask stays as it is. A task that the adapter has already keeps its masks.
         *positional, **named:
             The TRL trainer's own arguments, in its own order. Of these, `args` is a [`LoriArguments`], e.g.
-            [`LoriSFTConfig`], and `peft_config` a `LoraConfig`: the adapter to make on a base model.
+            [`LoriSFTConfig`], and `peft_config` a `LoraConfig`: the adapter to make on a base model. With image rows
+            and no `target_modules`, it goes on the linear layers of the language part.
 
     Attributes:
         masks ([`LoriMasks`] or `None`): which entries of B are trained; `None` before calibration.
@@ -90,6 +91,8 @@ class LoriTrainerMixin:
             given["args"] = self.config_class()
         check_arguments(given)
         args, rows, peft_config = given["args"], given["train_dataset"], given.get("peft_config")
+        if peft_config is not None and have_images(rows):
+            given["peft_config"] = for_language_part(peft_config)
         self.task_name = args.task_name or name_of_data(rows)
         given_masks = None
         if args.mask_name_or_path:
@@ -104,6 +107,7 @@ class LoriTrainerMixin:
         self.adapter_name = self.model.active_adapters[0]
         self.lora_layers = lora_layers(self.model, self.adapter_name)
         check_variants(self.lora_layers, self.adapter_name)
+        show_bias_of_tied_head(self.model)
         self.earlier_masks: dict[str, LoriMasks] = dict(vars(self.model).get("lori_masks", {}))
         self.earlier_tasks: list[dict[str, Any]] = list(vars(self.model).get("lori_tasks", []))
         self.projection = self._init_projection(given_masks) if peft_config is not None else self._keep_projection()
