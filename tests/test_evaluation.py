@@ -406,14 +406,17 @@ def test_figures_are_those_of_a_computation_by_hand(model, tokenizer, data, tmp_
     assert figures["gsm8k", "accuracy_strict"].value == 0 and figures["gsm8k", "unparsed_strict"].value == 7
 
 
-def test_isolation_is_checked_before_anything_is_generated(data, monkeypatch, caplog):
+def test_isolation_is_checked_before_anything_is_generated(data, monkeypatch, caplog, capsys):
     chosen = {"names": ["humaneval"], "paths": {None: str(data / "code")}, "allow_code_execution": True}
     monkeypatch.setattr(sandbox_run, "_refusal", lambda layers: "no" if layers[-1:] == ("mounts",) else None)
     monkeypatch.setattr(sandbox_run, "_layers", cache(sandbox_run._layers.__wrapped__))
     load_tasks(**chosen)
     assert "The sandbox for generated code is without mounts (no)" in caplog.text
-    with pytest.raises(ValueError, match="`--require_isolation` is given, and this machine refuses the namesp"):
-        load_tasks(**chosen, require_isolation=True)
+    call = ["--base_model", "none", "--tasks", "humaneval", "--dataset_path", str(data / "code")]
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", *call, "--allow_code_execution", "--require_isolation"])
+    assert exit.value.code == 2
+    assert "`--require_isolation` is given, and this machine refuses the namespaces mounts" in capsys.readouterr().err
 
 
 def test_samples_of_generated_code(model, tokenizer, data):
