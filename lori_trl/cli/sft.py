@@ -210,7 +210,7 @@ def _build_trainer(script, args, model_args):
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
-    from ..adapter import load_lori_adapter
+    from ..adapter.load import load_lori_adapter
     from ..base_model import load_base_model
     from ..tasks import data_name, load_training_data
     from ..trainer import LoriSFTTrainer
@@ -267,12 +267,10 @@ def _check_writable(folder: str) -> None:
 def _print_outcome(trainer, metrics: dict[str, float]) -> None:
     from rich.table import Table
 
-    masks, counts = trainer.masks, trainer.lori_config["counts"]
-    table = Table(show_header=False, title=f"{trainer.lori_config['variant']} adapter {trainer.task_name!r}")
-    table.add_row("plain LoRA would train", f"{counts['lora']:,}")
-    table.add_row(
-        "LoRI trained", f"{counts['selected']:,} ({100 * counts['selected'] / counts['lora']:.2f} % of LoRA)"
-    )
+    masks, counts = trainer.masks, trainer.record.counts
+    table = Table(show_header=False, title=f"{trainer.record.variant} adapter {trainer.task_name!r}")
+    table.add_row("plain LoRA would train", f"{counts.lora:,}")
+    table.add_row("LoRI trained", f"{counts.selected:,} ({100 * counts.selected / counts.lora:.2f} % of LoRA)")
     table.add_row("density", f"{masks.num_selected:,} / {masks.numel:,} = {masks.density:.8f}")
     if "eval_loss" in metrics:
         table.add_row("held-out loss, first evaluation", f"{metrics['initial_eval_loss']:.4f}")

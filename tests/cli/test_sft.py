@@ -148,7 +148,7 @@ def fails(arguments, capsys, *parts):
         ),
         (["--use_dora"], ["`use_dora=True` is not possible with LoRI"]),
         (["--mask_name_or_path", "nowhere"], ["`nowhere` holds no masks"]),
-        (["--adapter_name_or_path", "nowhere"], ["`nowhere` holds no lori_config.json"]),
+        (["--adapter_name_or_path", "nowhere"], ["`nowhere` does not exist"]),
         (["--output_dir", "/proc/none/out"], ["`output_dir=/proc/none/out` cannot be written"]),
         (["--model_name_or_path", "/no/such/model"], ["/no/such/model"]),
         (["--resume_from_checkpoint", "True"], ["holds no complete checkpoint"]),
