@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,13 @@ class Losses(TrainerCallback):
         self.losses += [logs[name] for name in ("loss", "calibration_loss") if name in logs]
 
 
-def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer):
-    """The paper's Algorithm 1 in plain PyTorch: calibration losses, mask, adaptation losses, B."""
+def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer, accumulate=1, max_norm=None):
+    """
+    The paper's Algorithm 1 in plain PyTorch: calibration losses, mask, adaptation losses, B.
+
+    `rates` has a function for each phase: step -> learning rate. With `accumulate`, a step is of several batches, and
+    its loss the mean over all their tokens; with `max_norm`, the gradient on the mask is clipped.
+    """
     layers = {name: module for name, module in model.named_modules() if name in A}
     B = {
         name: torch.zeros(layer.weight.shape[0], A[name].shape[0], requires_grad=True)
@@ -49,18 +55,28 @@ def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer):
     for name, layer in layers.items():
         layer.register_forward_hook(lambda _, x, y, name=name: y + x[0] @ A[name].T @ B[name].T * scaling)
 
-    def train(batches, rate, masks=None):
+    def backward(batch, tokens):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / tokens
+        loss.backward()
+        return loss.item()
+
+    def train(batches, rate_of, masks=None):
         losses = []
-        optimizer = make_optimizer(B.values(), rate)
-        for batch in batches:
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+        optimizer = make_optimizer(B.values(), rate_of(0))
+        for step, first in enumerate(range(0, len(batches), accumulate)):
+            together = batches[first : first + accumulate]
+            tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in together)
             optimizer.zero_grad()
-            loss.backward()
+            losses.append(sum(backward(batch, tokens) for batch in together))
             for name in B if masks else ():
                 B[name].grad *= masks[name]
+            if max_norm is not None:
+                torch.nn.utils.clip_grad_norm_(B.values(), max_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = rate_of(step)
             optimizer.step()
-            losses.append(loss.item())
         return losses
 
     calibration = train(batches["calibration"], rates[0])
@@ -74,32 +90,64 @@ def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer):
     return calibration, masks, train(batches["adaptation"], rates[1], masks), {name: B[name].detach() for name in B}
 
 
+RATES = {"sgd": (0.25, 0.5), "adamw_torch": (5e-3, 1e-2)}
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw_torch": lambda B, lr: torch.optim.AdamW(B, lr, weight_decay=0.0)}
+
+
 @pytest.mark.parametrize("backend", ["packed", "hook"])
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+@pytest.mark.parametrize("optim", RATES)
 def test_follows_algorithm_1(make_trainer, llama, optim, backend):
-    losses = Losses()
+    losses, (calibration_rate, rate) = Losses(), RATES[optim]
     trainer = make_trainer(
         trainer_class=RecordingTrainer,
         callbacks=[losses],
         optim=optim,
         sparse_backend=backend,
         max_grad_norm=0.0,
-        learning_rate=0.5 if optim == "sgd" else 1e-2,
-        calibration_learning_rate=0.25 if optim == "sgd" else 5e-3,
+        learning_rate=rate,
+        calibration_learning_rate=calibration_rate,
         max_steps=8,
         calibration_max_steps=6,
     )
     trainer.train()
-    A = projections(trainer.model, "default")
-    makers = {"sgd": torch.optim.SGD, "adamw_torch": lambda B, lr: torch.optim.AdamW(B, lr, weight_decay=0.0)}
+    A, rates = projections(trainer.model, "default"), (lambda step: calibration_rate, lambda step: rate)
     calibration, masks, adaptation, B = algorithm_1(
-        copy.deepcopy(llama).train(),
-        A,
-        2.0,
-        trainer.batches,
-        0.9,
-        (trainer.args.calibration_learning_rate, trainer.args.learning_rate),
-        makers[optim],
+        copy.deepcopy(llama).train(), A, 2.0, trainer.batches, 0.9, rates, OPTIMIZERS[optim]
+    )
+    assert losses.losses == pytest.approx(calibration + adaptation, abs=2e-6)
+    assert trainer.masks == LoriMasks(masks)
+    for path, weight in trainer.weights.items():
+        torch.testing.assert_close(weight.detach(), B[path], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+def test_follows_algorithm_1_with_accumulation_clipping_and_a_cosine(make_trainer, llama, rows, backend):
+    """Rows of different lengths, so that the batches of a step have different numbers of tokens."""
+    losses, uneven = (
+        Losses(),
+        rows.map(lambda row, i: {"completion": row["completion"] + " w3" * (i % 4)}, with_indices=True),
+    )
+    trainer = make_trainer(
+        trainer_class=RecordingTrainer,
+        callbacks=[losses],
+        train_dataset=uneven,
+        sparse_backend=backend,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.05,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        learning_rate=1e-2,
+        max_steps=6,
+        calibration_max_steps=5,
+    )
+    trainer.train()
+
+    def cosine(step):
+        return 1e-2 * (step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 4)) / 2)
+
+    A, rates = projections(trainer.model, "default"), (lambda step: 5e-3, cosine)
+    calibration, masks, adaptation, B = algorithm_1(
+        copy.deepcopy(llama).train(), A, 2.0, trainer.batches, 0.9, rates, OPTIMIZERS["adamw_torch"], 2, 0.05
     )
     assert losses.losses == pytest.approx(calibration + adaptation, abs=2e-6)
     assert trainer.masks == LoriMasks(masks)
@@ -121,7 +169,8 @@ def test_lori_d_follows_algorithm_1_without_a_mask(make_trainer, llama):
     batches = {"calibration": trainer.batches["adaptation"], "adaptation": []}
     assert trainer.batches["calibration"] == [] and trainer.masks.density == 1.0
     A = projections(trainer.model, "default")
-    expected = algorithm_1(copy.deepcopy(llama).train(), A, 2.0, batches, 0.0, (0.5, 0.5), torch.optim.SGD)[0]
+    rates = (lambda step: 0.5, lambda step: 0.5)
+    expected = algorithm_1(copy.deepcopy(llama).train(), A, 2.0, batches, 0.0, rates, torch.optim.SGD)[0]
     assert losses.losses == pytest.approx(expected, abs=2e-6)
 
 
