@@ -21,7 +21,8 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from .adapter.record import Calibration, Counts, LoriRecord, TaskRecord, read_record
+from .adapter.facts import Calibration, Counts, TaskRecord
+from .adapter.record import LoriRecord, read_record
 from .adapter.write import save_lori_adapter
 from .card import CardFacts
 from .checkpoints import find_checkpoint
