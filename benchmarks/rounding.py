@@ -3,7 +3,7 @@
     python rounding.py --data DATA
 
 The case study's single-task LoRI-S adapters (interference.py: 160 rows, 20 steps, one seed) are trained with a rate
-that was best there, and their held-out loss measured as they are, and after `lori export --compact --dtype ...` and back.
+that was best there, and their held-out loss is measured as they are, and after `lori export --compact --dtype ...`.
 """
 
 import argparse
