@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .download import MAX_JSON_BYTES, fetch_from_hub, is_repo_id
+from .heatmaps import draw_density
+from .layers import lora_layers
 from .masks import COMPACT_NAME, LoriMasks, check_header, check_task_name, choose_mask_files
 from .model_card import (
     CARD_NAME,
@@ -32,9 +34,7 @@ from .model_card import (
     PICTURE_NAME,
     render_model_card,
 )
-from .layers import lora_layers
 from .projections import fingerprint, freeze_projections, projections
-from .heatmaps import draw_density
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .adapter import CONFIG_NAME, PEFT_FILES, check_peft_files, plain_folder, read_lori_config
 from .download import MAX_JSON_BYTES, is_repo_id
-from .masks import COMPACT_NAME, LoriMasks, choose_mask_files
 from .layers import module_path
+from .masks import COMPACT_NAME, LoriMasks, choose_mask_files
 
 
 @contextmanager

@@ -37,8 +37,8 @@ from .adapter import (
     staged,
 )
 from .files import replacing
-from .masks import COMPACT_FORMAT, LoriMasks, check_header
 from .layers import module_path
+from .masks import COMPACT_FORMAT, LoriMasks, check_header
 from .projections import draw_projection, fingerprint
 
 logger = logging.getLogger(__name__)

@@ -2,15 +2,27 @@
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from trl import SFTConfig
 
-from .masks import GRANULARITIES, check_sparsity, check_task_name
+from .intervals import INTERVALS, range_fault
+from .masks import GRANULARITIES, check_task_name
 from .projections import PROJECTION_INITS
 from .saliency import CALIBRATION_METHODS, GRADIENT_BATCHES
 from .sparse import SPARSE_BACKENDS
+
+# The schedules that need no arguments and no evaluations.
+CALIBRATION_SCHEDULES = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
 
 
 @dataclass
@@ -59,7 +71,14 @@ class LoriArguments:
             Optimizer steps to calibrate, if positive; takes precedence over the epochs. `-1` falls back on
             `max_steps` where `calibration_num_train_epochs` is unset; with `calibration_method="gradient"` on 8.
         calibration_fraction (`float`, *optional*, defaults to `1.0`):
-            Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`.
+            Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`. Streamed data have
+            no number of rows: with them it must be 1.
+        calibration_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Schedule of the calibration's rate: `"constant"` as in the paper, `"constant_with_warmup"`, `"linear"`,
+            `"cosine"`, `"cosine_with_restarts"`, `"polynomial"` or `"inverse_sqrt"`. `lr_scheduler_type`,
+            `lr_scheduler_kwargs` and `warmup_steps` are the adaptation's alone.
+        calibration_warmup_steps (`float`, *optional*, defaults to `0`):
+            Steps over which the calibration's rate rises, or their share of its steps if below 1.
         calibration_sparsities (`list[float]`, *optional*):
             More sparsities to select masks for from the same calibration. They are saved in
             `calibration/masks/<task>-<sparsity>.safetensors`, for `mask_name_or_path` of later runs.
@@ -135,6 +154,14 @@ class LoriArguments:
         default=1.0,
         metadata={"help": "Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`."},
     )
+    calibration_lr_scheduler_type: str = field(
+        default="constant",
+        metadata={"help": "Schedule of the calibration's learning rate.", "choices": list(CALIBRATION_SCHEDULES)},
+    )
+    calibration_warmup_steps: float = field(
+        default=0,
+        metadata={"help": "Steps over which the calibration's rate rises, or their share of its steps if below 1."},
+    )
     calibration_sparsities: list[float] | None = field(
         default=None,
         metadata={"help": "More sparsities to select and save masks for, from the same calibration."},
@@ -158,21 +185,15 @@ class LoriArguments:
     def __post_init__(self):
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False
+        self._check_intervals()
         super().__post_init__()
-        check_sparsity(self.sparsity)
         if self.task_name is not None:
             check_task_name(self.task_name)
-        if not 0 < self.calibration_fraction <= 1:
-            raise ValueError(
-                f"`calibration_fraction={self.calibration_fraction}` is outside (0, 1]. Pass a fraction, e.g. "
-                "`calibration_fraction=0.1` to calibrate on a tenth of the rows."
-            )
-        for sparsity in self.calibration_sparsities or ():
-            check_sparsity(sparsity)
-        self._check_calibration_method()
+        self._check_calibration()
         for name, allowed in (
             ("mask_granularity", list(GRANULARITIES)),
             ("calibration_method", CALIBRATION_METHODS),
+            ("calibration_lr_scheduler_type", CALIBRATION_SCHEDULES),
             ("projection_init", PROJECTION_INITS),
             ("sparse_backend", SPARSE_BACKENDS),
         ):
@@ -182,7 +203,13 @@ class LoriArguments:
                     f"for {allowed[0]!r}."
                 )
 
-    def _check_calibration_method(self) -> None:
+    def _check_calibration(self) -> None:
+        if self.calibration_warmup_steps > 0 and self.calibration_lr_scheduler_type == "constant":
+            raise ValueError(
+                f"`calibration_warmup_steps={self.calibration_warmup_steps}` has no effect with "
+                "`calibration_lr_scheduler_type='constant'`, which has no warm-up. Pass 'constant_with_warmup', or "
+                "leave `calibration_warmup_steps` unset."
+            )
         if self.calibration_method == "random" and self.calibration_sparsities:
             raise ValueError(
                 f"`calibration_sparsities={self.calibration_sparsities}`, `calibration_method='random'`: there is no "
@@ -195,11 +222,41 @@ class LoriArguments:
                 "everywhere. Allowed are two batches or more. Leave it unset for 8."
             )
 
+    def _check_intervals(self) -> None:
+        """Refuse numbers out of range, before TRL and transformers calculate with them."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in defaults.keys() & INTERVALS.keys():
+            if fault := range_fault(getattr(self, name), INTERVALS[name]):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` is {fault}. Pass a number from there, or leave it unset for "
+                    f"{defaults[name]}."
+                )
+
+    def check_streaming(self) -> None:
+        """
+        Refuse what needs the number of rows, which streamed data do not tell.
+
+        Raises:
+            `ValueError`: the calibration is to have a share of the rows, or a number of epochs.
+        """
+        if self.calibration_fraction < 1:
+            raise ValueError(
+                f"`calibration_fraction={self.calibration_fraction}` with streamed data, whose number of rows is not "
+                "known. Allowed is 1. Set `calibration_max_steps` to calibrate for fewer steps."
+            )
+        if self.for_calibration().max_steps <= 0:
+            raise ValueError(
+                f"`calibration_num_train_epochs={self.calibration_num_train_epochs}` with streamed data, whose number "
+                "of rows is not known. Allowed is a number of steps. Set `calibration_max_steps` or `max_steps`."
+            )
+
     def for_calibration(self):
         """Return a copy for the calibration phase: its own rate, length and folder; no evaluation, no push."""
         args = copy.copy(self)
         args.output_dir = os.path.join(self.output_dir, "calibration")
         args.learning_rate = self.calibration_learning_rate
+        args.lr_scheduler_type, args.lr_scheduler_kwargs = self.calibration_lr_scheduler_type, None
+        args.warmup_steps = self.calibration_warmup_steps
         if self.calibration_num_train_epochs is not None:
             args.num_train_epochs = self.calibration_num_train_epochs
         if self.calibration_max_steps > 0 or self.calibration_num_train_epochs is not None:
@@ -230,7 +287,9 @@ class LoriSFTConfig(LoriArguments, SFTConfig):
     """
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the adaptation, on the mask."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use, in both phases."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Schedule of the adaptation's learning rate."}
+    )
     truncation_mode: str = field(
         default="keep_prompt_end",
         metadata={

@@ -21,10 +21,10 @@ from .adapter import (
     task_records,
     write_card,
 )
+from .heatmaps import draw_density
+from .layers import module_path
 from .masks import LoriMasks, check_header, pools
 from .model_card import PICTURE_NAME
-from .layers import module_path
-from .heatmaps import draw_density
 from .selection import num_to_select
 
 _TOKENIZER_FILES = ("tokenizer", "chat_template", "special_tokens")

@@ -3,7 +3,7 @@
 import re
 
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -40,13 +40,15 @@ def lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
 
     Raises:
         `ValueError`: the adapter sits on something other than linear layers (embeddings, convolutions, the fused
-            parameters of mixture-of-experts blocks): LoRI masks are defined on `lora_B` `(out_features, rank)`.
+            parameters of mixture-of-experts blocks, whatever `target_parameters` names): LoRI masks are defined on
+            `lora_B` `(out_features, rank)`.
     """
     layers, unsupported = {}, []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if adapter_name in module.lora_A and isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
+        linear = isinstance(module.get_base_layer(), (nn.Linear, Conv1D)) and not isinstance(module, ParamWrapper)
+        if adapter_name in module.lora_A and linear:
             layers[module_path(name)] = module
         elif adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
             unsupported.append(f"{module_path(name)} ({type(module.get_base_layer()).__name__})")

@@ -11,29 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .intervals import INTERVALS, range_fault
 from .yaml_reader import read_mapping
 
-# What TRL and transformers leave unchecked, or check one by one: intervals of the numbers in a recipe.
-_INTERVALS = {
-    "sparsity": "[0, 1)",
-    "calibration_sparsities": "[0, 1)",
-    "calibration_fraction": "(0, 1]",
-    "density": "(0, 1]",
-    "lora_dropout": "[0, 1)",
-    "lora_r": "[1, inf)",
-    "lora_alpha": "(0, inf)",
-    "learning_rate": "(0, inf)",
-    "calibration_learning_rate": "(0, inf)",
-    "num_train_epochs": "(0, inf)",
-    "calibration_num_train_epochs": "(0, inf)",
-    "per_device_train_batch_size": "[1, inf)",
-    "per_device_eval_batch_size": "[1, inf)",
-    "gradient_accumulation_steps": "[1, inf)",
-    "max_length": "[2, inf)",
-    "warmup_steps": "[0, inf)",
-    "weight_decay": "[0, inf)",
-    "max_grad_norm": "[0, inf)",
-}
 # Keys of which a recipe sets one at most.
 _CONFLICTS = (("dataset_name", "dataset_path"), ("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"))
 _MOST_SHOWN = 10  # faults
@@ -183,7 +163,7 @@ def validate_recipe(file: Path, parser: argparse.ArgumentParser) -> dict[str, An
         else:
             try:
                 values[key] = _converted(value, actions[key], hints.get(key), is_mapping=key in mappings)
-                fault = _range_fault(values[key], _INTERVALS.get(key))
+                fault = range_fault(values[key], INTERVALS.get(key))
             except ValueError as error:
                 fault = str(error)
             faults += [f"{key}={_REPR.repr(value)}: {fault}"] if fault else []
@@ -272,19 +252,6 @@ def _accepts(hint: Any, kind: type) -> bool:
 def _short(name: object) -> str:
     text = str(name)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _range_fault(value: Any, interval: str | None) -> str | None:
-    """Say that a number is outside its interval, e.g. `"[0, 1)"`; None if it is not."""
-    if value is None or interval is None:
-        return None
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    for number in map(float, value if isinstance(value, list) else [value]):
-        above = number >= low if interval[0] == "[" else number > low
-        below = number <= high if interval[-1] == "]" else number < high
-        if not (above and below):
-            return f"outside {interval}"
-    return None
 
 
 def _type_name(action: argparse.Action) -> str:

@@ -1,20 +1,17 @@
 """The method: calibrate all of B, select the entries that matter, set B back, adapt on those alone."""
 
 import copy
-import hashlib
-import json
-import re
+import inspect
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -23,15 +20,19 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from .adapter import FORMAT_VERSION, read_lori_config, save_lori_adapter
+from .adapter import FORMAT_VERSION, read_lori_config, save_lori_adapter, task_records
 from .checkpoints import find_checkpoint
+from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
+from .dense import dense_parameters, set_back
 from .hub import MEMORY, logged, make_repo, push_in_background, push_lori_to_hub
 from .layers import lora_layers
+from .lora_options import check_variants
 from .masks import LoriMasks
 from .model_card import CardFacts
 from .projections import derive_projection_seed, fingerprint, freeze_projections, init_projections, projections
+from .rows import name_of_data
 from .saliency import GradientAgreement, random_saliency
 from .selection import num_to_select
 from .sparse import VALUES, fold_values, refresh_values, sparse_training
@@ -39,8 +40,18 @@ from .tasks import kept_positions
 
 logger = get_logger(__name__)
 
-# What `load_dataset` calls data that came from files: no name of a task.
-_FILE_BUILDERS = {"json", "csv", "parquet", "arrow", "text", "pandas", "generator", "webdataset"}
+# What TRL's trainers keep beside the Trainer's own state: counters, figures not yet logged, generated rollouts. Each
+# phase begins with its own.
+_STATE_OF_A_PHASE = {
+    "_buffered_inputs",
+    "_last_loaded_step",
+    "_logs",
+    "_metrics",
+    "_pending_extra_logs",
+    "_pending_metrics",
+    "_step",
+    "_total_train_tokens",
+}
 
 
 class LoriTrainerMixin:
@@ -51,12 +62,9 @@ class LoriTrainerMixin:
         model (`str`, `PreTrainedModel` or `PeftModel`):
             The base model, or one with an adapter to continue: its A is kept, its B is where training starts, and
             every entry outside the new mask stays as it is. A task that the adapter has already keeps its masks.
-        args ([`LoriArguments`]):
-            The trainer's configuration with the LoRI fields, e.g. [`LoriSFTConfig`].
-        peft_config (`LoraConfig`, *optional*):
-            The adapter to make on a base model.
-        **kwargs:
-            The trainer's own arguments.
+        *positional, **named:
+            The TRL trainer's own arguments, in its own order. Of these, `args` is a [`LoriArguments`], e.g.
+            [`LoriSFTConfig`], and `peft_config` a `LoraConfig`: the adapter to make on a base model.
 
     Attributes:
         masks ([`LoriMasks`] or `None`): which entries of B are trained; `None` before calibration.
@@ -64,58 +72,41 @@ class LoriTrainerMixin:
         recipe (`dict` or `None`): saved beside the adapter as `recipe.yaml`; set by the command line.
 
     Raises:
-        `ValueError`: the adapter is no plain LoRA, nothing of it can be trained, the data set is empty, or given masks
-            do not fit.
+        `ValueError`: the adapter is no plain LoRA, nothing of it can be trained, something would be trained and not
+            saved, the rows are no text, no entry would be selected, or given masks do not fit.
         `TypeError`: `args` has no LoRI fields.
 
     Source: paper section 2.1 and Algorithm 1.
     """
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        args: LoriArguments,
-        *,
-        peft_config: LoraConfig | None = None,
-        **kwargs: Any,
-    ):
-        if not isinstance(args, LoriArguments):
-            raise TypeError(
-                f"`args` is a {type(args).__name__}, which has no LoRI fields. Pass a `LoriSFTConfig`, or a config "
-                "class that mixes in `LoriArguments`."
-            )
-        if kwargs.get("optimizers", (None, None))[0] is not None:
-            raise ValueError(
-                "`optimizers` holds an optimizer. Each phase needs a fresh one, so only a class is allowed. Pass "
-                "`optimizer_cls_and_kwargs` instead."
-            )
-        _check_adapter(model, peft_config)
-        rows = kwargs.get("train_dataset")
-        if rows is None or next(iter(rows), None) is None:
-            raise ValueError(
-                "`train_dataset` has no rows. At least one is needed. Pass a `datasets.Dataset` with rows."
-            )
-        self.task_name = args.task_name or _name_of_data(rows)
+    config_class: type[LoriArguments] | None = None  # of the arguments, where none are passed
+
+    def __init__(self, model: str | PreTrainedModel | PeftModel, *positional: Any, **named: Any):
+        given = inspect.signature(super().__init__).bind(model, *positional, **named).arguments
+        if given.get("args") is None and self.config_class is not None:
+            given["args"] = self.config_class()
+        check_arguments(given)
+        args, rows, peft_config = given["args"], given["train_dataset"], given.get("peft_config")
+        self.task_name = args.task_name or name_of_data(rows)
         given_masks = None
         if args.mask_name_or_path:
             given_masks = LoriMasks.from_pretrained(args.mask_name_or_path, revision=args.mask_revision)
 
-        super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+        super().__init__(**given)
 
         self.phase = "adaptation"
         self.recipe: dict[str, Any] | None = None
         self.calibration: dict[str, Any] | None = None
+        self.calibration_log: list[dict[str, Any]] = []
         self.adapter_name = self.model.active_adapters[0]
         self.lora_layers = lora_layers(self.model, self.adapter_name)
+        check_variants(self.lora_layers, self.adapter_name)
         self.earlier_masks: dict[str, LoriMasks] = dict(vars(self.model).get("lori_masks", {}))
         self.earlier_tasks: list[dict[str, Any]] = list(vars(self.model).get("lori_tasks", []))
         self.projection = self._init_projection(given_masks) if peft_config is not None else self._keep_projection()
-        if not any(weight.requires_grad for weight in self.weights.values()):
-            raise ValueError(
-                f"Nothing of adapter {self.adapter_name!r} can be trained: every lora_B is frozen. LoRI trains B. "
-                "Load the adapter with `is_trainable=True`."
-            )
+        check_trained(self.model, self.adapter_name, self.weights, self.args.weight_decay)
         self.initial_weights = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
+        self._fresh_state = {name: copy.deepcopy(vars(self)[name]) for name in _STATE_OF_A_PHASE & vars(self).keys()}
 
         self.masks: LoriMasks | None = self.earlier_masks.pop(self.task_name, None)
         self.earlier_tasks = [record for record in self.earlier_tasks if record["task"] in self.earlier_masks]
@@ -129,6 +120,7 @@ class LoriTrainerMixin:
             self.masks = LoriMasks(everything, task=self.task_name, sparsity=0.0, projection=self.projection)
         elif self.args.calibration_method == "random":
             self.masks = self._draw_masks()
+        check_selection(self.masks, self.weights, self.args.sparsity, self.args.mask_granularity)
         self.card_facts = CardFacts(self, rows)
         self.add_callback(self.card_facts)
         self.callback_handler.callbacks.insert(0, _PhaseCallback(self))
@@ -166,6 +158,7 @@ class LoriTrainerMixin:
             output = super().train(checkpoint if phase == "adaptation" else None, **kwargs)
         self._check_frozen_entries()
         output.metrics.update(metrics)
+        self._leave_record()
         return output
 
     def calibrate(self, resume_from_checkpoint: str | None = None) -> dict[str, float]:
@@ -183,10 +176,16 @@ class LoriTrainerMixin:
         Source: Algorithm 1, lines 6 to 15; LoRAF, Algorithm 1, lines 3 to 8. B0 is zero for a fresh adapter, and the
         saliency then the paper's |B|.
         """
+        if self.masks is not None:
+            raise ValueError(
+                f"`calibrate()` was called, but task {self.task_name!r} has its mask already. A task is calibrated "
+                "once. Go on with `train()`, or make a new trainer."
+            )
         set_seed(self.args.seed)
-        with self._calibration(), self._sparse_training(self.feasible):
-            output = super().train(resume_from_checkpoint)
-            saliency = self._saliency()
+        with self._calibration():
+            with self._sparse_training(self.feasible):
+                output = super().train(resume_from_checkpoint)
+                saliency = self._saliency()
             self.calibration = {
                 "method": self.args.calibration_method,
                 "learning_rate": self.args.learning_rate,
@@ -194,7 +193,7 @@ class LoriTrainerMixin:
                 "samples": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
                 "loss": output.training_loss,
             }
-        self._reset_weights()
+            self.calibration_log = self.state.log_history
         if not any(values.any() for values in saliency.values()):
             raise ValueError(
                 f"The calibration moved nothing in {self.calibration['steps']} steps at `calibration_learning_rate="
@@ -235,26 +234,34 @@ class LoriTrainerMixin:
         """Restrict training to a mask, with an optimizer and a wrapping of the model that know the new parameters."""
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
+        vars(self).update(copy.deepcopy(self._fresh_state))
         return sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend)
 
     @contextmanager
     def _calibration(self):
-        """Swap in the calibration's arguments and rows."""
+        """Swap in the calibration's arguments and rows. At the end, also after an error, all is as it was before."""
         args, rows, optimizer = self.args, self.train_dataset, self.optimizer_cls_and_kwargs
-        early_stopping = self.pop_callback(EarlyStoppingCallback)  # it needs evaluations
+        callbacks = self.callback_handler.callbacks
         self.phase, self.args = "calibration", args.for_calibration()
+        self.callback_handler.callbacks = [each for each in callbacks if not isinstance(each, EarlyStoppingCallback)]
         if args.calibration_method == "gradient":
             self.optimizer_cls_and_kwargs = (GradientAgreement, {})
         if args.calibration_fraction < 1:
             count = max(1, int(args.calibration_fraction * len(rows)))
             self.train_dataset = rows.shuffle(seed=args.seed).select(range(count))
         try:
-            yield
+            with set_back(self.model, self.adapter_name):
+                yield
         finally:
+            self._reset_weights()
             self.phase, self.args, self.train_dataset = "adaptation", args, rows
             self.optimizer_cls_and_kwargs = optimizer
-            if early_stopping is not None:
-                self.add_callback(early_stopping)
+            self.callback_handler.callbacks = callbacks
+
+    def _leave_record(self) -> None:
+        """Tell the model which tasks it has, so that the next trainer on it knows them."""
+        self.model.lori_masks = self._all_masks()
+        self.model.lori_tasks = task_records(self.lori_config)
 
     def _check_sharding(self) -> None:
         """Refuse what would go wrong without a word where a model is sharded when training begins."""
@@ -310,6 +317,11 @@ class LoriTrainerMixin:
     def _keep_projection(self) -> dict[str, Any]:
         """Keep the A of an adapter that is continued; where it came from is known if `lori_trl` loaded it."""
         freeze_projections(self.model, self.adapter_name)
+        if not self.earlier_masks and any(weight.any() for weight in self.weights.values()):
+            logger.warning(
+                "The adapter is trained and has no task on record: which entries of B belong to what is not known. If "
+                "it is a LoRI adapter, load it with `load_lori_adapter`, which brings its masks and history."
+            )
         found = self._fingerprint()
         for masks in self.earlier_masks.values():
             if masks.projection is not None and masks.projection["fingerprint"] == found:
@@ -510,7 +522,11 @@ class LoriTrainerMixin:
         config = self._check_same_run(folder)
         if config["phase"] == "adaptation":
             self._resume_masks(folder, config)
-        return config["phase"], None if folder == calibration_dir else str(folder)
+        if folder != calibration_dir:
+            return config["phase"], str(folder)
+        if dense_parameters(self.model, self.adapter_name):
+            self._load_from_checkpoint(str(folder))  # as they were when the calibration began
+        return None, None
 
     def _check_same_run(self, folder: Path) -> dict[str, Any]:
         """Return a checkpoint's `lori_config.json`; raise if it is not of a run like this one."""
@@ -570,9 +586,7 @@ class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", "lori"]
-
-    def __init__(self, model: str | PreTrainedModel | PeftModel, args: LoriSFTConfig | None = None, **kwargs: Any):
-        super().__init__(model, args or LoriSFTConfig(), **kwargs)
+    config_class = LoriSFTConfig
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Truncate as `truncation_mode="keep_prompt_end"` says; TRL knows the other modes."""
@@ -610,6 +624,10 @@ class _PhaseCallback(TrainerCallback):
     def __init__(self, trainer: LoriTrainerMixin):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.phase == "adaptation" and not any("calibration_loss" in entry for entry in state.log_history):
+            state.log_history[:0] = self.trainer.calibration_log
+
     def on_optimizer_step(self, args, state, control, **kwargs):
         fold_values(self.trainer.model, self.trainer.adapter_name)
 
@@ -620,8 +638,9 @@ class _PhaseCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.trainer.phase == "calibration":
-            for name in list(logs):
-                logs[f"calibration_{name}"] = logs.pop(name)
+            for figures in (logs, state.log_history[-1]):
+                for name in figures.keys() - {"step"}:
+                    figures[f"calibration_{name}"] = figures.pop(name)
 
 
 def _truncate_row(row: dict[str, Any], max_length: int, bos: int | None, eos: int | None) -> dict[str, list[int]]:
@@ -630,45 +649,3 @@ def _truncate_row(row: dict[str, Any], max_length: int, bos: int | None, eos: in
     prompt_length = in_completion.index(True) if any(in_completion) else len(in_completion)
     kept = kept_positions(row["input_ids"], prompt_length, max_length, bos, eos)
     return {column: [row[column][position] for position in kept] for column in ("input_ids", "labels")}
-
-
-def _check_adapter(model: str | PreTrainedModel | PeftModel, peft_config: LoraConfig | None) -> None:
-    """Refuse adapters that LoRI is not defined for."""
-    fresh = peft_config is not None
-    if not fresh and not isinstance(model, PeftModel):
-        raise ValueError(
-            "`peft_config` is missing. LoRI trains an adapter: pass e.g. `peft_config=LoraConfig(r=32, lora_alpha=64, "
-            "target_modules='all-linear')`, or a `PeftModel` as `model` to continue its adapter."
-        )
-    if not fresh and len(model.active_adapters) != 1:
-        raise ValueError(
-            f"The model has {len(model.active_adapters)} active adapters: {', '.join(model.active_adapters)}. LoRI "
-            "trains one. Choose it with `model.set_adapter(name)`."
-        )
-    config = peft_config if fresh else model.peft_config[model.active_adapters[0]]
-    if not isinstance(config, LoraConfig):
-        raise TypeError(
-            f"The adapter's config is a {type(config).__name__}. LoRI is a kind of LoRA: pass a `LoraConfig`."
-        )
-    for name, allowed, why in (
-        ("use_dora", (False,), "DoRA trains a magnitude besides B"),
-        ("bias", ("none",), "biases would be trained outside the mask"),
-        ("lora_bias", (False,), "biases would be trained outside the mask"),
-        ("init_lora_weights", (True, "gaussian") if fresh else None, "LoRI draws A itself and starts B at zero"),
-    ):
-        if allowed is not None and getattr(config, name) not in allowed:
-            raise ValueError(
-                f"`{name}={getattr(config, name)!r}` is not possible with LoRI: {why}. Allowed is "
-                f"{' or '.join(map(repr, allowed))}. Change it in the `LoraConfig`."
-            )
-
-
-def _name_of_data(rows: Dataset | IterableDataset) -> str:
-    """Name a task after its data set, or after the contents of its first rows where that has no name."""
-    name = rows.info.dataset_name
-    if name is not None and name not in _FILE_BUILDERS:
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:96]
-    first_rows = json.dumps(list(islice(rows, 100)), sort_keys=True, default=str)
-    name = f"data-{hashlib.sha256(first_rows.encode()).hexdigest()[:8]}"
-    logger.warning(f"`task_name` is not given and the data set has no name: the task is called {name!r}.")
-    return name

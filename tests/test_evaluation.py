@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ from lori_trl.evaluation import (
 from lori_trl.evaluation.harness import BENIGN_FILE, run_samples, score_benign, score_harmful, score_samples
 from lori_trl.masks import COMPACT_NAME
 from lori_trl.model_card import render_model_card
+from lori_trl.sandbox import run as sandbox_run
 from lori_trl.tasks import BENCHMARKS, TASKS
 
 # ---- loss on completions -------------------------------------------------------------------------------------------
@@ -406,6 +408,18 @@ def test_figures_are_those_of_a_computation_by_hand(model, tokenizer, data, tmp_
 
     assert figures["gsm8k", "accuracy_flexible"].value == pytest.approx(4 / 7)
     assert figures["gsm8k", "accuracy_strict"].value == 0 and figures["gsm8k", "unparsed_strict"].value == 7
+
+
+def test_isolation_is_checked_before_anything_is_generated(data, monkeypatch, caplog):
+    chosen = {"names": ["humaneval"], "paths": {None: str(data / "code")}, "allow_code_execution": True}
+    monkeypatch.setattr(sandbox_run, "_refusal", lambda layers: "no" if layers[-1:] == ("mounts",) else None)
+    monkeypatch.setattr(sandbox_run, "_layers", cache(sandbox_run._layers.__wrapped__))
+    load_tasks(**chosen)
+    assert "The sandbox for generated code is without mounts (no)" in caplog.text
+    with pytest.raises(
+        ValueError, match="`--require_isolation` is given, and this machine refuses the namesp"
+    ):
+        load_tasks(**chosen, require_isolation=True)
 
 
 def test_samples_of_generated_code(model, tokenizer, data):

@@ -1,17 +1,13 @@
 """Any optimizer, any precision, any way to batch: the packed backend trains, and nothing else moves."""
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import lora_config
-from datasets import Dataset
 from peft import get_peft_model
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
-from trl import DPOConfig, DPOTrainer
 
-from lori_trl import LoriArguments, LoriTrainerMixin
 from lori_trl.projections import fingerprint, projections
 
 
@@ -123,50 +119,6 @@ def test_a_4bit_base(make_trainer, model_folder):
     check_trained(trainer)
 
 
-# ---- another trainer -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class LoriDPOConfig(LoriArguments, DPOConfig):
-    pass
-
-
-class LoriDPOTrainer(LoriTrainerMixin, DPOTrainer):
-    pass
-
-
-def test_dpo_through_the_mixin(llama, tokenizer, tmp_path):
-    rows = [{"prompt": f"w{i} w{i + 1}", "chosen": f" w{i} w3", "rejected": f" w{i + 2} w9"} for i in range(16)]
-    args = LoriDPOConfig(
-        output_dir=str(tmp_path / "out"),
-        task_name="preferences",
-        learning_rate=5e-2,
-        calibration_learning_rate=5e-3,
-        max_steps=4,
-        calibration_max_steps=3,
-        per_device_train_batch_size=4,
-        activation_checkpointing=False,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = LoriDPOTrainer(
-        copy.deepcopy(llama),
-        args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=copy.deepcopy(tokenizer),
-        peft_config=lora_config(),
-    )
-    output = trainer.train()
-    check_trained(trainer)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(0.693, abs=1e-3) and losses[-1] < losses[0]
-    assert "calibration_train_loss" in output.metrics
-    trainer.save_model()
-    assert (tmp_path / "out" / "masks" / "preferences.safetensors").is_file()
-
-
 # ---- other architectures -------------------------------------------------------------------------------------------
 
 SMALL = {
@@ -221,5 +173,5 @@ def test_fused_and_otherwise_named_modules(make_trainer, architecture, modules, 
 
 def test_fused_experts_are_refused(make_trainer):
     config = lora_config(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    with pytest.raises(ValueError, match=r"not linear layers: .*experts.*leave `target_parameters` unset"):
+    with pytest.raises(ValueError, match=r"`target_parameters=.*experts.*` is not possible with LoRI.*is None"):
         make_trainer(model=build("mixtral"), peft_config=config)

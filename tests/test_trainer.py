@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import lora_config
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -345,32 +344,9 @@ def test_a_task_without_a_name_is_named_after_its_data(make_trainer, rows):
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"use_dora": True}, r"`use_dora=True` is not possible.*Allowed is False.*Change it"),
-        ({"bias": "all"}, r"`bias='all'` is not possible.*Allowed is 'none'"),
-        ({"lora_bias": True}, r"`lora_bias=True` is not possible"),
-        ({"init_lora_weights": "pissa"}, r"`init_lora_weights='pissa'` is not possible"),
-        ({"init_lora_weights": False}, r"`init_lora_weights=False` is not possible"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, r"not linear layers: model.embed_tokens"),
-    ],
-)
-def test_adapters_that_lori_is_not_defined_for(make_trainer, changes, message):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(peft_config=lora_config(**changes))
-
-
 def test_an_adapter_is_needed(llama, make_trainer):
     with pytest.raises(ValueError, match="`peft_config` is missing"):
         make_trainer(model=copy.deepcopy(llama))
-
-
-def test_other_kinds_of_adapters_are_refused(make_trainer):
-    from peft import IA3Config
-
-    with pytest.raises(TypeError, match="IA3Config. LoRI is a kind of LoRA"):
-        make_trainer(peft_config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
 
 
 def test_an_adapter_with_nothing_trainable(make_trainer, model, adapter_folder):
@@ -380,8 +356,8 @@ def test_an_adapter_with_nothing_trainable(make_trainer, model, adapter_folder):
 
 
 def test_a_calibration_that_moves_nothing(make_trainer):
-    with pytest.raises(ValueError, match="moved nothing in 4 steps at `calibration_learning_rate=0.0`"):
-        make_trainer(calibration_learning_rate=0.0).train()
+    with pytest.raises(ValueError, match="moved nothing in 4 steps at `calibration_learning_rate=1e-60`"):
+        make_trainer(calibration_learning_rate=1e-60).train()
 
 
 def test_a_mask_of_another_rank(make_trainer, adapter_folder):
@@ -392,11 +368,6 @@ def test_a_mask_of_another_rank(make_trainer, adapter_folder):
 def test_a_mask_of_other_modules(make_trainer, adapter_folder):
     with pytest.raises(ValueError, match="has a mask but no adapter; "):
         make_trainer(mask_name_or_path=str(adapter_folder), peft_config=lora_config(target_modules=["q_proj"]))
-
-
-def test_empty_data(make_trainer):
-    with pytest.raises(ValueError, match="has no rows"):
-        make_trainer(train_dataset=Dataset.from_dict({"prompt": [], "completion": []}))
 
 
 def test_a_config_without_lori_fields(llama, rows, tokenizer, tmp_path):

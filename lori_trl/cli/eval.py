@@ -33,6 +33,7 @@ def add_parser(commands) -> None:
     add("--seed", type=int, default=42, help="of the samples (default: 42)")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     add("--allow_code_execution", action="store_true", help="run the code that models write, in a sandbox")
+    add("--require_isolation", action="store_true", help="refuse to run it on a machine without namespaces")
     add("--output_path", type=Path, help="one more JSON file, with the results of all models and the base")
     evaluation.set_defaults(func=run)
 
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
             max_new_tokens=options.max_new_tokens,
             num_samples=options.num_samples,
             allow_code_execution=options.allow_code_execution,
+            require_isolation=options.require_isolation,
         )
     console = Console()
     compared, on_file = {}, []

@@ -15,7 +15,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..recipes import nearest
-from ..sandbox import run_programs
+from ..sandbox import check_isolation, run_programs
 from ..tasks import BENCHMARKS, alpaca_prompt, hex_phi_prompt, load_benchmark
 from .results import Result, rows_hash, versions
 from .scoring import extract_label, extract_number, is_refusal, is_refusal_by_keywords, pass_at_k
@@ -39,6 +39,7 @@ def load_tasks(
     max_new_tokens: int | None = None,
     num_samples: int | None = None,
     allow_code_execution: bool = False,
+    require_isolation: bool = False,
 ) -> dict[str, "Task"]:
     """
     Load lm-eval tasks with their rows, before any model is there.
@@ -54,13 +55,16 @@ def load_tasks(
         max_new_tokens (`int`, *optional*): the longest answer in tokens; by default the task's, 512.
         num_samples (`int`, *optional*): samples a HumanEval problem; by default 20.
         allow_code_execution (`bool`, *optional*, defaults to `False`): whether generated code may be run.
+        require_isolation (`bool`, *optional*, defaults to `False`):
+            whether to refuse that on a machine without namespaces; what is absent there is warned of in any case.
 
     Returns:
         `dict[str, Task]`: lm-eval's name -> its task, for [`evaluate`].
 
     Raises:
         `ImportError`: lm-eval is not installed.
-        `ValueError`: a name is unknown, rows lack what scoring needs, or code would be run without leave.
+        `ValueError`: a name is unknown, rows lack what scoring needs, code would be run without leave, or namespaces
+            are required and absent.
         `FileNotFoundError`: a path does not exist.
     """
     _import_lm_eval(names)
@@ -86,6 +90,8 @@ def load_tasks(
                 f"`--tasks {unsafe[0]}` runs code that the model wrote. That is off unless it is allowed, and then "
                 "each sample runs in a sandbox. Pass `--allow_code_execution`, or leave the task out."
             )
+        if unsafe:
+            check_isolation(required=require_isolation)
         configs = {name: manager.task_index[name].cfg for name in chosen}
         for name, path in (paths or {}).items():
             folders = {

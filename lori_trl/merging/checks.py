@@ -10,34 +10,19 @@ import torch
 from torch import Tensor
 
 from ..adapter_file import AdapterFile
+from ..lora_options import UNMERGEABLE
 from ..recipes import nearest
 from .methods import METHODS, PRUNING
 
 logger = logging.getLogger(__name__)
 
-# What PEFT's LoRA can be besides plain, and what it is then.
-_FORMS = {
-    "use_dora": "DoRA trains a magnitude besides",
-    "lora_bias": "biases were trained",
-    "modules_to_save": "whole modules were trained",
-    "target_parameters": "it targets parameters, not linear layers",
-    "trainable_token_indices": "embeddings were trained",
-    "alora_invocation_tokens": "it acts on some tokens only",
-    "layer_replication": "its base model has copied layers",
-    "use_qalora": "its inputs are pooled",
-    "use_bdlora": "its matrices are block diagonal",
-    "arrow_config": "it routes between adapters",
-    "kasa_config": "it has singular values besides",
-    "monteclora_config": "it samples its weights",
-    "velora_config": "it compresses its activations",
-}
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model
 
 
 def check_mergeable(source: AdapterFile) -> None:
     """Raise `ValueError` unless an adapter is plain LoRA, whose A and B are all there is."""
     config = source.config
-    faults = [f"{key}={config[key]!r} ({what})" for key, what in _FORMS.items() if config.get(key)]
+    faults = [f"{key}={config[key]!r} ({what})" for key, what in UNMERGEABLE.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         faults.append(f"bias={config['bias']!r} (biases were trained)")
     if config.get("init_lora_weights") not in _PLAIN_STARTS:

@@ -1,0 +1,49 @@
+"""What is trained densely besides B: modules that PEFT saves whole, a reward model's head, new tokens' embeddings."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parameter]:
+    """
+    Find what of a model is trained besides an adapter's B. No mask covers it.
+
+    Returns:
+        `dict[str, nn.Parameter]`: name in the model -> parameter.
+
+    Raises:
+        `ValueError`: something is trained that PEFT would not save with the adapter.
+    """
+    saved_whole = tuple(name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    dense = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and f".lora_B.{adapter_name}." not in name
+    }
+    unsaved = [name for name in dense if not name.startswith(tuple(f"{wrapper}." for wrapper in saved_whole))]
+    if unsaved:
+        raise ValueError(
+            f"{len(unsaved)} parameters would be trained and not be saved with the adapter: {', '.join(unsaved[:3])}"
+            f"{', ...' if len(unsaved) > 3 else ''}. Allowed besides B is what `modules_to_save` and "
+            "`trainable_token_indices` of the `LoraConfig` name. Name them there, or freeze them with "
+            "`requires_grad_(False)`."
+        )
+    return dense
+
+
+@contextmanager
+def set_back(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Set what is trained densely back to what it was when the context ends. Until then a copy lies on the CPU."""
+    dense = dense_parameters(model, adapter_name)
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in dense.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                model.get_parameter(name).copy_(value)
