@@ -3,6 +3,7 @@
 import copy
 import os
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import torch
 from trl import SFTConfig
@@ -25,8 +26,14 @@ CALIBRATION_SCHEDULES = (
 )
 
 
+if TYPE_CHECKING:  # what the mixin is mixed into
+    from transformers import TrainingArguments as Arguments
+else:
+    Arguments = object
+
+
 @dataclass
-class LoriArguments:
+class LoriArguments(Arguments):
     r"""
     The LoRI fields, to be mixed into any TRL config: `class LoriDPOConfig(LoriArguments, DPOConfig)`.
 
@@ -183,7 +190,7 @@ class LoriArguments:
     )
 
     def __post_init__(self):
-        if self.bf16 is None and not torch.accelerator.is_available():
+        if self.bf16 is None and not torch.accelerator.is_available():  # type: ignore[has-type]
             self.bf16 = False
         self._check_intervals()
         super().__post_init__()

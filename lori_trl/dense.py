@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from peft import PeftModel
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
+
+from .sharding import assign, gather
+from .sparse import VALUES
 
 
 def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parameter]:
     """
-    Find what of a model is trained besides an adapter's B. No mask covers it.
+    Find what of a model is trained besides an adapter's B, dense or packed. No mask covers it.
 
     Returns:
         `dict[str, nn.Parameter]`: name in the model -> parameter.
@@ -23,7 +25,7 @@ def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parame
     dense = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and f".lora_B.{adapter_name}." not in name
+        if parameter.requires_grad and f".lora_B.{adapter_name}." not in name and f".{VALUES}." not in name
     }
     unsaved = [name for name in dense if not name.startswith(tuple(f"{wrapper}." for wrapper in saved_whole))]
     if unsaved:
@@ -36,14 +38,24 @@ def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parame
     return dense
 
 
+def show_bias_of_tied_head(model: PeftModel) -> None:
+    """
+    Let TRL's fused head read the bias of output embeddings that are tied to embeddings with trained tokens.
+
+    TRL 1.16 reads their `weight` and `bias`; PEFT 0.21's wrapper of tied ones shows the weight alone.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper) and head.original_module.bias is None:
+        head.bias = None
+
+
 @contextmanager
 def set_back(model: PeftModel, adapter_name: str) -> Iterator[None]:
     """Set what is trained densely back to what it was when the context ends. Until then a copy lies on the CPU."""
     dense = dense_parameters(model, adapter_name)
-    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in dense.items()}
+    before = {name: gather(parameter).cpu() for name, parameter in dense.items()}
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                model.get_parameter(name).copy_(value)
+        for name, value in before.items():
+            assign(model.get_parameter(name), value)

@@ -1,5 +1,6 @@
 """What PEFT's LoRA can be besides plain, and what LoRI makes of it: every field of `LoraConfig` stands here."""
 
+import copy
 from collections.abc import Mapping
 
 from peft import LoraConfig, PeftModel
@@ -81,6 +82,19 @@ def check_lora_config(config: LoraConfig, fresh: bool) -> None:
     for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         for module, value in (getattr(config, pattern) or {}).items():
             _check_range(f"{pattern}[{module!r}]", value, _INTERVALS[name])
+
+
+def for_language_part(config: LoraConfig) -> LoraConfig:
+    """
+    Return a config for all linear layers of a vision-language model's language part, where no modules are named.
+
+    PEFT has no default for such models. Their language part is called `language_model` or `text_model`.
+    """
+    if config.target_modules is not None or config.exclude_modules is not None:
+        return config
+    config = copy.copy(config)
+    config.target_modules, config.exclude_modules = "all-linear", r"(?!.*\b(language_model|text_model)\.).*"
+    return config
 
 
 def check_variants(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:

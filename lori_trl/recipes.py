@@ -234,7 +234,7 @@ def _converted_item(item: Any, action: argparse.Action) -> Any:
     if action.type is str and not isinstance(item, str):
         raise ValueError(f"a {type(item).__name__}, where text is needed: put it in quotes")
     try:
-        converted = action.type(str(item)) if action.type else item
+        converted = action.type(str(item)) if callable(action.type) else item
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         raise ValueError(f"not a valid {_type_name(action)}") from None
     if action.choices is not None and converted not in action.choices:

@@ -39,6 +39,11 @@ def check_not_empty(rows: Dataset | IterableDataset | None) -> None:
         raise ValueError("`train_dataset` has no rows. At least one is needed. Pass a `datasets.Dataset` with rows.")
 
 
+def have_images(rows: Dataset | IterableDataset) -> bool:
+    """Say whether rows have images, by the columns that TRL looks for."""
+    return not {"image", "images"}.isdisjoint(next(iter(rows)))
+
+
 def check_text(rows: Dataset | IterableDataset) -> None:
     """
     Check that TRL's columns hold text or messages: in all rows, or in the first 100 of a stream.

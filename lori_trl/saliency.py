@@ -38,7 +38,7 @@ class GradientAgreement(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss is known
         """Add the gradients and their squares to the sums."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -13,6 +13,7 @@ Masks and positions are buffers of the layer, so that they follow it to any devi
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.lora.variants import _register_frozen_peft_weight
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as module_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -75,6 +76,23 @@ def refresh_values(model: PeftModel, adapter_name: str) -> None:
     """Read the values from B again after B was loaded from a file. Where FSDP shards B, every rank must call this."""
     for layer, variant in _packed_layers(model, adapter_name):
         variant.read(layer, adapter_name)
+
+
+@contextmanager
+def values_in_state_dict(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """
+    Let state dicts hold the values as parameters of their own while the context lasts, and leave B as it is.
+
+    For those that shard a model: accelerate takes its state dict, empties the model, and fills the shards from it.
+    """
+    variants = [variant for _, variant in _packed_layers(model, adapter_name)]
+    for variant in variants:
+        variant.folded_on_save = False
+    try:
+        yield
+    finally:
+        for variant in variants:
+            variant.folded_on_save = True
 
 
 def _packed_layers(model: PeftModel, adapter_name: str) -> Iterator[tuple[LoraLayer, "SparseLora"]]:
@@ -146,14 +164,15 @@ def _pack(layer: LoraLayer, adapter_name: str, mask: Tensor | None) -> Callable[
 
 def _fold_layer(layer: LoraLayer, *_) -> None:
     for adapter_name, variant in layer.lora_variant.items():
-        if isinstance(variant, SparseLora):
+        if isinstance(variant, SparseLora) and variant.folded_on_save:
             variant.fold(layer, adapter_name)
 
 
 def _leave_out_values(layer: LoraLayer, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
     # A state dict is plain PEFT's: the values are in B.
-    for name in [name for name in state_dict if name.startswith(f"{prefix}{VALUES}.")]:
-        del state_dict[name]
+    for adapter_name, variant in layer.lora_variant.items():
+        if isinstance(variant, SparseLora) and variant.folded_on_save:
+            state_dict.pop(f"{prefix}{VALUES}.{adapter_name}", None)
 
 
 class SparseLora(LoraVariant):
@@ -167,11 +186,13 @@ class SparseLora(LoraVariant):
             whether the values are a parameter of their own, at the flat positions in B that the layer's buffer
             `sparse_indices` holds, int64.
         idle (`bool`): nothing is selected and B is zero: the branch adds nothing.
+        folded_on_save (`bool`): whether a state dict has the values in B, as PEFT knows it, and not beside it.
     """
 
     def __init__(self, packed: bool = False):
         self.packed = packed
         self.idle = False
+        self.folded_on_save = True
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         if self.idle:
@@ -192,7 +213,7 @@ class SparseLora(LoraVariant):
             scaling = module.scaling[active_adapter]
             return _SparseBranch.apply(result, x, B, values, A, W, indices, scaling, drop_share, in_place)
 
-    def _values(self, module: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    def _values(self, module: LoraLayer, adapter_name: str) -> tuple[Any, Tensor]:
         return getattr(module, VALUES)[adapter_name], getattr(module, INDICES)
 
     @torch.no_grad()
@@ -275,7 +296,7 @@ class _SparseBranch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         result: Tensor,  # first, as autograd wants it where it is a view that is written to
         x: Tensor,
         B: Tensor,
@@ -287,7 +308,7 @@ class _SparseBranch(torch.autograd.Function):
         drop_share: float,
         in_place: bool,
     ) -> Tensor:
-        if values is not None:
+        if values is not None and indices is not None:
             _fold(B, indices, values)
         rows, dropped = x.reshape(-1, x.shape[-1]), None
         if drop_share > 0:
@@ -305,7 +326,7 @@ class _SparseBranch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         h, A, B, values, W, indices, dropped = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1]).to(h.dtype)
         d_x = d_B = d_values = None

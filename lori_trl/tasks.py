@@ -132,6 +132,8 @@ class LoriScriptArguments(ScriptArguments):
             are also looked up beside the recipe.
         adapter_name_or_path (`str`, *optional*):
             A LoRI adapter to continue. Its rank, alpha and target modules are kept.
+        allow_modified (`bool`, *optional*, defaults to `False`):
+            Continue an adapter that was changed after `lori_trl` saved it, e.g. by training it on with plain PEFT.
     """
 
     recipe: str | None = field(
@@ -147,6 +149,10 @@ class LoriScriptArguments(ScriptArguments):
     adapter_name_or_path: str | None = field(
         default=None,
         metadata={"help": "A LoRI adapter to continue. Its rank, alpha and target modules are kept."},
+    )
+    allow_modified: bool = field(
+        default=False,
+        metadata={"help": "Continue an adapter that was changed after lori_trl saved it, e.g. with plain PEFT."},
     )
 
 
@@ -270,7 +276,7 @@ def hex_phi_prompt(instruction: str) -> str:
 
 def alpaca_row(row: dict[str, Any]) -> dict[str, Any]:
     """Turn an Alpaca row into a prompt and a completion; LLM-Adapters' label (`answer`) brings its `choices`."""
-    new = {"prompt": alpaca_prompt(_text(row, "instruction"), row.get("input") or "")}
+    new: dict[str, Any] = {"prompt": alpaca_prompt(_text(row, "instruction"), row.get("input") or "")}
     new["completion"] = _text(row, "output")
     if row.get("answer") is not None and (labels := re.search(r"Answer format: (\S+)", row["instruction"])):
         new["choices"] = labels.group(1).split("/")
@@ -358,7 +364,7 @@ def _converter(row: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]
 
 
 def _training_rows(rows, known: set[str]):
-    first = next(iter(rows), {})
+    first: dict[str, Any] = next(iter(rows), {})
     if convert := _converter(first):
         return rows.map(convert).select_columns(["prompt", "completion"])
     return rows.select_columns([column for column in first if column in known]) if known & set(first) else rows
@@ -394,13 +400,11 @@ def _split_files(dataset_path: str, recipe: str | None) -> dict[str, str]:
     """Find a path as given, beside the recipe or among the shipped ones; return split -> file."""
     beside_recipe = [Path(recipe).parent / dataset_path, shipped_folder("recipes") / dataset_path] if recipe else []
     path = next((path for path in [Path(dataset_path), *beside_recipe] if path.exists()), None)
-    files = []
-    if path is not None:
-        files = [path] if path.is_file() else sorted(path.iterdir())
-        files = [file for file in files if file.suffix in (".jsonl", ".json")]
+    files = [] if path is None else [path] if path.is_file() else sorted(path.iterdir())
+    files = [file for file in files if file.suffix in (".jsonl", ".json")]
     if not files:
         raise FileNotFoundError(
             f"`dataset_path={dataset_path}` {'does not exist' if path is None else 'holds no .jsonl or .json file'}. "
             "Allowed is a .jsonl or .json file, or a folder with e.g. train.jsonl and test.jsonl. Correct the path."
         )
-    return {"train": str(path)} if path.is_file() else {file.stem: str(file) for file in files}
+    return {"train": str(path)} if files == [path] else {file.stem: str(file) for file in files}

@@ -2,8 +2,9 @@
 
 import copy
 import inspect
-from contextlib import AbstractContextManager, contextmanager
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,35 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import PeftConfig, PeftModel
+from peft import PeftModel, load_peft_weights
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from .adapter import FORMAT_VERSION, read_lori_config, save_lori_adapter, task_records
+from .adapter.record import Calibration, Counts, LoriRecord, TaskRecord, read_record
+from .adapter.write import save_lori_adapter
+from .card import CardFacts
 from .checkpoints import find_checkpoint
 from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
-from .dense import dense_parameters, set_back
-from .hub import MEMORY, logged, make_repo, push_in_background, push_lori_to_hub
+from .dense import dense_parameters, set_back, show_bias_of_tied_head
+from .engines import check_engine
+from .hub.commit import make_repo
+from .hub.push import MEMORY, logged, push_in_background, push_lori_to_hub
 from .layers import lora_layers
-from .lora_options import check_variants
+from .lora_options import check_variants, for_language_part
 from .masks import LoriMasks
-from .model_card import CardFacts
-from .projections import derive_projection_seed, fingerprint, freeze_projections, init_projections, projections
-from .rows import name_of_data
+from .projections import Fingerprint, Projection, derive_projection_seed, freeze_projections, init_projections
+from .rows import have_images, name_of_data
 from .saliency import GradientAgreement, random_saliency
 from .selection import num_to_select
-from .sparse import VALUES, fold_values, refresh_values, sparse_training
+from .sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
+from .sparse import VALUES, fold_values, refresh_values, sparse_training, values_in_state_dict
 from .tasks import kept_positions
 
 logger = get_logger(__name__)
@@ -64,7 +69,8 @@ class LoriTrainerMixin:
             every entry outside the new mask stays as it is. A task that the adapter has already keeps its masks.
         *positional, **named:
             The TRL trainer's own arguments, in its own order. Of these, `args` is a [`LoriArguments`], e.g.
-            [`LoriSFTConfig`], and `peft_config` a `LoraConfig`: the adapter to make on a base model.
+            [`LoriSFTConfig`], and `peft_config` a `LoraConfig`: the adapter to make on a base model. With image rows
+            and no `target_modules`, it goes on the linear layers of the language part.
 
     Attributes:
         masks ([`LoriMasks`] or `None`): which entries of B are trained; `None` before calibration.
@@ -87,6 +93,8 @@ class LoriTrainerMixin:
             given["args"] = self.config_class()
         check_arguments(given)
         args, rows, peft_config = given["args"], given["train_dataset"], given.get("peft_config")
+        if peft_config is not None and have_images(rows):
+            given["peft_config"] = for_language_part(peft_config)
         self.task_name = args.task_name or name_of_data(rows)
         given_masks = None
         if args.mask_name_or_path:
@@ -96,20 +104,21 @@ class LoriTrainerMixin:
 
         self.phase = "adaptation"
         self.recipe: dict[str, Any] | None = None
-        self.calibration: dict[str, Any] | None = None
+        self.calibration: Calibration | None = None
         self.calibration_log: list[dict[str, Any]] = []
         self.adapter_name = self.model.active_adapters[0]
         self.lora_layers = lora_layers(self.model, self.adapter_name)
         check_variants(self.lora_layers, self.adapter_name)
+        show_bias_of_tied_head(self.model)
         self.earlier_masks: dict[str, LoriMasks] = dict(vars(self.model).get("lori_masks", {}))
-        self.earlier_tasks: list[dict[str, Any]] = list(vars(self.model).get("lori_tasks", []))
+        self.earlier_tasks = [TaskRecord.from_dict(task) for task in vars(self.model).get("lori_tasks", [])]
         self.projection = self._init_projection(given_masks) if peft_config is not None else self._keep_projection()
         check_trained(self.model, self.adapter_name, self.weights, self.args.weight_decay)
         self.initial_weights = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
         self._fresh_state = {name: copy.deepcopy(vars(self)[name]) for name in _STATE_OF_A_PHASE & vars(self).keys()}
 
         self.masks: LoriMasks | None = self.earlier_masks.pop(self.task_name, None)
-        self.earlier_tasks = [record for record in self.earlier_tasks if record["task"] in self.earlier_masks]
+        self.earlier_tasks = [record for record in self.earlier_tasks if record.task in self.earlier_masks]
         self.feasible = self._feasible_entries() if self.args.disjoint_masks else None
         if given_masks is not None:
             self.masks = self._adopt(given_masks)
@@ -121,7 +130,7 @@ class LoriTrainerMixin:
         elif self.args.calibration_method == "random":
             self.masks = self._draw_masks()
         check_selection(self.masks, self.weights, self.args.sparsity, self.args.mask_granularity)
-        self.card_facts = CardFacts(self, rows)
+        self.card_facts = CardFacts(self.model.get_base_model(), rows, self._tag_names)
         self.add_callback(self.card_facts)
         self.callback_handler.callbacks.insert(0, _PhaseCallback(self))
 
@@ -151,7 +160,7 @@ class LoriTrainerMixin:
             `RuntimeError`: the optimizer moved frozen entries.
         """
         phase, checkpoint = self._resume_phase(resume_from_checkpoint)
-        self._check_sharding()
+        check_engine(self.accelerator, self.args, calibrate=self.masks is None, initial_weights=self.initial_weights)
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
         with self._sparse_training(self.masks):
@@ -186,17 +195,17 @@ class LoriTrainerMixin:
             with self._sparse_training(self.feasible):
                 output = super().train(resume_from_checkpoint)
                 saliency = self._saliency()
-            self.calibration = {
-                "method": self.args.calibration_method,
-                "learning_rate": self.args.learning_rate,
-                "steps": output.global_step,
-                "samples": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-                "loss": output.training_loss,
-            }
+            self.calibration = Calibration(
+                method=self.args.calibration_method,
+                learning_rate=self.args.learning_rate,
+                steps=output.global_step,
+                samples=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+                loss=output.training_loss,
+            )
             self.calibration_log = self.state.log_history
         if not any(values.any() for values in saliency.values()):
             raise ValueError(
-                f"The calibration moved nothing in {self.calibration['steps']} steps at `calibration_learning_rate="
+                f"The calibration moved nothing in {self.calibration.steps} steps at `calibration_learning_rate="
                 f"{self.args.calibration_learning_rate}`, `calibration_method={self.args.calibration_method!r}`. A "
                 "mask is selected by how far B moved, or by its gradients. Raise the rate or the number of steps, and "
                 "check that the rows have completions to learn from."
@@ -215,13 +224,13 @@ class LoriTrainerMixin:
         """Return what the calibration that has just ended says of B's entries."""
         if self.args.calibration_method == "gradient":
             optimizer = self.optimizer.optimizer  # accelerate's wrapper holds it
-            return {path: optimizer.saliency(weight).cpu() for path, weight in self.weights.items()}
-        return {path: weight.detach().cpu() - self.initial_weights[path] for path, weight in self.weights.items()}
+            return {path: optimizer.saliency(weight) for path, weight in self.weights.items()}
+        return {path: change(weight, self.initial_weights[path]) for path, weight in self.weights.items()}
 
     def _draw_masks(self) -> LoriMasks:
         """Draw masks at random, from the run's seed and the task's name: no calibration, and no file is needed."""
         seed = derive_projection_seed(self.args.seed, self.task_name)
-        self.calibration = {"method": "random", "seed": seed}
+        self.calibration = Calibration(method="random", seed=seed)
         saliency = {path: random_saliency(path, weight.shape, seed=seed) for path, weight in self.weights.items()}
         return self._select(saliency, self.args.sparsity, self.task_name)
 
@@ -230,12 +239,25 @@ class LoriTrainerMixin:
         granularity = self.args.mask_granularity
         return LoriMasks.select(saliency, sparsity, granularity, taken, task=task, projection=self.projection)
 
-    def _sparse_training(self, masks: LoriMasks | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _sparse_training(self, masks: LoriMasks | None) -> Iterator[None]:
         """Restrict training to a mask, with an optimizer and a wrapping of the model that know the new parameters."""
         self.optimizer = self.lr_scheduler = None
-        self.model_wrapped = self.model
+        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
+            self.model_wrapped.destroy()  # an engine is made for one optimizer; what ZeRO-3 has sharded stays sharded
+        self.model_wrapped, self.trained_masks = self.model, masks
         vars(self).update(copy.deepcopy(self._fresh_state))
-        return sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend)
+        with sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend), ExitStack() as stack:
+            self.phase_end = stack
+            yield
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
+        """Mask the gradients of the shards, too, once FSDP2 has made them. It does so in a run's first phase."""
+        with values_in_state_dict(self.model, self.adapter_name):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        for hook in mask_shards(self.weights, self.trained_masks):
+            self.phase_end.callback(hook.remove)
+        return prepared
 
     @contextmanager
     def _calibration(self):
@@ -261,40 +283,25 @@ class LoriTrainerMixin:
     def _leave_record(self) -> None:
         """Tell the model which tasks it has, so that the next trainer on it knows them."""
         self.model.lori_masks = self._all_masks()
-        self.model.lori_tasks = task_records(self.lori_config)
-
-    def _check_sharding(self) -> None:
-        """Refuse what would go wrong without a word where a model is sharded when training begins."""
-        if self.masks is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "FSDP and DeepSpeed shard a model once, for one set of trained parameters; calibration and adaptation "
-                "train two. Allowed is one phase. Calibrate on one process or with DDP, which leaves the masks in "
-                "`output_dir/calibration`, and pass that folder as `mask_name_or_path` here."
-            )
-        if is_deepspeed_zero3_enabled() and self.args.sparse_backend == "packed":
-            raise ValueError(
-                "`sparse_backend='packed'` reads B outside of its own module, where ZeRO-3 keeps it partitioned. "
-                "Allowed with ZeRO-3 is 'hook'. Pass `sparse_backend='hook'`, or use FSDP2 or ZeRO-2."
-            )
+        self.model.lori_tasks = [task.to_dict() for task in self.record.history]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Exempt B from weight decay: it would pull the entries outside the mask towards zero."""
         names = super().get_decay_parameter_names(model)
         return [name for name in names if ".lora_B." not in name and f".{VALUES}." not in name]
 
-    @torch.no_grad()
     def _reset_weights(self) -> None:
         for path, weight in self.weights.items():
-            weight.copy_(self.initial_weights[path])
+            assign(weight, self.initial_weights[path])
 
     def _check_frozen_entries(self) -> None:
         """Raise if an entry outside the mask, or A, is not what it was: the method's promise, checked on every run."""
         moved = [
             path
             for path, weight in self.weights.items()
-            if (weight.detach().cpu() != self.initial_weights[path])[~self.masks[path]].any()
+            if gather(change(weight, self.initial_weights[path])).cpu()[~self.masks[path]].any()
         ]
-        if moved or fingerprint(projections(self.model, self.adapter_name)) != self.projection["fingerprint"]:
+        if moved or self._fingerprint() != self.projection.fingerprint:
             raise RuntimeError(
                 f"`optim={self.args.optim.value}` moved frozen entries of {', '.join(moved[:3]) or 'A'}. LoRI needs "
                 "an optimizer that leaves entries without a gradient alone. Use e.g. `optim='adamw_torch'`."
@@ -302,19 +309,17 @@ class LoriTrainerMixin:
 
     # ---- the adapter -------------------------------------------------------------------------------------------
 
-    def _init_projection(self, masks: LoriMasks | None) -> dict[str, Any]:
+    def _init_projection(self, masks: LoriMasks | None) -> Projection:
         """Draw A anew for a fresh adapter: the one that given masks were calibrated on, or the task's own."""
-        known = (masks.projection if masks is not None else None) or {}
-        init = known.get("init") or self.args.projection_init
-        seed = self.args.projection_seed
-        if seed is None:
-            seed = known.get("seed")
+        known = (masks.projection if masks is not None else None) or Projection(None, None, "")
+        init = known.init or self.args.projection_init
+        seed = known.seed if self.args.projection_seed is None else self.args.projection_seed
         if seed is None:
             seed = derive_projection_seed(self.args.seed, self.task_name)
         init_projections(self.model, self.adapter_name, seed=seed, init=init)
-        return {"init": init, "seed": seed, "fingerprint": self._fingerprint()}
+        return Projection(init, seed, self._fingerprint())
 
-    def _keep_projection(self) -> dict[str, Any]:
+    def _keep_projection(self) -> Projection:
         """Keep the A of an adapter that is continued; where it came from is known if `lori_trl` loaded it."""
         freeze_projections(self.model, self.adapter_name)
         if not self.earlier_masks and any(weight.any() for weight in self.weights.values()):
@@ -324,12 +329,16 @@ class LoriTrainerMixin:
             )
         found = self._fingerprint()
         for masks in self.earlier_masks.values():
-            if masks.projection is not None and masks.projection["fingerprint"] == found:
+            if masks.projection is not None and masks.projection.fingerprint == found:
                 return masks.projection
-        return {"init": None, "seed": None, "fingerprint": found}
+        return Projection(None, None, found)
 
     def _fingerprint(self) -> str:
-        return fingerprint(projections(self.model, self.adapter_name))
+        """Fingerprint A as the engine holds it."""
+        dtype, taken = engine_dtype(self.accelerator), Fingerprint()
+        for path, layer in self.lora_layers.items():
+            taken.add(path, gather(layer.lora_A[self.adapter_name].weight).to(dtype))
+        return str(taken)
 
     def _feasible_entries(self) -> LoriMasks | None:
         """Return the entries that no earlier task has; None where all are free. Raise if this task does not fit."""
@@ -366,9 +375,8 @@ class LoriTrainerMixin:
                 f"belong to {', '.join(self.earlier_masks)}. Disjoint masks share none. Leave `mask_name_or_path` "
                 "unset to calibrate on what is free, or leave `disjoint_masks` unset."
             )
-        theirs, mine = masks.projection or {"init": None, "seed": None, "fingerprint": None}, self.projection
-        same_draw = mine["seed"] is not None and (theirs["seed"], theirs["init"]) == (mine["seed"], mine["init"])
-        if theirs["fingerprint"] != mine["fingerprint"] and not same_draw:  # one of them may be rounded to bfloat16
+        own, given = self.projection, masks.projection
+        if given is None or given.fingerprint != own.fingerprint and not own.same_draw(given):
             logger.warning(
                 "The masks were not calibrated on this adapter's A, so their entries stand for other random "
                 "directions. To calibrate on this adapter, leave `mask_name_or_path` unset; for a fresh adapter, "
@@ -384,35 +392,36 @@ class LoriTrainerMixin:
         )
 
     @property
-    def lori_config(self) -> dict[str, Any]:
-        """What `lori_config.json` says of this run so far."""
-        lora_B = sum(weight.numel() for weight in self.weights.values())
-        lora_A = sum(layer.lora_A[self.adapter_name].weight.numel() for layer in self.lora_layers.values())
-        masks, records = self._all_masks(), {record["task"]: record for record in self.earlier_tasks}
-        sparsity = self.args.sparsity if self.masks is None else self.masks.sparsity
-        return {
-            "format_version": FORMAT_VERSION,
-            "task": self.task_name,
-            "phase": self.phase,
-            "variant": "LoRI-D" if sparsity == 0 else "LoRI-S",
-            "sparsity": sparsity,
-            "granularity": self.args.mask_granularity if self.masks is None else self.masks.granularity,
-            "threshold": None if self.masks is None else self.masks.threshold,
-            "projection": self.projection,
-            "calibration": self.calibration,
-            "counts": {
-                "lora": lora_A + lora_B,
-                "lora_B": lora_B,
-                "selected": None if self.masks is None else self.masks.num_selected,
-            },
-            "tasks": [records.get(task, {"task": task, "selected": masks[task].num_selected}) for task in masks],
-            "training": self.card_facts.facts,
-            "versions": {name: version(name) for name in ("lori_trl", "trl", "peft", "transformers", "torch")},
-        }
+    def record(self) -> LoriRecord:
+        """What is known of this run so far."""
+        lora_A = sum(full_shape(layer.lora_A[self.adapter_name].weight).numel() for layer in self.lora_layers.values())
+        lora_B = sum(full_shape(weight).numel() for weight in self.weights.values())
+        masks = self.masks
+        return LoriRecord.of_run(
+            task=self.task_name,
+            phase=self.phase,
+            sparsity=self.args.sparsity if masks is None else masks.sparsity,
+            granularity=self.args.mask_granularity if masks is None else masks.granularity,
+            threshold=None if masks is None else masks.threshold,
+            projection=self.projection,
+            calibration=self.calibration,
+            counts=Counts(lora_A + lora_B, lora_B, None if masks is None else masks.num_selected),
+            selected={task: masks.num_selected for task, masks in self._all_masks().items()},
+            earlier=self.earlier_tasks,
+            training=self.card_facts.training,
+        )
 
     def _all_masks(self) -> dict[str, LoriMasks]:
         own = {} if self.masks is None else {self.task_name: self.masks}
         return {**self.earlier_masks, **own}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter. Where the model is sharded, that alone is gathered, and not the base model with it."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, adapter_state(self.model, self.adapter_name, keep=self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save the adapter whole or not at all. The arguments are not pickled beside it: they may hold a token."""
@@ -421,7 +430,7 @@ class LoriTrainerMixin:
                 output_dir or self.args.output_dir,
                 self.accelerator.unwrap_model(self.model),
                 self.adapter_name,
-                lori_config=self.lori_config,
+                record=self.record,
                 masks=self._all_masks(),
                 state_dict=state_dict,
                 processing_class=self.processing_class,
@@ -519,50 +528,44 @@ class LoriTrainerMixin:
             folder = find_checkpoint(Path(self.args.output_dir), calibration_dir, self.task_name)
         else:
             folder = Path(resume_from_checkpoint)
-        config = self._check_same_run(folder)
-        if config["phase"] == "adaptation":
-            self._resume_masks(folder, config)
+        record = self._check_same_run(folder)
+        if record.phase == "adaptation":
+            self._resume_masks(folder, record)
         if folder != calibration_dir:
-            return config["phase"], str(folder)
+            return record.phase, str(folder)
         if dense_parameters(self.model, self.adapter_name):
             self._load_from_checkpoint(str(folder))  # as they were when the calibration began
         return None, None
 
-    def _check_same_run(self, folder: Path) -> dict[str, Any]:
-        """Return a checkpoint's `lori_config.json`; raise if it is not of a run like this one."""
-        theirs, mine = read_lori_config(folder), self.lori_config
-        for name, default in (("disjoint_masks", False), ("calibration_method", "train")):
-            theirs[name] = theirs["training"]["hyperparameters"].get(name, default)
-            mine[name] = getattr(self.args, name)
-        theirs["base_model"] = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        theirs["num_processes"], mine["num_processes"] = theirs["training"]["world_size"], self.args.world_size
-        mine["base_model"] = self.model.peft_config[self.adapter_name].base_model_name_or_path
-        if theirs["base_model"] and mine["base_model"]:  # a folder may have been moved
-            theirs["base_model"], mine["base_model"] = (Path(run["base_model"]).name for run in (theirs, mine))
-        compared = ("base_model", "task", "projection", "sparsity", "granularity", "disjoint_masks", "num_processes")
-        for what in (*compared, "calibration_method"):
-            if theirs[what] != mine[what]:
-                raise ValueError(
-                    f"`{folder}` was trained with {what} {theirs[what]}, this run has {mine[what]}. A run resumes "
-                    "with the base model, task, seed, sparsity and number of processes that it began with. Correct "
-                    "these, or start anew in another `output_dir`."
-                )
-        return theirs
+    def _check_same_run(self, folder: Path) -> LoriRecord:
+        """Return a checkpoint's record; raise if it is not of a run like this one."""
+        earlier = read_record(folder)
+        run = {name: getattr(self.args, name) for name in ("disjoint_masks", "calibration_method")}
+        training = replace(self.card_facts.training, hyperparameters=run, world_size=self.args.world_size)
+        replace(self.record, training=training).check_same_run(earlier, folder)
+        return earlier
 
-    def _resume_masks(self, folder: Path, config: dict[str, Any]) -> None:
-        self.calibration = config["calibration"]
+    def _resume_masks(self, folder: Path, record: LoriRecord) -> None:
+        self.calibration = record.calibration
         self.masks = self._adopt(LoriMasks.from_pretrained(folder, task=self.task_name))
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(*args, **kwargs)
-        self._take_over_loaded_adapter()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._take_over_loaded_adapter(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._take_over_loaded_adapter()
+        self._take_over_loaded_adapter(self.state.best_model_checkpoint)
 
-    def _take_over_loaded_adapter(self) -> None:
+    def _take_over_loaded_adapter(self, folder: str) -> None:
         freeze_projections(self.model, self.adapter_name)
+        if self.is_deepspeed_enabled:  # it loads the values, for B is frozen beside them
+            fold_values(self.model, self.adapter_name)
+            return
+        if self.is_fsdp_enabled:  # it loads what is trained, and neither a frozen B nor the values
+            saved = load_peft_weights(folder, device="cpu")
+            for path, weight in self.weights.items():
+                assign(weight, saved[f"base_model.model.{path}.lora_B.weight"])
         refresh_values(self.model, self.adapter_name)
 
 

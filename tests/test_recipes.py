@@ -398,7 +398,8 @@ def test_all_kinds_of_faults_come_in_one_error(tmp_path):
 def test_ranges(line, fault, tmp_path):
     (tmp_path / "one.yaml").write_text(line)
     if fault is None:
-        return validate_recipe(tmp_path / "one.yaml", sft_parser())
+        assert validate_recipe(tmp_path / "one.yaml", sft_parser())
+        return
     with pytest.raises(ValueError, match="has 1 fault:") as error:
         validate_recipe(tmp_path / "one.yaml", sft_parser())
     assert fault in str(error.value)

@@ -6,8 +6,16 @@ import sys
 from . import eval, expand, export, inspect, merge, push, recipes, tasks
 from .errors import bad_input
 from .sft import sft  # the function, which the installed `lori-sft` calls, not its module
+from .terminal import printable, show, show_logs_as_text
 
 _VERBS = (recipes, tasks, merge, push, export, expand, eval, inspect)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose errors quote the call: file names that a shell put in are foreign text."""
+
+    def exit(self, status: int = 0, message: str | None = None):
+        super().exit(status, printable(message or ""))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["sft"]:  # all that follows is for TRL's parser
         return sft(arguments[1:])
-    parser = argparse.ArgumentParser(
+    show_logs_as_text()
+    parser = _Parser(
         prog="lori",
         description="Train LoRI adapters.",
         epilog="example:\n  lori recipes list",
@@ -30,6 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             options.func(options)
         except RuntimeError as error:  # the call was right, the Hub was not
-            print(f"lori: {error}", file=sys.stderr)
+            show(f"lori: {error}", error=True)
             return 1
     return 0

@@ -1,8 +1,9 @@
 """Errors about the input: one message, and the exit code of a wrong call."""
 
 import os
-import sys
 from contextlib import contextmanager
+
+from .terminal import show
 
 
 @contextmanager
@@ -12,5 +13,5 @@ def bad_input(program: str, errors: tuple[type[Exception], ...] = (ValueError, T
         yield
     except errors as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: {error}", file=sys.stderr)
+            show(f"{program}: {error}", error=True)
         raise SystemExit(2) from None

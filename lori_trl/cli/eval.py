@@ -5,6 +5,10 @@ import os
 import warnings
 from pathlib import Path
 
+from .options import add_allow_modified
+from .targets import check_targets
+from .terminal import show
+
 
 def add_parser(commands) -> None:
     evaluation = commands.add_parser(
@@ -35,12 +39,11 @@ def add_parser(commands) -> None:
     add("--allow_code_execution", action="store_true", help="run the code that models write, in a sandbox")
     add("--require_isolation", action="store_true", help="refuse to run it on a machine without namespaces")
     add("--output_path", type=Path, help="one more JSON file, with the results of all models and the base")
+    add_allow_modified(evaluation)
     evaluation.set_defaults(func=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from ..evaluation import models, results
     from ..evaluation.harness import evaluate, load_tasks
     from ..evaluation.loss import held_out_rows, measure_loss
@@ -55,7 +58,8 @@ def run(options: argparse.Namespace) -> None:
             "and `--metrics loss`. Pass what to measure."
         )
     paths = _local_data(options.dataset_path)
-    base_name = models.find_base_model(options.base_model, options.models)
+    check_targets({"--output_path": options.output_path}, [*options.models, *paths.values()])
+    base_name = models.find_base_model(options.base_model, options.models, allow_modified=options.allow_modified)
     folders = [name for name in options.models if os.path.isdir(name) and os.access(name, os.W_OK)]
     for folder in folders:
         results.read_results(folder)
@@ -78,11 +82,10 @@ def run(options: argparse.Namespace) -> None:
             allow_code_execution=options.allow_code_execution,
             require_isolation=options.require_isolation,
         )
-    console = Console()
     compared, on_file = {}, []
 
     def measure(name: str, label: str, model, tokenizer, base: str | None) -> None:
-        console.print(f"{label}:")
+        show(f"{label}:")
         figures = [measure_loss(model, tokenizer, path, rows, options.batch_size) for path, rows in held_out.items()]
         if tasks:
             figures += evaluate(model, tokenizer, tasks, batch_size=options.batch_size, seed=options.seed)
@@ -99,20 +102,20 @@ def run(options: argparse.Namespace) -> None:
         model, tokenizer = models.load_model(base_name, options.dtype)
         adapters = [name for name in options.models if name not in whole]
         for name in adapters:
-            with models.with_adapter(model, name):  # whatever does not fit fails before hours of work
-                pass
+            with models.with_adapter(model, name, allow_modified=options.allow_modified):
+                pass  # whatever does not fit fails before hours of work
         measure(base_name, "base", model, tokenizer, None)
         for name in adapters:
-            with models.with_adapter(model, name) as adapted:
+            with models.with_adapter(model, name, allow_modified=options.allow_modified) as adapted:
                 own = models.own_tokenizer(name, tokenizer)
                 measure(name, _label(name, options.models), adapted, own, base_name)
         del model
     for name in whole:
         measure(name, _label(name, options.models), *models.load_model(name, options.dtype), None)
-    console.print(results.results_table(compared))
+    show(results.results_table(compared))
     elsewhere = [name for name in options.models if name not in folders]
     if elsewhere and options.output_path is None:
-        print(f"No file was written for {', '.join(elsewhere)}: `--output_path FILE` writes one for all models.")
+        show(f"No file was written for {', '.join(elsewhere)}: `--output_path FILE` writes one for all models.")
 
 
 def _label(name: str, names: list[str]) -> str:
@@ -123,11 +126,10 @@ def _label(name: str, names: list[str]) -> str:
 
 def _local_data(given: list[str]) -> dict[str | None, str]:
     """Parse `[TASK=]PATH`: task, or None for all, -> path."""
-    paths = {}
+    paths: dict[str | None, str] = {}
     for text in given:
-        task, equals, path = text.partition("=")
-        if Path(text).exists() or not equals:
-            task, path = None, text
+        first, equals, rest = text.partition("=")
+        task, path = (None, text) if Path(text).exists() or not equals else (first, rest)
         if task in paths:
             raise ValueError(
                 f"`--dataset_path {' '.join(given)}` has two paths for {task or 'all tasks'}. Allowed is one. Pass "

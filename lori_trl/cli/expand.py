@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .terminal import show
+
 
 def add_parser(commands) -> None:
     expand = commands.add_parser(
@@ -20,4 +22,4 @@ def run(options: argparse.Namespace) -> None:
     from ..compact import expand
 
     expand(options.file, options.folder)
-    print(f"{options.folder}: the plain PEFT adapter")
+    show(f"{options.folder}: the plain PEFT adapter")

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes import find_recipe, validate_recipe
+from .options import add_allow_modified
+from .terminal import show
 
 _EXAMPLE = """
 examples:
@@ -23,6 +25,7 @@ def add_parser(commands) -> None:
     )
     _add_arguments(merge)
     merge.add_argument("--recipe", help="a YAML file or a shipped recipe's name; options go over it")
+    add_allow_modified(merge)
     merge.set_defaults(func=run)
 
 
@@ -69,10 +72,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    from ..adapter import read_lori_config
+    from ..adapter.record import read_record
     from ..merging import merge_lori_adapters
 
     settings = {}
@@ -93,20 +95,19 @@ def run(options: argparse.Namespace) -> None:
             f"`--heldout {heldout}`, `--grid {grid}` without `--search`. They are for the search for weights. Add "
             "`--search shared`, or leave them out."
         )
-    folder = merge_lori_adapters(adapters, **settings)
-    config = read_lori_config(folder)
-    table = Table(title=f"merged by {config['merge']['method']}: {config['task']}")
+    folder = merge_lori_adapters(adapters, **settings, allow_modified=options.allow_modified)
+    record = read_record(folder)
+    table = Table(title=f"merged by {record.merge.method}: {record.task}")
     for column in ("adapter", "task", "weight", "rank"):
         table.add_column(column, justify="right" if column in ("weight", "rank") else "left")
-    for adapter in config["merge"]["adapters"]:
-        table.add_row(adapter["source"], adapter["task"], f"{adapter['weight']:g}", str(adapter["rank"]))
-    Console().print(table)
-    print(f"saved to {folder}")
+    for adapter in record.merge.adapters:
+        table.add_row(adapter.source, adapter.task, f"{adapter.weight:g}", str(adapter.rank))
+    show(table)
+    show(f"saved to {folder}")
 
 
 def _search(adapters, strategy, heldout, grid, settings) -> dict[str, Any]:
     """Search for the weights of a merge, and print what was tried. Returns the weights and the search's record."""
-    from rich.console import Console
     from rich.table import Table
 
     from ..merging.search import GRID, search_merge_weights
@@ -133,5 +134,5 @@ def _search(adapters, strategy, heldout, grid, settings) -> dict[str, Any]:
         losses = [*trial.losses.values(), *([trial.objective] if len(rows) > 1 else [])]
         name = "base model" if trial is search.base else " ".join(f"{weight:g}" for weight in trial.weights)
         table.add_row(name, *(f"{loss:.4f}" for loss in losses), style="bold" if trial is search.best else None)
-    Console().print(table)
+    show(table)
     return {"weights": list(search.best.weights), "search": search.record}

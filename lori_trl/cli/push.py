@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from .options import add_allow_modified
+from .terminal import show
+
 
 def add_parser(commands) -> None:
     push = commands.add_parser(
@@ -20,22 +23,25 @@ def add_parser(commands) -> None:
         "--include", nargs="+", default=["peft"], choices=["peft", "compact"], help="which forms of the adapter"
     )
     push.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and push nothing")
+    add_allow_modified(push)
     push.set_defaults(func=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    from ..hub import adapter_files, push_lori_to_hub
+    from ..hub.push import adapter_files, push_lori_to_hub
 
+    _check_repo(options.repo)
     if options.dry_run:
-        with adapter_files(options.folder, options.repo, options.include) as files:
+        with adapter_files(
+            options.folder, options.repo, options.include, allow_modified=options.allow_modified
+        ) as files:
             table = Table("file", "bytes", title=f"{options.folder} -> {options.repo}")
             for name, file in files.items():
                 table.add_row(name, f"{file.stat().st_size:,}")
             table.add_row("together", f"{sum(file.stat().st_size for file in files.values()):,}")
-        Console().print(table)
+        show(table)
         return
     commit = push_lori_to_hub(
         options.folder,
@@ -44,5 +50,19 @@ def run(options: argparse.Namespace) -> None:
         revision=options.revision,
         create_pr=options.create_pr,
         include=options.include,
+        allow_modified=options.allow_modified,
     )
-    print(commit.pr_url or commit.commit_url)
+    show(commit.pr_url or commit.commit_url)
+
+
+def _check_repo(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise ValueError(
+            f"`{repo}` cannot be a repository. Allowed is `namespace/name`, of letters and digits, with single '-', "
+            "'_' and '.' between them. Correct it."
+        ) from None

@@ -15,6 +15,7 @@ from ..recipes import (
 )
 from . import merge
 from .sft import make_configs, sft_parser, warn_of_foreign_code
+from .terminal import show
 
 
 def add_parser(commands) -> None:
@@ -39,7 +40,6 @@ def add_parser(commands) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("recipe", "task", "base", "variant", "rank", "source", box=None, padding=(0, 1, 0, 0))
@@ -54,30 +54,30 @@ def _list(options: argparse.Namespace) -> None:
             *facts, measured = recipe_facts(file).values()
             table.add_row(file.name, *facts)
             runs += [f"run here: {file.name}: {measured}"] if measured else []
-    console = Console(width=max(Console().width, 120))  # no name is cut, in a pipe neither
-    console.print(table, *runs, "", merges, sep="\n", highlight=False, soft_wrap=True)
+    width = max(shutil.get_terminal_size().columns, 120)  # no name is cut, in a pipe neither
+    show(table, *runs, "", merges, width=width)
 
 
 def _show(options: argparse.Namespace) -> None:
-    print(find_recipe(options.recipe).read_text(encoding="utf-8"), end="")
+    show(find_recipe(options.recipe).read_text(encoding="utf-8").removesuffix("\n"))
 
 
 def _validate(options: argparse.Namespace) -> None:
     file = find_recipe(options.recipe)
     if is_merge_recipe(file):
         validate_recipe(file, merge.recipe_parser())
-        print(f"{file.name}: no faults")
+        show(f"{file.name}: no faults")
     elif is_baseline(file):
         from trl.scripts.sft import make_parser
 
         recipe = validate_recipe(file, parser := make_parser(prog="trl sft"))
         make_configs(parser, {"bf16": False} | recipe, [])  # TRL's default is refused where there is no GPU
-        print(f"{file.name}: no faults, for `trl sft --config`")
+        show(f"{file.name}: no faults, for `trl sft --config`")
     else:
         recipe = validate_recipe(file, parser := sft_parser())
         warn_of_foreign_code(file, recipe)
         make_configs(parser, recipe, [])
-        print(f"{file.name}: no faults")
+        show(f"{file.name}: no faults")
 
 
 def _copy(options: argparse.Namespace) -> None:

@@ -1,16 +1,20 @@
 """`lori-sft`, which is `lori sft`: train an adapter."""
 
 import argparse
+import copy
 import os
+import re
 import sys
 import tempfile
 import warnings
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from ..recipes import find_recipe, foreign_code, is_baseline, is_shipped, nearest, validate_recipe
 from .errors import bad_input
+from .terminal import show, show_logs_as_text
 
 _EXAMPLE = """
 several processes: --accelerate_config single | ddp | fsdp2 | zero3 | FILE, and --num_processes N
@@ -27,6 +31,7 @@ def sft(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--accelerate_config" in arguments:
         return _launch(arguments)
+    show_logs_as_text()
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
     with bad_input("lori-sft"):
         parser = sft_parser()
@@ -87,6 +92,17 @@ def sft_parser():
         def error(self, message: str):  # argparse would print pages of usage first
             raise ValueError(message)
 
+        def format_help(self) -> str:
+            formatter = self._get_formatter()
+            formatter.add_text(f"usage: {self.prog} [--recipe RECIPE] [--FIELD VALUE ...]")
+            formatter.add_text(self.description)
+            for title, actions in _help_groups(self._actions).items():
+                formatter.start_section(title)
+                formatter.add_arguments(actions)
+                formatter.end_section()
+            formatter.add_text(self.epilog)
+            return formatter.format_help()
+
     parser = Parser(
         (LoriScriptArguments, LoriSFTConfig, ModelConfig),
         prog="lori-sft",
@@ -99,8 +115,34 @@ def sft_parser():
     return parser
 
 
+def _help_groups(actions: list[argparse.Action]) -> dict[str, list[argparse.Action]]:
+    """Group the options for `--help`: LoRI's own first, as `LoriArguments` documents them, TRL's hundreds last."""
+    from trl import ModelConfig
+
+    from ..config import LoriArguments
+    from ..tasks import LoriScriptArguments
+
+    sections = re.split(r"> Parameters that control (.+)\n", LoriArguments.__doc__)[1:]
+    groups = {
+        f"LoRI: {title}": set(re.findall(r"^        (\w+) \(`", body, re.MULTILINE))
+        for title, body in zip(sections[::2], sections[1::2], strict=True)
+    }
+    groups["the data and the run"] = {"help", *_names(LoriScriptArguments), "output_dir"}
+    groups["the base model and the adapter (TRL's ModelConfig)"] = _names(ModelConfig)
+    groups["training (TRL's SFTConfig)"] = {action.dest for action in actions}.difference(*groups.values())
+    return {title: [action for action in actions if action.dest in names] for title, names in groups.items()}
+
+
+def _names(config: type) -> set[str]:
+    return {each.name for each in fields(config)}
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Leave out the second spelling of every option, with dashes."""
+        shown = copy.copy(action)
+        shown.option_strings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
+        return super()._format_action_invocation(shown)
 
 
 def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[Any]:
@@ -130,7 +172,7 @@ def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[A
 def warn_of_foreign_code(file: Path, recipe: dict[str, Any]) -> None:
     """Say aloud what of a recipe that is not a shipped one runs code from elsewhere."""
     for reason in [] if is_shipped(file) else foreign_code(recipe):
-        print(f"{file}: {reason}. Go on only if you trust the recipe.", file=sys.stderr)
+        show(f"{file}: {reason}. Go on only if you trust the recipe.", error=True)
 
 
 def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -181,7 +223,6 @@ def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]
 
 def _dry_run(script, args, model_args) -> None:
     from peft import PeftConfig
-    from rich.console import Console
     from transformers import AutoConfig
     from trl import get_peft_config
 
@@ -194,7 +235,7 @@ def _dry_run(script, args, model_args) -> None:
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
     counts = count_parameters(config, peft_config, args.sparsity)
-    Console().print(counts.table(), counts.memory_table(_bytes_of_base(model_args)))
+    show(counts.table(), counts.memory_table(_bytes_of_base(model_args)))
 
 
 def _bytes_of_base(model_args) -> float:
@@ -208,9 +249,9 @@ def _bytes_of_base(model_args) -> float:
 def _build_trainer(script, args, model_args):
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
-    from trl.trainer.utils import create_model_from_path
 
-    from ..adapter import load_lori_adapter
+    from ..adapter.load import load_lori_adapter
+    from ..base_model import load_base_model
     from ..tasks import data_name, load_training_data
     from ..trainer import LoriSFTTrainer
 
@@ -234,10 +275,12 @@ def _build_trainer(script, args, model_args):
         **(args.model_init_kwargs or {}),
     }
     args.model_init_kwargs = None
-    model = create_model_from_path(model_args.model_name_or_path, **model_init_kwargs)
+    model = load_base_model(model_args.model_name_or_path, **model_init_kwargs)
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
-        model = load_lori_adapter(model, script.adapter_name_or_path, is_trainable=True)
+        model = load_lori_adapter(
+            model, script.adapter_name_or_path, is_trainable=True, allow_modified=script.allow_modified
+        )
         peft_config = None
     return LoriSFTTrainer(
         model,
@@ -264,18 +307,15 @@ def _check_writable(folder: str) -> None:
 
 
 def _print_outcome(trainer, metrics: dict[str, float]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    masks, counts = trainer.masks, trainer.lori_config["counts"]
-    table = Table(show_header=False, title=f"{trainer.lori_config['variant']} adapter {trainer.task_name!r}")
-    table.add_row("plain LoRA would train", f"{counts['lora']:,}")
-    table.add_row(
-        "LoRI trained", f"{counts['selected']:,} ({100 * counts['selected'] / counts['lora']:.2f} % of LoRA)"
-    )
+    masks, counts = trainer.masks, trainer.record.counts
+    table = Table(show_header=False, title=f"{trainer.record.variant} adapter {trainer.task_name!r}")
+    table.add_row("plain LoRA would train", f"{counts.lora:,}")
+    table.add_row("LoRI trained", f"{counts.selected:,} ({100 * counts.selected / counts.lora:.2f} % of LoRA)")
     table.add_row("density", f"{masks.num_selected:,} / {masks.numel:,} = {masks.density:.8f}")
     if "eval_loss" in metrics:
         table.add_row("held-out loss, first evaluation", f"{metrics['initial_eval_loss']:.4f}")
         table.add_row("held-out loss, at the end", f"{metrics['eval_loss']:.4f}")
     table.add_row("saved to", trainer.args.output_dir)
-    Console().print(table)
+    show(table)

@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from .options import add_allow_modified
+from .terminal import show
+
 
 def add_parser(commands) -> None:
     tasks = commands.add_parser(
@@ -16,11 +19,11 @@ def add_parser(commands) -> None:
     change.add_argument("--extract", metavar="TASK", help="write this task's own adapter")
     change.add_argument("--remove", metavar="TASK", help="write the adapter without this task")
     tasks.add_argument("--output_dir", type=Path, help="the new folder, for --extract and --remove")
+    add_allow_modified(tasks)
     tasks.set_defaults(func=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..continual import extract_task, read_ledger, remove_task
@@ -32,18 +35,19 @@ def run(options: argparse.Namespace) -> None:
             "together. Pass both, or neither to see the ledger."
         )
     if changed is not None:
-        (extract_task if options.extract else remove_task)(options.adapter, changed, options.output_dir)
-    ledger = read_ledger(options.output_dir or options.adapter)
+        change = extract_task if options.extract else remove_task
+        change(options.adapter, changed, options.output_dir, allow_modified=options.allow_modified)
+    ledger = read_ledger(options.output_dir or options.adapter, allow_modified=options.allow_modified)
     table = Table("task, oldest first", title=f"{options.output_dir or options.adapter}: who owns B")
     for column in ("trained", "still its own", "of B", "steps", "rows"):
         table.add_column(column, justify="right")
     for task in ledger.tasks:
-        facts = task.record["training"] or {}
-        known = [facts.get("steps"), (facts.get("dataset") or {}).get("rows")]
+        run = task.record.training
+        known = [run and run.steps, run and run.dataset and run.dataset.rows]
         share = f"{100 * task.owned / ledger.numel:.2f} %"
         counts = [f"{task.trained:,}", f"{task.owned:,}", share]
         table.add_row(task.task, *counts, *("" if fact is None else f"{fact:,}" for fact in known))
     table.add_section()
     table.add_row("free", "", f"{ledger.free:,}", f"{100 * ledger.free / ledger.numel:.2f} %")
-    Console().print(table)
-    print(f"{ledger.more_tasks} more disjoint tasks of sparsity {ledger.sparsity:g} fit.")
+    show(table)
+    show(f"{ledger.more_tasks} more disjoint tasks of sparsity {ledger.sparsity:g} fit.")

@@ -93,11 +93,11 @@ def load_tasks(
         if unsafe:
             check_isolation(required=require_isolation)
         configs = {name: manager.task_index[name].cfg for name in chosen}
-        for name, path in (paths or {}).items():
+        for owner, path in (paths or {}).items():
             folders = {
                 config["dataset_kwargs"]["benchmark"]: config.get("task_alias", task)
                 for task, config in configs.items()
-                if name is None or task in members[name]
+                if owner is None or task in members[owner]
             }
             settings["paths"] |= {benchmark: _own_path(path, folders, benchmark) for benchmark in folders}
         tasks = manager.load(chosen)["tasks"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from ..heatmaps import WIDTH, canvas
-from .sections import Section
+from .sections import Drawing, Section
 from .statistics import Inspection
 
 _INK = "#010203"  # stands for the page's own text colour in an SVG
@@ -24,7 +24,7 @@ def render_page(inspection: Inspection, sections: Sequence[Section]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    pictures = {section.key: _svg(section) for section in sections if section.draw is not None}
+    pictures = {section.key: _svg(section.key, section.drawing) for section in sections if section.drawing is not None}
     names = [adapter.name for adapter in inspection.adapters]
     page = environment.get_template("page.html.jinja")
     return page.render(names=names, notes=inspection.notes, sections=sections, pictures=pictures)
@@ -41,7 +41,7 @@ def render_pictures(sections: Sequence[Section]) -> dict[str, bytes]:
         `ImportError`: matplotlib is not installed.
         `ValueError`: there is nothing to draw.
     """
-    return {section.key: _png([[section]]) for section in _drawn(sections)}
+    return {key: _png([[drawing]]) for key, drawing in _drawings(sections).items()}
 
 
 def render_picture(sections: Sequence[Section]) -> bytes:
@@ -52,53 +52,53 @@ def render_picture(sections: Sequence[Section]) -> bytes:
         `ImportError`: matplotlib is not installed.
         `ValueError`: there is nothing to draw.
     """
-    columns: list[list[Section]] = [[], []]
-    for section in _drawn(sections):
-        min(columns, key=_height).append(section)
+    columns: list[list[Drawing]] = [[], []]
+    for drawing in _drawings(sections).values():
+        min(columns, key=_height).append(drawing)
     return _png([column for column in columns if column])
 
 
-def _drawn(sections: Sequence[Section]) -> list[Section]:
-    drawn = [section for section in sections if section.draw is not None]
-    if not drawn:
+def _drawings(sections: Sequence[Section]) -> dict[str, Drawing]:
+    drawings = {section.key: section.drawing for section in sections if section.drawing is not None}
+    if not drawings:
         raise ValueError(
             "`--save` has nothing to draw: every B is zero. A trained adapter is needed. Pass one, or leave out "
             "`--save`."
         )
-    return drawn
+    return drawings
 
 
-def _height(sections: Sequence[Section]) -> float:
-    return sum(section.height + 0.35 for section in sections)
+def _height(drawings: Sequence[Drawing]) -> float:
+    return sum(drawing.height + 0.35 for drawing in drawings)
 
 
-def _png(columns: Sequence[Sequence[Section]]) -> bytes:
+def _png(columns: Sequence[Sequence[Drawing]]) -> bytes:
     height = max(map(_height, columns))
     with canvas() as figure_of:
         figure = figure_of(figsize=(WIDTH * len(columns), height), dpi=160)
         for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
-            heights = [section.height + 0.35 for section in column]
+            heights = [drawing.height + 0.35 for drawing in column]
             heights += [height - sum(heights)] if height - sum(heights) > 0.01 else []
             panels = part.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-            for panel, section in zip(panels, column, strict=False):  # the last panel may be empty
-                panel.suptitle(section.title, fontweight="bold")
-                section.draw(panel)
+            for panel, drawing in zip(panels, column, strict=False):  # the last panel may be empty
+                panel.suptitle(drawing.title, fontweight="bold")
+                drawing.draw(panel)
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
 
 
-def _svg(section: Section) -> str:
-    """Draw a section as an `<svg>` for a page: letters in the page's colour, ids that occur nowhere else."""
+def _svg(key: str, drawing: Drawing) -> str:
+    """Return a drawing as an `<svg>` for a page: letters in the page's colour, ids that occur nowhere else."""
     with canvas(_INK) as figure_of:
-        figure = figure_of(figsize=(WIDTH, section.height))
-        section.draw(figure)
+        figure = figure_of(figsize=(WIDTH, drawing.height))
+        drawing.draw(figure)
         file = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     svg = file.getvalue()
     svg = re.sub(r"<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{section.key}-", svg).replace(_INK, "currentColor")
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{key}-", svg).replace(_INK, "currentColor")
     size = re.compile(r'<svg ([^>]*?)(?:width|height)="[\d.]+pt"')
     while size.match(svg):
         svg = size.sub(r"<svg \1", svg, count=1)

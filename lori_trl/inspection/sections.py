@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..heatmaps import draw_maps, layer_label, layer_numbers, maps_height, projection_names
-from ..terminal import printable
 from .pictures import draw_cosine_by_layer, draw_magnitudes, draw_matrix, matrix_height
 from .statistics import Cell, Inspection, TaskPair, TaskStatistics
 
@@ -40,6 +39,24 @@ class Grid:
 
 
 @dataclass
+class Drawing:
+    """
+    A picture that can be drawn.
+
+    Args:
+        title (`str`): what stands above it.
+        alt (`str`): the picture in a sentence, for who cannot see it.
+        height (`float`): in inches; all are `WIDTH` wide.
+        draw (`Callable`): draws it into a matplotlib figure.
+    """
+
+    title: str
+    alt: str
+    height: float
+    draw: Callable[[Any], None]
+
+
+@dataclass
 class Section:
     """
     One thing to see: what it is, in words, as a table, and as a picture.
@@ -51,9 +68,7 @@ class Section:
         table ([`Grid`]): the figures, condensed.
         sparks (`list[str]`, *optional*): a line of bars for each row of the table: its course over the layers.
         numbers ([`Grid`], *optional*): the figures in full, as the picture shows them.
-        draw (`Callable`, *optional*): draws the picture into a matplotlib figure.
-        height (`float`): of the picture, in inches; all are `WIDTH` wide.
-        alt (`str`): the picture in a sentence, for who cannot see it.
+        drawing ([`Drawing`], *optional*): the picture.
     """
 
     key: str
@@ -62,22 +77,20 @@ class Section:
     table: Grid
     sparks: list[str] | None = None
     numbers: Grid | None = None
-    draw: Callable[[Any], None] | None = None
-    height: float = 0.0
-    alt: str = ""
+    drawing: Drawing | None = None
 
     def for_terminal(self) -> Group:
-        """Return heading, table and text for the terminal."""
+        """Return heading, table and text for a terminal that takes no text for markup, for names are foreign."""
         table = Table()
         for column, numeric in zip(self.table.columns, self.table.numeric, strict=True):
-            table.add_column(printable(column), justify="right" if numeric else "left", overflow="fold")
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in self.table.rows:
-            table.add_row(*map(printable, row))
-        parts = [Text(self.title, style="bold"), table]
+            table.add_row(*row)
+        parts: list[Text | Table] = [Text(self.title, style="bold"), table]
         if self.sparks is not None:
             bars = Table(self.table.columns[0], "by layer")
             for row, spark in zip(self.table.rows, self.sparks, strict=True):
-                bars.add_row(printable(row[0]), spark)
+                bars.add_row(row[0], spark)
             parts.append(bars)
         return Group(*parts, *([Text(self.text, style="dim")] if self.text else []))
 
@@ -131,22 +144,17 @@ def _tasks_section(tasks: Sequence[TaskStatistics]) -> Section:
 
 def _overlap_section(inspection: Inspection) -> Section:
     names = [task.name for task in inspection.tasks]
-    found = {}
+    texts, labels, ratios = {}, {}, {}
     for pair in inspection.pairs:
-        if pair.overlap is not None:
-            parts = [pair.overlap.shares, pair.overlap.chance, pair.overlap.chance_by_matrix]
-            star = "" if pair.same_A else " *"
-            found[pair.first, pair.second] = (*(part[0] for part in parts), star)
-            found[pair.second, pair.first] = (*(part[1] for part in parts), star)
-
-    def text(cell: "tuple[float, float, float, str]") -> str:
-        share, chance, by_matrix, star = cell
-        return f"{_percent(share)}{star}\n({100 * chance:.3g}; {100 * by_matrix:.3g})"
-
-    def label(cell: "tuple[float, float, float, str]") -> str:
-        share, chance, _, star = cell
-        return f"{100 * share:.3g}{star}\n({100 * chance:.3g})"
-
+        if pair.overlap is None:
+            continue
+        star = "" if pair.same_A else " *"
+        both_ways = (pair.first, pair.second), (pair.second, pair.first)
+        each = zip(pair.overlap.shares, pair.overlap.chance, pair.overlap.chance_by_matrix, strict=True)
+        for two, (share, chance, by_matrix) in zip(both_ways, each, strict=True):
+            texts[two] = f"{_percent(share)}{star}\n({100 * chance:.3g}; {100 * by_matrix:.3g})"
+            labels[two] = f"{100 * share:.3g}{star}\n({100 * chance:.3g})"
+            ratios[two] = share / chance if chance else math.nan
     starred = any(not pair.same_A for pair in inspection.pairs if pair.overlap is not None)
     section = Section(
         "overlap",
@@ -154,16 +162,15 @@ def _overlap_section(inspection: Inspection) -> Section:
         "Of the entries that the row's task trains, the share that the column's task trains too. In brackets, in %, "
         "what chance gives: the density of the other mask; the same when every matrix keeps its own density."
         + (" * The two have different A: equal positions are not equal directions." if starred else ""),
-        _matrix(names, {two: text(cell) for two, cell in found.items()}),
+        _matrix(names, texts),
     )
-    if found:
-        ratios = {two: cell[0] / cell[1] if cell[1] else math.nan for two, cell in found.items()}
-        labels = {two: label(cell) for two, cell in found.items()}
-        section.draw = partial(
-            draw_matrix, names, ratios, labels, (0, 2), "times chance", "overlap in %, in brackets chance"
+    if texts:
+        section.drawing = Drawing(
+            section.title,
+            "Matrix of the tasks: the masks' overlap in times of chance. The table has the values.",
+            matrix_height(names),
+            partial(draw_matrix, names, ratios, labels, (0, 2), "times chance", "overlap in %, in brackets chance"),
         )
-        section.height = matrix_height(names)
-        section.alt = "Matrix of the tasks: the masks' overlap in times of chance. The table has the values."
     return section
 
 
@@ -183,9 +190,12 @@ def _cosine_section(inspection: Inspection) -> Section:
     if found:
         limit = max(0.1, *map(abs, found.values()))
         labels = {two: _signed(cosine, 3) for two, cosine in found.items()}
-        section.draw = partial(draw_matrix, names, found, labels, (-limit, limit), "cosine", "task")
-        section.height = matrix_height(names)
-        section.alt = "Matrix of the tasks: the cosine between every two deltas. The table has the values."
+        section.drawing = Drawing(
+            section.title,
+            "Matrix of the tasks: the cosine between every two deltas. The table has the values.",
+            matrix_height(names),
+            partial(draw_matrix, names, found, labels, (-limit, limit), "cosine", "task"),
+        )
     return section
 
 
@@ -199,15 +209,19 @@ def _cosine_by_layer_section(pairs: Sequence[TaskPair]) -> Section:
         rows.append([name, *ends])
     grid = [[pair.cosine_by_layer.get(layer, math.nan) for layer in layers] for pair in pairs]
     numbers = [[layer_label(layer), *(_signed(row[i]) for row in grid)] for i, layer in enumerate(layers)]
+    title = "Cosine of deltas by layer"
     return Section(
         "cosine_by_layer",
-        "Cosine of deltas by layer",
+        title,
         "The same within each layer, over its projections.",
         Grid(["tasks", "lowest", "highest"], rows),
         numbers=Grid(["layer", *names], numbers),
-        draw=partial(draw_cosine_by_layer, pairs, layers, grid),
-        height=0.9 + 0.4 * len(names),
-        alt="Heat map of the cosine between the deltas of every two tasks, by layer.",
+        drawing=Drawing(
+            title,
+            "Heat map of the cosine between the deltas of every two tasks, by layer.",
+            0.9 + 0.4 * len(names),
+            partial(draw_cosine_by_layer, pairs, layers, grid),
+        ),
     )
 
 
@@ -244,10 +258,13 @@ def _density_section(tasks: Sequence[TaskStatistics]) -> Section:
         *_by_projection(tasks, _density_in_percent, "{:.3g}".format),
     )
     if maps:
-        section.draw = partial(draw_maps, maps, "% of the entries", 100, True)
-        section.height = maps_height(maps)
         section.numbers = _cell_grid(tasks, _density_in_percent, "{:.3g}".format)
-        section.alt = "A heat map a task: which share of B's entries is trained, by layer and projection."
+        section.drawing = Drawing(
+            section.title,
+            "A heat map a task: which share of B's entries is trained, by layer and projection.",
+            maps_height(maps),
+            partial(draw_maps, maps, "% of the entries", 100, True),
+        )
     return section
 
 
@@ -264,10 +281,13 @@ def _norms_section(tasks: Sequence[TaskStatistics]) -> Section:
         *_by_projection(tasks, lambda cell: cell.norm, "{:.3g}".format),
     )
     if maps:
-        section.draw = partial(draw_maps, maps, "norm", 1, False)
-        section.height = maps_height(maps)
         section.numbers = _cell_grid(tasks, lambda cell: cell.norm, "{:.3g}".format)
-        section.alt = "A heat map a task: the Frobenius norm of the delta, by layer and projection."
+        section.drawing = Drawing(
+            section.title,
+            "A heat map a task: the Frobenius norm of the delta, by layer and projection.",
+            maps_height(maps),
+            partial(draw_maps, maps, "norm", 1, False),
+        )
     return section
 
 
@@ -290,8 +310,6 @@ def _magnitudes_section(tasks: Sequence[TaskStatistics]) -> Section:
     drawn = [task for task in tasks if task.norm > 0]
     if drawn:
         bins = sorted({i for task in drawn for i in range(task.magnitudes.span.start, task.magnitudes.span.stop)})
-        section.draw = partial(draw_magnitudes, drawn)
-        section.height = 4.6 + 0.2 * len(drawn)
         section.numbers = Grid(
             ["magnitude from", *(task.name for task in drawn)],
             [
@@ -300,9 +318,12 @@ def _magnitudes_section(tasks: Sequence[TaskStatistics]) -> Section:
                 for i in bins
             ],
         )
-        section.alt = (
+        section.drawing = Drawing(
+            section.title,
             "Above, a histogram of the magnitudes of a task's entries on a logarithmic scale; below, which share of "
-            "the squared norm the largest entries hold."
+            "the squared norm the largest entries hold.",
+            4.6 + 0.2 * len(drawn),
+            partial(draw_magnitudes, drawn),
         )
     return section
 

@@ -52,8 +52,9 @@ def linear(factors: Sequence[Factors], density: None = None) -> tuple[Tensor, Te
     Source: paper eq. 5. Its delta leaves out alpha / rank; here that of each adapter goes with its B, once, so one
     adapter of weight w counts w squared times its delta.
     """
-    A = sum(factor.A * factor.weight for factor in factors)
-    B = sum(factor.B * (factor.weight * factor.scaling) for factor in factors)
+    zero = torch.zeros(())
+    A = sum((factor.A * factor.weight for factor in factors), start=zero)
+    B = sum((factor.B * (factor.weight * factor.scaling) for factor in factors), start=zero)
     return A, B
 
 

@@ -9,7 +9,8 @@ Three processes a program, none of which imports torch or sees the caller's envi
 So nothing in the candidate's process decides anything: no frame to walk, no test to read, no verdict to print, and no
 object with an `__eq__` of its own reaches an assertion.
 
-The children load this package alone (`python -I -S`), hence only the standard library, and that sparingly.
+The children load `roles`, `wire` and `kernel` alone (`python -I -S`), hence these use the standard library sparingly,
+and nothing else.
 """
 
 from .run import Outcome, check_isolation, isolation, run_program, run_programs

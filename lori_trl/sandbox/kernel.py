@@ -153,10 +153,10 @@ def _libc():
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _check(what: str, result: int) -> int:
+def _check(call: str, result: int) -> int:
     if result < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"{what}: {os.strerror(code)}")
+        raise OSError(code, f"{call}: {os.strerror(code)}")
     return result
 
 
@@ -214,19 +214,21 @@ def _make_root(root: str) -> None:
     """Make a file system of Python's library, read-only, and a scratch folder in memory, and know no other."""
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     paths = _readable()
-    options = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=755"
-    _mount("none", root, "tmpfs", MS_NOSUID | MS_NODEV, options)
+    in_memory, read_only = MS_NOSUID | MS_NODEV, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV
+    _mount("none", root, "tmpfs", in_memory, "mode=755")
     jail = root + "/jail"
     for path in paths:
         if not os.path.isdir(jail + path):  # not within another
             os.makedirs(jail + path)
             _mount(path, jail + path, None, MS_BIND | MS_REC)
     for path, kept in _mounts_below(jail):
-        _mount("none", path, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | kept)
+        _mount("none", path, None, read_only | kept)
     for path in paths:
         for folder in _installed(jail + path):
-            _mount("none", folder, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
+            _mount("none", folder, "tmpfs", in_memory | MS_RDONLY)
     os.mkdir(jail + "/scratch")
+    _mount("none", jail + "/scratch", "tmpfs", in_memory, f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=755")
+    _mount("none", root, None, read_only)
     os.chdir(root)
     _system_call("pivot_root", b".", b".")
     _check("umount", _libc().umount2(b".", MNT_DETACH))

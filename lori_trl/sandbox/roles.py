@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import types
-from typing import NamedTuple
 
 from .kernel import (
     CLONE_NEWPID,
@@ -24,17 +23,6 @@ from .kernel import (
 from .wire import NoAnswer, frame, pack, receive, send, unpack, write
 
 SETUP_SECONDS = 30  # from the start of a process until the candidate's clock starts, on a machine that has much to do
-
-
-class Outcome(NamedTuple):
-    """Hold the verdict on one program.
-
-    passed (`bool`): whether all tests passed within the limits.
-    reason (`str`): `"passed"`, `"timed out"`, `"memory"` or `"failed: ..."`, of at most 300 printable characters.
-    """
-
-    passed: bool
-    reason: str
 
 
 # ---- The supervisor
@@ -91,7 +79,11 @@ def _await_verdict(verdicts: int, job: dict) -> dict:
 def _is_over_budget() -> bool:
     """Add up the files in the scratch folder, which is the current one; it holds no folders."""
     num_files = num_bytes = 0
-    with os.scandir() as entries:
+    try:
+        entries = os.scandir()
+    except PermissionError:  # the program has shut it
+        return True
+    with entries:
         for entry in entries:
             try:
                 status = entry.stat(follow_symlinks=False)
@@ -146,10 +138,10 @@ def _descendants() -> list[int]:
         except OSError:
             continue
         children.setdefault(parent, []).append(int(name))
-    found = [os.getpid()]
-    for pid in found:
-        found += children.get(pid, ())
-    return found[1:]
+    pids = [os.getpid()]
+    for pid in pids:
+        pids += children.get(pid, ())
+    return pids[1:]
 
 
 def _child(role, job: dict, has_scratch: bool, fds: tuple[int, ...]) -> None:
@@ -231,7 +223,7 @@ def _judge(job: dict, fault: str | None, tests: int, requests: int, replies: int
     send(verdicts, {"passed": passed, "reason": reason})
 
 
-def _run_tests(problem: dict, requests: int, replies: int) -> Outcome:
+def _run_tests(problem: dict, requests: int, replies: int) -> tuple[bool, str]:
     misconduct: list[NoAnswer] = []
 
     def candidate(*args, **kwargs):
@@ -249,12 +241,12 @@ def _run_tests(problem: dict, requests: int, replies: int) -> Outcome:
         exec(compile(problem["test"], "<test>", "exec", dont_inherit=True), namespace)
         namespace["check"](candidate)
     except NoAnswer as error:
-        return Outcome(False, f"failed: {error}")
+        return False, f"failed: {error}"
     except MemoryError:
-        return Outcome(False, "memory")
+        return False, "memory"
     except BaseException as error:
-        return Outcome(False, f"failed: {type(error).__name__}: {str(error)[:200]}".removesuffix(": "))
-    return Outcome(False, f"failed: {misconduct[0]}") if misconduct else Outcome(True, "passed")
+        return False, f"failed: {type(error).__name__}: {str(error)[:200]}".removesuffix(": ")
+    return (False, f"failed: {misconduct[0]}") if misconduct else (True, "passed")
 
 
 def _compile(prompt: str) -> types.CodeType:

@@ -1,18 +1,43 @@
 """Run programs in the sandbox, on the layers that this machine has."""
 
 import json
+import logging
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 from .kernel import LAYERS, NAMESPACES, PROMISES, landlock_abi
-from .roles import SETUP_SECONDS, Outcome
+from .roles import SETUP_SECONDS
 from .wire import MAX_FRAME_BYTES, NoAnswer, frame
 
-# What a child does with the folder that holds this package; the program sees the standard library alone.
-CHILD = "import sys; sys.path.append(sys.argv[1]); from sandbox.roles import supervise; sys.path.pop(); supervise()"
+logger = logging.getLogger(__name__)
+
+# The children import the other modules of this package, without this one, and the standard library.
+CHILD = """
+import sys, types
+package = sys.modules["sandbox"] = types.ModuleType("sandbox")
+package.__path__ = [sys.argv[1]]
+from sandbox.roles import supervise
+supervise()
+"""
+
+
+class Outcome(NamedTuple):
+    """Hold the verdict on one program.
+
+    passed (`bool`): whether all tests passed within the limits.
+    reason (`str`): `"passed"`, `"timed out"`, `"memory"` or `"failed: ..."`, of at most 300 printable characters.
+    """
+
+    passed: bool
+    reason: str
 
 
 def run_program(
@@ -86,8 +111,6 @@ def run_programs(
         timeout, memory_bytes:
             As for [`run_program`], each program by itself.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     _layers()  # once, before there are threads
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
@@ -166,31 +189,26 @@ def _refusal(layers: tuple[str, ...]) -> str | None:
     try:
         outcome = _run(program, "", test, "f", SETUP_SECONDS, 2**30, layers)
     except (OSError, RuntimeError) as error:
-        return str(error)
+        return str(error).rpartition("nothing was run: ")[2]
     return None if outcome.passed else outcome.reason
 
 
 def _warn(kept: tuple[str, ...], refused: dict[str, str]) -> None:
-    import logging
-
     unmet = [promise for promise, ways in PROMISES.items() if not any(way <= {*kept} for way in ways)]
+    advice = "Run it on Linux 5.13 or later with namespaces, or in a container that holds nothing of worth."
     if refused:
-        logging.getLogger(__name__).warning(
-            "The sandbox for generated code is without %s. This machine does not hold such code to: %s. Run the "
-            "evaluation on Linux 5.13 or later where namespaces are allowed, or in a container that holds nothing of "
-            "worth.",
+        logger.warning(
+            "The sandbox for generated code is without %s. %s",
             "; ".join(f"{layer} ({reason})" for layer, reason in refused.items()),
-            "; ".join(unmet) or "nothing less than with it",
+            f"This machine does not hold such code to: {'; '.join(unmet)}. {advice}"
+            if unmet
+            else "The other layers are enough for all that `isolation()` promises.",
         )
 
 
 def _run(
     program: str, prompt: str, test: str, entry_point: str, timeout: float, memory_bytes: int, layers: tuple[str, ...]
 ) -> Outcome:
-    # Imported here, as `logging` is above: the child would pay for them in every run.
-    import subprocess
-    import tempfile
-
     job = {
         "program": program,
         "entry_point": entry_point,
@@ -211,9 +229,21 @@ def _run(
             f"`prompt` and `test` have {len(prompt)} and {len(test)} characters. Allowed are {MAX_FRAME_BYTES} bytes "
             "together. Pass a shorter test."
         ) from error
+    status, answer, errors = _supervise(job_frame + problem_frame, timeout + 2 * SETUP_SECONDS)
+    if status < 0:
+        return Outcome(False, f"failed: the supervisor was ended by signal {-status}")
+    verdict = json.loads(answer) if answer else {"error": errors.decode(errors="replace").strip().rpartition("\n")[2]}
+    if "error" in verdict:
+        raise RuntimeError(f"The sandbox could not be set up, so nothing was run: {verdict['error']}")
+    # The reason may hold the program's own words.
+    return Outcome(verdict["passed"], "".join(c if c.isprintable() else " " for c in verdict["reason"])[:300])
+
+
+def _supervise(frames: bytes, seconds: float) -> tuple[int, bytes, bytes]:
+    """Run a supervisor in a scratch folder; return its exit code, its answer and its errors."""
     with tempfile.TemporaryDirectory(prefix="lori-sandbox-", ignore_cleanup_errors=True) as scratch:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", CHILD, os.path.dirname(os.path.dirname(__file__))],
+            [sys.executable, "-I", "-S", "-B", "-c", CHILD, Path(__file__).parent],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -222,17 +252,11 @@ def _run(
             start_new_session=True,
         )
         try:
-            answer, errors = process.communicate(job_frame + problem_frame, timeout + 2 * SETUP_SECONDS)
+            answer, errors = process.communicate(frames, seconds)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             if isinstance(error, subprocess.TimeoutExpired):
                 raise RuntimeError(f"The sandbox did not answer within {error.timeout} seconds.") from None
             raise
-    if process.returncode < 0:
-        return Outcome(False, f"failed: the supervisor was ended by signal {-process.returncode}")
-    verdict = json.loads(answer) if answer else {"error": errors.decode(errors="replace").strip().rpartition("\n")[2]}
-    if "error" in verdict:
-        raise RuntimeError(f"The sandbox could not be set up, so nothing was run: {verdict['error']}")
-    # The reason may hold the program's own words.
-    return Outcome(verdict["passed"], "".join(c if c.isprintable() else " " for c in verdict["reason"])[:300])
+    return process.returncode, answer, errors

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import shutil
+from dataclasses import fields
 
 import pytest
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lori_trl import LoriMasks
+from lori_trl import LoriArguments, LoriMasks
 from lori_trl.cli import main, sft
+from lori_trl.cli.sft import sft_parser
 
 
 @pytest.fixture
@@ -135,7 +139,7 @@ def fails(arguments, capsys, *parts):
         (["--ddp_timeout", "9" * 30], ["too large", "Correct the call or the recipe"]),
         (["--sparcity", "0.5"], ["`--sparcity` is no option (did you mean --sparsity?)"]),
         (["--learning_rate", "fast"], ["invalid float value: 'fast'", "Correct the call"]),
-        (["--sparsity", "1.5"], ["`sparsity=1.5` is outside [0, 1)", "e.g. `sparsity=0.9`"]),
+        (["--sparsity", "1.5"], ["`sparsity=1.5` is outside [0, 1)", "leave it unset for 0.9"]),
         (["--calibration_fraction", "0"], ["`calibration_fraction=0.0` is outside (0, 1]"]),
         (["--task_name", "a/b"], ["`task_name='a/b'` cannot name a file"]),
         (["--dataset_path", "nowhere"], ["`dataset_path=nowhere` does not exist"]),
@@ -147,7 +151,7 @@ def fails(arguments, capsys, *parts):
         ),
         (["--use_dora"], ["`use_dora=True` is not possible with LoRI"]),
         (["--mask_name_or_path", "nowhere"], ["`nowhere` holds no masks"]),
-        (["--adapter_name_or_path", "nowhere"], ["`nowhere` holds no lori_config.json"]),
+        (["--adapter_name_or_path", "nowhere"], ["`nowhere` does not exist"]),
         (["--output_dir", "/proc/none/out"], ["`output_dir=/proc/none/out` cannot be written"]),
         (["--model_name_or_path", "/no/such/model"], ["/no/such/model"]),
         (["--resume_from_checkpoint", "True"], ["holds no complete checkpoint"]),
@@ -192,6 +196,20 @@ def test_variables_of_a_recipe_are_set(call, tmp_path, monkeypatch):
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
+def test_a_pickled_base_is_not_read(call, tmp_path, model_folder, capsys):
+    base = shutil.copytree(model_folder, tmp_path / "pickled")
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch %s/ran'\ntR." % bytes(tmp_path))
+    wrong = [*call, "--model_name_or_path", str(base)]
+    fails(wrong, capsys, "has no model.safetensors", "convert them once", "Then pass that folder")
+    fails(
+        [*wrong, "--model_init_kwargs", '{"use_safetensors": false, "weights_only": false}'], capsys, "are left alone"
+    )
+    assert not (tmp_path / "ran").exists()
+    (base / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    fails(wrong, capsys, "has a damaged file of weights", "Fetch or save the model again")
+
+
 def test_a_model_is_needed(capsys):
     fails(["--sparsity", "0.5"], capsys, "`model_name_or_path` is missing")
 
@@ -219,3 +237,13 @@ def test_launch_files_by_name(name, monkeypatch, tmp_path):
 
 def test_an_unknown_launch_file(capsys):
     fails(["--accelerate_config", "tpu"], capsys, "neither a file nor a shipped", "single, ddp, fsdp2, zero3")
+
+
+def test_help_shows_lori_s_own_options_first_in_groups():
+    shown = sft_parser().format_help()
+    groups = re.findall(r"^(\S.*):\n(?=  -)", shown, re.MULTILINE)
+    assert [group for group in groups if group.startswith("LoRI: ")] == groups[:4] and len(groups) == 7
+    first_of_trl = shown.index("\n  --dataset_name ")
+    for field in fields(LoriArguments):
+        assert 0 < shown.index(f"\n  --{field.name} ") < first_of_trl, field.name
+    assert shown.count("\n  --learning_rate ") == 1 and "--learning-rate" not in shown

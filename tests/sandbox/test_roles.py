@@ -95,6 +95,7 @@ FORGERIES = {
 }
 
 
+@pytest.mark.parametrize("layers", ["no namespaces", "namespaces alone"], indirect=True)
 @pytest.mark.parametrize("name", FORGERIES)
 def test_no_forgery_passes(name, layers):
     outcome = double(FORGERIES[name])
@@ -114,7 +115,7 @@ def test_what_cannot_cross_is_no_exception_that_a_test_may_expect():
     test = "def check(candidate):\n    try:\n        candidate({})\n    except Exception:\n        pass\n"
     assert double("return double", test.format("1")).reason.startswith("failed: 'function' is no plain data")
     assert double("raise TypeError", test.format("print")).reason.startswith("failed: 'builtin_function_or_method' is")
-    assert double("return 'x' * 2**25", test.format("1")).reason.startswith("failed: 335")
+    assert double("return 'x' * 2**24", test.format("1")).reason.startswith("failed: 167")
 
 
 def test_the_sample_holds_no_copy_of_the_tests(monkeypatch):
@@ -157,7 +158,7 @@ def test_nothing_outlives_the_caller(tmp_path):
     call = f"_run({program!r}, '', 'def check(f): f()', 'attempts', 60, 2**30, ('pids',))"
     command = [sys.executable, "-c", f"from lori_trl.sandbox.run import _run; {call}"]
     with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}) as caller:
-        until(lambda: len(escapees()) > 1)
+        until(lambda: len(escapees()) > (os.getuid() == 0))  # root alone may fork
         caller.kill()
     until(lambda: escapees() == [])
 
@@ -170,5 +171,5 @@ def test_a_sample_cannot_fork():
 def test_nothing_outlives_a_sample_that_forks_and_waits(monkeypatch):
     monkeypatch.setattr(run, "_layers", lambda: ())
     program = FORKS.replace("return [done]", "time.sleep(60); return [done]")
-    assert attempts(program, timeout=2).reason == ("timed out" if os.getuid() == 0 else "passed")
+    assert attempts(program, timeout=2) == (False, "timed out")
     assert escapees() == []

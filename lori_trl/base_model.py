@@ -1,0 +1,37 @@
+"""The base model, from safetensors alone."""
+
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from trl.trainer.utils import create_model_from_path
+
+
+def load_base_model(name_or_path: str, **arguments: Any) -> PreTrainedModel:
+    """
+    Load a base model, and never a pickle.
+
+    Args:
+        name_or_path (`str`): a folder, or a name on the Hub.
+        **arguments (`Any`, *optional*): as of `from_pretrained`.
+
+    Raises:
+        `FileNotFoundError`: it has no safetensors, which pickled weights (`pytorch_model.bin`) are not.
+        `ValueError`: its safetensors are damaged.
+        `OSError`: there is no such model.
+    """
+    try:
+        return create_model_from_path(name_or_path, **arguments | {"use_safetensors": True})
+    except SafetensorError as error:
+        raise ValueError(
+            f"`model_name_or_path={name_or_path}` has a damaged file of weights: {error}. Whole safetensors are "
+            "needed. Fetch or save the model again."
+        ) from error
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise FileNotFoundError(
+            f"`model_name_or_path={name_or_path}` has no model.safetensors. Pickled weights (pytorch_model.bin) can "
+            "run code when they are read, and are left alone. Where you trust them, convert them once: "
+            "`AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)`. Then pass that folder."
+        ) from error
