@@ -55,17 +55,18 @@ difference is more than two standard errors, and either fails where it lies that
 that is no more than an 82 % interval. – is not measured yet.
 """
 
-MASKS_HEAD = f"""
-## What a mask costs, and what it brings
+TITLES = {
+    "masks": "What a mask costs, and what it brings", "merging": "Merging", "sequences": "One task after the other",
+    "single": "One task", "granularity": "Granularity",
+}  # fmt: skip
 
+MASKS_HEAD = f"""
 LoRI-S at sparsity 0.9 with masks from elsewhere than the whole dense run. The cost is that of the whole run,
 calibration and {STEPS} steps of adaptation, in runs of plain LoRA of {STEPS} steps, from the measured times of a step
 (`step_time_dropout_0.0.json`). Overlap is with the whole dense run's mask; two independent masks share 10 %.
 """
 
 MERGING_HEAD = """
-## Merging
-
 How much more the loss on each task is than the single adapter's, the mean over the merged tasks; one weight for all,
 the best of a search on seed 0.
 """
@@ -77,8 +78,10 @@ def write_report(store: Store) -> None:
     """Write the page and its pictures."""
     DOCS.mkdir(exist_ok=True)
     page = Page(store)
-    sections = [page.head(), page.masks(), page.single(), page.merging(), page.sequences(), page.granularity()]
-    (DOCS / "results.md").write_text("\n".join(line for lines in sections for line in lines), encoding="utf-8")
+    lines = page.head()
+    for part in PARTS:
+        lines += page.section(part)
+    (DOCS / "results.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 class Page:
@@ -101,6 +104,13 @@ class Page:
             counted |= {cell.key for cell in cells}
             rows.append([part, str(sum(cell in self.store for cell in cells)), str(len(cells))])
         return [*HEAD.strip().splitlines(), "", *_table("part, cells measured, planned", rows)]
+
+    def section(self, part: str) -> list[str]:
+        """Return a part's section, or that nothing of it is measured."""
+        lines = [f"## {TITLES[part]}", ""]
+        if not any(cell in self.store for cell in plan(self.tuning, (part,))):
+            return [*lines, "Not measured yet.", ""]
+        return lines + getattr(self, part)()
 
     # ---- masks -------------------------------------------------------------------------------------------------
 
@@ -177,7 +187,6 @@ class Page:
                 difference = self.evidence.difference(self._train(method, task=task), self._train(other, task=task))
                 verdicts.append(_claim(f"({claim}) {method} is as good as {other} on {task}", difference, is_no_worse))
         return [
-            "## One task", "",
             *_table("method (learning rate), " + ", ".join(TASKS), rows), *verdicts, "",
             *self._sparsities(),
         ]  # fmt: skip
@@ -243,7 +252,7 @@ class Page:
     # ---- sequences ---------------------------------------------------------------------------------------------
 
     def sequences(self) -> list[str]:
-        lines = ["## One task after the other", "", "Safety, then gsm8k: what is left of safety.", ""]
+        lines = ["Safety, then gsm8k: what is left of safety.", ""]
         rows = [[method, *self._safety_row(method)] for method in COMPARED]
         header = "method, safety before, after, gsm8k, harmful refused before, after, harmless refused before, after"
         lines += _table(header, rows)
@@ -299,7 +308,7 @@ class Page:
                 text = f"(7) model-wide masks are better than {name}-wide ones on {task}"
                 verdicts.append(_claim(text, difference, is_lower))
         table = _table("entries compete within, " + ", ".join(CURVE_TASKS), rows)
-        return ["## Granularity", "", *table, *verdicts, ""]
+        return [*table, *verdicts, ""]
 
     def _pooled(self, granularity: str, task: str) -> Callable[[int], Train]:
         mask = self.tuning.full_mask(task, granularity=granularity)
