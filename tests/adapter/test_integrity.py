@@ -113,15 +113,16 @@ def test_what_plain_peft_trained_on_can_be_continued(folder, tmp_path, capsys):
     load_lori_adapter(make_llama(), tmp_path / "out")  # saved anew, it is whole again
 
 
-def test_a_changed_mask_or_record_is_no_secret(folder, tmp_path):
-    file = folder / "masks" / "code.safetensors"
-    shutil.copy(Path(__file__).parents[1] / "golden" / "adapter_v1" / "masks" / "code.safetensors", file)
+def test_a_changed_record_is_no_secret(folder):
     record = json.loads((folder / "lori_config.json").read_text())
-    assert read_ledger(folder).tasks[0].trained == 204  # another mask of as many entries: its own checksum fits
     (folder / "lori_config.json").write_text(json.dumps(record | {"sparsity": 0.8}))
-    for read in (read_ledger, inspect_adapters, lambda folder: push_lori_to_hub(folder, "me/x")):
+    for read in (
+        read_ledger,
+        lambda folder: inspect_adapters([folder]),
+        lambda folder: push_lori_to_hub(folder, "a/b"),
+    ):
         with pytest.raises(ValueError, match="was changed after it was saved"):
-            read([folder] if read is inspect_adapters else folder)
+            read(folder)
 
 
 def test_version_1_is_read_with_one_warning(caplog):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from files_by_hand import seal
 
-from lori_trl.adapter.record import Calibration, LoriRecord, TaskRecord, hash_settings, read_record
+from lori_trl.adapter.facts import Calibration, TaskRecord
+from lori_trl.adapter.record import LoriRecord, hash_settings, read_record
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -77,13 +78,13 @@ def test_a_run_resumes_where_it_began_and_nowhere_else():
         (lambda values: values.update(format_version=float("nan")), "format_version=nan"),
         (lambda values: values.update(format_version=True), "format_version=True"),
         (lambda values: values.update(format_version=0), "format_version=0"),
-        (lambda values: values.update(format_version=3), "format_version 3.*Upgrade"),
+        (lambda values: values.update(format_version=3), "format_version 3"),
         (lambda values: values.pop("counts"), "counts"),
         (lambda values: values["counts"].update(lora_B=-1), "counts"),
         (lambda values: values["counts"].update(selected="204"), "counts.selected='204'"),
         (lambda values: values.update(training=[]), "training="),
         (lambda values: values["training"].update(steps=True), "training.steps='True'"),
-        (lambda values: values["training"]["losses"][0].update(loss=float("inf")), r"training.losses\[0\].loss='inf'"),
+        (lambda values: values["training"]["losses"][0].update(loss=float("inf")), r"losses\[0\].loss='inf'"),
         (lambda values: values["calibration"].update(learning_rate="5e-5"), "calibration.learning_rate"),
         (lambda values: values["calibration"].update(rate=1), "unknown key 'rate'"),
         (lambda values: values.update(sparsity=1.0), "sparsity=1.0"),
@@ -97,7 +98,7 @@ def test_a_run_resumes_where_it_began_and_nowhere_else():
 def test_what_is_no_record_is_one_clear_error(change, says):
     changed = values()
     change(changed)
-    with pytest.raises(ValueError, match=f"(?s)`lori_config.json` .*{says}.*(again|Upgrade)"):
+    with pytest.raises(ValueError, match=f"`lori_config.json` .*{says}.*(again|Upgrade)"):
         LoriRecord.from_dict(seal(changed))
 
 
