@@ -15,6 +15,7 @@ test: .venv/dev .venv/smollm2
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
