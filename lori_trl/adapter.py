@@ -35,6 +35,7 @@ from .model_card import (
     render_model_card,
 )
 from .projections import fingerprint, freeze_projections, projections
+from .sharding import full_shape
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def _check_complete(file: Path, model: PeftModel, adapter_name: str) -> None:
     expected = {}
     for path, layer in lora_layers(model, adapter_name).items():
         for name, part in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            expected[f"base_model.model.{path}.{name}.weight"] = list(part[adapter_name].weight.shape)
+            expected[f"base_model.model.{path}.{name}.weight"] = list(full_shape(part[adapter_name].weight))
     with safe_open(file, framework="pt") as opened:
         found = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     wrong = [name for name, shape in expected.items() if found.get(name) != shape]

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
+from .sharding import assign, gather
 from .sparse import VALUES
 
 
@@ -53,10 +53,9 @@ def show_bias_of_tied_head(model: PeftModel) -> None:
 def set_back(model: PeftModel, adapter_name: str) -> Iterator[None]:
     """Set what is trained densely back to what it was when the context ends. Until then a copy lies on the CPU."""
     dense = dense_parameters(model, adapter_name)
-    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in dense.items()}
+    before = {name: gather(parameter).cpu() for name, parameter in dense.items()}
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                model.get_parameter(name).copy_(value)
+        for name, value in before.items():
+            assign(model.get_parameter(name), value)

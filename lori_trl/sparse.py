@@ -78,6 +78,23 @@ def refresh_values(model: PeftModel, adapter_name: str) -> None:
         variant.read(layer, adapter_name)
 
 
+@contextmanager
+def values_in_state_dict(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """
+    Let state dicts hold the values as parameters of their own while the context lasts, and leave B as it is.
+
+    For those that shard a model: accelerate takes its state dict, empties the model, and fills the shards from it.
+    """
+    variants = [variant for _, variant in _packed_layers(model, adapter_name)]
+    for variant in variants:
+        variant.folded_on_save = False
+    try:
+        yield
+    finally:
+        for variant in variants:
+            variant.folded_on_save = True
+
+
 def _packed_layers(model: PeftModel, adapter_name: str) -> Iterator[tuple[LoraLayer, "SparseLora"]]:
     for layer in lora_layers(model, adapter_name).values():
         variant = layer.lora_variant.get(adapter_name)
@@ -147,14 +164,15 @@ def _pack(layer: LoraLayer, adapter_name: str, mask: Tensor | None) -> Callable[
 
 def _fold_layer(layer: LoraLayer, *_) -> None:
     for adapter_name, variant in layer.lora_variant.items():
-        if isinstance(variant, SparseLora):
+        if isinstance(variant, SparseLora) and variant.folded_on_save:
             variant.fold(layer, adapter_name)
 
 
 def _leave_out_values(layer: LoraLayer, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
     # A state dict is plain PEFT's: the values are in B.
-    for name in [name for name in state_dict if name.startswith(f"{prefix}{VALUES}.")]:
-        del state_dict[name]
+    for adapter_name, variant in layer.lora_variant.items():
+        if isinstance(variant, SparseLora) and variant.folded_on_save:
+            state_dict.pop(f"{prefix}{VALUES}.{adapter_name}", None)
 
 
 class SparseLora(LoraVariant):
@@ -168,11 +186,13 @@ class SparseLora(LoraVariant):
             whether the values are a parameter of their own, at the flat positions in B that the layer's buffer
             `sparse_indices` holds, int64.
         idle (`bool`): nothing is selected and B is zero: the branch adds nothing.
+        folded_on_save (`bool`): whether a state dict has the values in B, as PEFT knows it, and not beside it.
     """
 
     def __init__(self, packed: bool = False):
         self.packed = packed
         self.idle = False
+        self.folded_on_save = True
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         if self.idle:

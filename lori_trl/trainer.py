@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, load_peft_weights
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
@@ -26,16 +27,18 @@ from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
 from .dense import dense_parameters, set_back, show_bias_of_tied_head
+from .engines import check_engine
 from .hub import MEMORY, logged, make_repo, push_in_background, push_lori_to_hub
 from .layers import lora_layers
 from .lora_options import check_variants, for_language_part
 from .masks import LoriMasks
 from .model_card import CardFacts
-from .projections import derive_projection_seed, fingerprint, freeze_projections, init_projections, projections
+from .projections import Fingerprint, derive_projection_seed, freeze_projections, init_projections
 from .rows import have_images, name_of_data
 from .saliency import GradientAgreement, random_saliency
 from .selection import num_to_select
-from .sparse import VALUES, fold_values, refresh_values, sparse_training
+from .sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
+from .sparse import VALUES, fold_values, refresh_values, sparse_training, values_in_state_dict
 from .tasks import kept_positions
 
 logger = get_logger(__name__)
@@ -155,7 +158,7 @@ class LoriTrainerMixin:
             `RuntimeError`: the optimizer moved frozen entries.
         """
         phase, checkpoint = self._resume_phase(resume_from_checkpoint)
-        self._check_sharding()
+        check_engine(self.accelerator, self.args, calibrate=self.masks is None, initial_weights=self.initial_weights)
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
         with self._sparse_training(self.masks):
@@ -219,8 +222,8 @@ class LoriTrainerMixin:
         """Return what the calibration that has just ended says of B's entries."""
         if self.args.calibration_method == "gradient":
             optimizer = self.optimizer.optimizer  # accelerate's wrapper holds it
-            return {path: optimizer.saliency(weight).cpu() for path, weight in self.weights.items()}
-        return {path: weight.detach().cpu() - self.initial_weights[path] for path, weight in self.weights.items()}
+            return {path: optimizer.saliency(weight) for path, weight in self.weights.items()}
+        return {path: change(weight, self.initial_weights[path]) for path, weight in self.weights.items()}
 
     def _draw_masks(self) -> LoriMasks:
         """Draw masks at random, from the run's seed and the task's name: no calibration, and no file is needed."""
@@ -234,12 +237,25 @@ class LoriTrainerMixin:
         granularity = self.args.mask_granularity
         return LoriMasks.select(saliency, sparsity, granularity, taken, task=task, projection=self.projection)
 
-    def _sparse_training(self, masks: LoriMasks | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _sparse_training(self, masks: LoriMasks | None) -> Iterator[None]:
         """Restrict training to a mask, with an optimizer and a wrapping of the model that know the new parameters."""
         self.optimizer = self.lr_scheduler = None
-        self.model_wrapped = self.model
+        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
+            self.model_wrapped.destroy()  # an engine is made for one optimizer; what ZeRO-3 has sharded stays sharded
+        self.model_wrapped, self.trained_masks = self.model, masks
         vars(self).update(copy.deepcopy(self._fresh_state))
-        return sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend)
+        with sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend), ExitStack() as stack:
+            self.phase_end = stack
+            yield
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
+        """Mask the gradients of the shards, too, once FSDP2 has made them. It does so in a run's first phase."""
+        with values_in_state_dict(self.model, self.adapter_name):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        for hook in mask_shards(self.weights, self.trained_masks):
+            self.phase_end.callback(hook.remove)
+        return prepared
 
     @contextmanager
     def _calibration(self):
@@ -267,38 +283,23 @@ class LoriTrainerMixin:
         self.model.lori_masks = self._all_masks()
         self.model.lori_tasks = task_records(self.lori_config)
 
-    def _check_sharding(self) -> None:
-        """Refuse what would go wrong without a word where a model is sharded when training begins."""
-        if self.masks is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "FSDP and DeepSpeed shard a model once, for one set of trained parameters; calibration and adaptation "
-                "train two. Allowed is one phase. Calibrate on one process or with DDP, which leaves the masks in "
-                "`output_dir/calibration`, and pass that folder as `mask_name_or_path` here."
-            )
-        if is_deepspeed_zero3_enabled() and self.args.sparse_backend == "packed":
-            raise ValueError(
-                "`sparse_backend='packed'` reads B outside of its own module, where ZeRO-3 keeps it partitioned. "
-                "Allowed with ZeRO-3 is 'hook'. Pass `sparse_backend='hook'`, or use FSDP2 or ZeRO-2."
-            )
-
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Exempt B from weight decay: it would pull the entries outside the mask towards zero."""
         names = super().get_decay_parameter_names(model)
         return [name for name in names if ".lora_B." not in name and f".{VALUES}." not in name]
 
-    @torch.no_grad()
     def _reset_weights(self) -> None:
         for path, weight in self.weights.items():
-            weight.copy_(self.initial_weights[path])
+            assign(weight, self.initial_weights[path])
 
     def _check_frozen_entries(self) -> None:
         """Raise if an entry outside the mask, or A, is not what it was: the method's promise, checked on every run."""
         moved = [
             path
             for path, weight in self.weights.items()
-            if (weight.detach().cpu() != self.initial_weights[path])[~self.masks[path]].any()
+            if gather(change(weight, self.initial_weights[path])).cpu()[~self.masks[path]].any()
         ]
-        if moved or fingerprint(projections(self.model, self.adapter_name)) != self.projection["fingerprint"]:
+        if moved or self._fingerprint() != self.projection["fingerprint"]:
             raise RuntimeError(
                 f"`optim={self.args.optim.value}` moved frozen entries of {', '.join(moved[:3]) or 'A'}. LoRI needs "
                 "an optimizer that leaves entries without a gradient alone. Use e.g. `optim='adamw_torch'`."
@@ -333,7 +334,11 @@ class LoriTrainerMixin:
         return {"init": None, "seed": None, "fingerprint": found}
 
     def _fingerprint(self) -> str:
-        return fingerprint(projections(self.model, self.adapter_name))
+        """Fingerprint A as the engine holds it."""
+        dtype, taken = engine_dtype(self.accelerator), Fingerprint()
+        for path, layer in self.lora_layers.items():
+            taken.add(path, gather(layer.lora_A[self.adapter_name].weight).to(dtype))
+        return str(taken)
 
     def _feasible_entries(self) -> LoriMasks | None:
         """Return the entries that no earlier task has; None where all are free. Raise if this task does not fit."""
@@ -390,8 +395,8 @@ class LoriTrainerMixin:
     @property
     def lori_config(self) -> dict[str, Any]:
         """What `lori_config.json` says of this run so far."""
-        lora_B = sum(weight.numel() for weight in self.weights.values())
-        lora_A = sum(layer.lora_A[self.adapter_name].weight.numel() for layer in self.lora_layers.values())
+        lora_B = sum(full_shape(weight).numel() for weight in self.weights.values())
+        lora_A = sum(full_shape(layer.lora_A[self.adapter_name].weight).numel() for layer in self.lora_layers.values())
         masks, records = self._all_masks(), {record["task"]: record for record in self.earlier_tasks}
         sparsity = self.args.sparsity if self.masks is None else self.masks.sparsity
         return {
@@ -417,6 +422,14 @@ class LoriTrainerMixin:
     def _all_masks(self) -> dict[str, LoriMasks]:
         own = {} if self.masks is None else {self.task_name: self.masks}
         return {**self.earlier_masks, **own}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter. Where the model is sharded, that alone is gathered, and not the base model with it."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, adapter_state(self.model, self.adapter_name, keep=self.args.should_save))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save the adapter whole or not at all. The arguments are not pickled beside it: they may hold a token."""
@@ -557,16 +570,23 @@ class LoriTrainerMixin:
         self.calibration = config["calibration"]
         self.masks = self._adopt(LoriMasks.from_pretrained(folder, task=self.task_name))
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(*args, **kwargs)
-        self._take_over_loaded_adapter()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._take_over_loaded_adapter(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._take_over_loaded_adapter()
+        self._take_over_loaded_adapter(self.state.best_model_checkpoint)
 
-    def _take_over_loaded_adapter(self) -> None:
+    def _take_over_loaded_adapter(self, folder: str) -> None:
         freeze_projections(self.model, self.adapter_name)
+        if self.is_deepspeed_enabled:  # it loads the values, for B is frozen beside them
+            fold_values(self.model, self.adapter_name)
+            return
+        if self.is_fsdp_enabled:  # it loads what is trained, and neither a frozen B nor the values
+            saved = load_peft_weights(folder, device="cpu")
+            for path, weight in self.weights.items():
+                assign(weight, saved[f"base_model.model.{path}.lora_B.weight"])
         refresh_values(self.model, self.adapter_name)
 
 

@@ -5,6 +5,7 @@ import os
 import warnings
 from pathlib import Path
 
+from .targets import check_targets
 from .terminal import show
 
 
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
             "and `--metrics loss`. Pass what to measure."
         )
     paths = _local_data(options.dataset_path)
+    check_targets({"--output_path": options.output_path}, [*options.models, *paths.values()])
     base_name = models.find_base_model(options.base_model, options.models)
     folders = [name for name in options.models if os.path.isdir(name) and os.access(name, os.W_OK)]
     for folder in folders:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from .targets import check_targets
 from .terminal import show
 
 
@@ -17,6 +18,7 @@ def add_parser(commands) -> None:
     export.add_argument("folder", type=Path, help="the adapter's folder")
     export.add_argument("file", type=Path, help="the new file")
     export.add_argument("--dtype", choices=["bfloat16", "float16"], help="round the values; by default they are exact")
+    export.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     export.set_defaults(func=run)
 
 
@@ -25,6 +27,12 @@ def run(options: argparse.Namespace) -> None:
 
     from ..compact import export_compact
 
+    check_targets({"file": options.file}, [options.folder])
+    if options.file.exists() and not options.overwrite:
+        raise FileExistsError(
+            f"`{options.file}` exists. An adapter goes to a new file. Pass another name, or `--overwrite` to "
+            "replace it."
+        )
     dtype = getattr(torch, options.dtype) if options.dtype else None
     file = export_compact(options.folder, options.file, dtype=dtype)
     show(f"{file}: {file.stat().st_size:,} bytes")
