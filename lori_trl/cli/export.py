@@ -17,7 +17,9 @@ def add_parser(commands) -> None:
     export.add_argument("--compact", action="store_true", required=True, help="the form: seed, positions and values")
     export.add_argument("folder", type=Path, help="the adapter's folder")
     export.add_argument("file", type=Path, help="the new file")
-    export.add_argument("--dtype", choices=["bfloat16", "float16"], help="round the values; by default they are exact")
+    export.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "int8"], help="round the values; by default they are exact"
+    )
     export.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     export.set_defaults(func=run)
 

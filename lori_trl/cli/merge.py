@@ -72,7 +72,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from ..adapter import read_lori_config
+    from ..adapter.record import read_record
     from ..merging import merge_lori_adapters
 
     settings = {}
@@ -94,12 +94,12 @@ def run(options: argparse.Namespace) -> None:
             "`--search shared`, or leave them out."
         )
     folder = merge_lori_adapters(adapters, **settings)
-    config = read_lori_config(folder)
-    table = Table(title=f"merged by {config['merge']['method']}: {config['task']}")
+    record = read_record(folder)
+    table = Table(title=f"merged by {record.merge.method}: {record.task}")
     for column in ("adapter", "task", "weight", "rank"):
         table.add_column(column, justify="right" if column in ("weight", "rank") else "left")
-    for adapter in config["merge"]["adapters"]:
-        table.add_row(adapter["source"], adapter["task"], f"{adapter['weight']:g}", str(adapter["rank"]))
+    for adapter in record.merge.adapters:
+        table.add_row(adapter.source, adapter.task, f"{adapter.weight:g}", str(adapter.rank))
     show(table)
     show(f"saved to {folder}")
 

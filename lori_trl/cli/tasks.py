@@ -39,8 +39,8 @@ def run(options: argparse.Namespace) -> None:
     for column in ("trained", "still its own", "of B", "steps", "rows"):
         table.add_column(column, justify="right")
     for task in ledger.tasks:
-        facts = task.record["training"] or {}
-        known = [facts.get("steps"), (facts.get("dataset") or {}).get("rows")]
+        run = task.record.training
+        known = [run and run.steps, run and run.dataset and run.dataset.rows]
         share = f"{100 * task.owned / ledger.numel:.2f} %"
         counts = [f"{task.trained:,}", f"{task.owned:,}", share]
         table.add_row(task.task, *counts, *("" if fact is None else f"{fact:,}" for fact in known))
