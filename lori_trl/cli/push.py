@@ -47,7 +47,8 @@ def run(options: argparse.Namespace) -> None:
         create_pr=options.create_pr,
         include=options.include,
     )
-    show(commit.pr_url or commit.commit_url)
+    if commit is not None:
+        show(commit.pr_url or commit.commit_url)
 
 
 def _check_repo(repo: str) -> None:
