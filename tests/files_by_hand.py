@@ -37,19 +37,37 @@ def change_tensors(folder: Path, change: Callable[[dict], None]) -> None:
     change_record(folder, lambda values: values.update(tensors=hashes))
 
 
-def change_compact(file: Path, change: Callable[[dict, dict], None]) -> None:
-    """Change a compact file's metadata and tensors."""
+def change_compact(file: Path, change: Callable[[dict, dict], object], fits: bool = True) -> None:
+    """Change a compact file's metadata, in place or to what `change` returns, and its tensors."""
     with safe_open(file, framework="pt") as opened:
         metadata = json.loads(opened.metadata()["lori_compact"])
     tensors = load_file(file)
-    change(metadata, tensors)
-    metadata["lori_config"] = seal(metadata["lori_config"])
-    metadata.pop("sha256", None)
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {hash_tensor(tensors[name])}\n".encode())
-    metadata["sha256"] = digest.hexdigest()
+    changed = change(metadata, tensors)
+    metadata = metadata if changed is None else changed
+    if fits and isinstance(metadata, dict) and isinstance(metadata.get("lori_config"), dict):
+        metadata["lori_config"] = seal(metadata["lori_config"])
+    if fits and isinstance(metadata, dict):
+        metadata.pop("sha256", None)
+        digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+        for name in sorted(tensors):
+            digest.update(f"{name} {hash_tensor(tensors[name])}\n".encode())
+        metadata["sha256"] = digest.hexdigest()
     save_file(tensors, file, metadata={"lori_compact": json.dumps(metadata)})
+
+
+def change_masks(file: Path, change: Callable[[dict], object], fits: bool = True) -> None:
+    """Change a mask file's metadata to what `change` returns."""
+    with safe_open(file, framework="pt") as opened:
+        values = json.loads(opened.metadata()["lori_masks"])
+    packed = load_file(file)
+    values = change(values)
+    if fits and isinstance(values, dict):
+        values.pop("sha256", None)
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+        for path in sorted(packed):
+            digest.update(path.encode() + packed[path].numpy().tobytes())
+        values["sha256"] = digest.hexdigest()
+    save_file(packed, file, metadata={"lori_masks": json.dumps(values)})
 
 
 def write_record(folder: Path, masks: list, projection) -> None:

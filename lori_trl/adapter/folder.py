@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -36,8 +37,9 @@ from .layout import (
     masks_name,
     task_name_of,
 )
-from .record import LoriRecord, Scaling, read_record
+from .record import LoriRecord, hash_settings, read_record
 from .safetensors import hash_tensor, opened
+from .typed import typed
 from .write import write_contents
 
 logger = logging.getLogger(__name__)
@@ -163,8 +165,8 @@ class AdapterFolder:
                 f"`{self.weights}` has metadata {str(self._metadata)[:80]}. PEFT writes {{'format': 'pt'}}. Fetch or "
                 "save the adapter again."
             )
-        if Scaling.of(self.config) != record.scaling:
-            self._refuse_or_warn(f"{ADAPTER_CONFIG} has another rank or alpha than it was saved with")
+        if hash_settings(self.config) != record.adapter_config:
+            self._refuse_or_warn(f"{ADAPTER_CONFIG} has other settings than it was saved with")
 
     def _refuse_or_warn(self, change: str) -> None:
         if not self.allow_modified:
@@ -383,6 +385,18 @@ def may_be_one_base(names: Iterable[str | None]) -> bool:
     return len(on_hub) <= 1 and len({name.rpartition("/")[2].lower() for name in known}) <= 1
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What is read here of PEFT's `adapter_config.json`."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool | None
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
+    base_model_name_or_path: str | None
+
+
 def _read_adapter_config(file: Path) -> dict[str, Any]:
     try:
         config = read_json(file, MAX_JSON_BYTES)
@@ -390,12 +404,10 @@ def _read_adapter_config(file: Path) -> dict[str, Any]:
             raise TypeError(f"{type(config).__name__} instead of an object")
         if (kind := config.get("peft_type", "LORA")) != "LORA":
             raise ValueError(f"peft_type={kind!r}")
-        settings = Scaling.of(config)
-        if settings.r < 1 or any(rank < 1 for rank in settings.rank_pattern.values()):
-            raise ValueError(f"r={settings.r}, rank_pattern={settings.rank_pattern}")
-        base = config.get("base_model_name_or_path")
-        if base is not None and not isinstance(base, str):
-            raise TypeError(f"base_model_name_or_path={str(base)[:80]!r}")
+        known = typed(_Settings, {each.name: config.get(each.name) for each in fields(_Settings)}, "")
+        ranks = [known.r, *(known.rank_pattern or {}).values()]
+        if min(ranks) < 1:
+            raise ValueError(f"ranks {ranks}")
         return config
     except (ValueError, TypeError) as error:
         raise ValueError(

@@ -5,10 +5,11 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..files import describe_fault
 from ..layers import lora_layers
 from ..projections import fingerprint, freeze_projections, projections
 from .folder import AdapterFolder, open_adapter
-from .layout import RECORD_NAME
+from .layout import ADAPTER_CONFIG, RECORD_NAME
 from .record import read_record
 
 
@@ -90,9 +91,15 @@ def load_with_peft(
         sizes = getattr(modules[path], "in_features", columns), getattr(modules[path], "out_features", rows)
         if sizes != (columns, rows):
             raise _misfit(adapter, model, f"{path} has {sizes} features where the adapter has {(columns, rows)}")
-    loaded = PeftModel.from_pretrained(
-        model, str(adapter.folder), adapter_name=adapter_name, is_trainable=is_trainable
-    )
+    try:
+        loaded = PeftModel.from_pretrained(
+            model, str(adapter.folder), adapter_name=adapter_name, is_trainable=is_trainable
+        )
+    except Exception as error:  # whatever PEFT makes of settings that it does not know
+        raise ValueError(
+            f"`{adapter.name}` cannot be loaded by PEFT ({describe_fault(error)}). Its {ADAPTER_CONFIG} must be one "
+            "that PEFT wrote, and the base model the one that it was trained on. Fetch or save the adapter again."
+        ) from error
     missing = [path for path in lora_layers(loaded, adapter_name) if path not in adapter.shapes]
     if missing or adapter.unpaired:
         loaded.unload()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ PHASES = ("calibration", "adaptation")
 VARIANTS = ("LoRI-D", "LoRI-S", "merged")
 
 Scalar = bool | int | float | str
+
+_NO_SETTINGS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")  # of an adapter_config.json
 
 
 @dataclass(frozen=True)
@@ -218,24 +220,6 @@ class Merge:
     independence: tuple[Independence, ...] = ()
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """What PEFT's `adapter_config.json` must say for B A to be as large as it was trained: fields of its own names."""
-
-    r: int
-    lora_alpha: float
-    use_rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-
-    @classmethod
-    def of(cls, adapter_config: Mapping[str, Any]) -> "Scaling":
-        """Take them from the contents of an `adapter_config.json`. Raises `TypeError` if one has another type."""
-        given = {each.name: adapter_config.get(each.name) for each in fields(cls)}
-        absent = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-        return typed(cls, {name: absent.get(name) if value is None else value for name, value in given.items()}, "")
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoriRecord:
     """
@@ -258,7 +242,7 @@ class LoriRecord:
         training ([`Training`] or `None`): the newest task's run.
         versions (`dict[str, str]`): package -> version.
         merge ([`Merge`], *optional*): how the adapter was merged.
-        scaling ([`Scaling`], *optional*): of the saved adapter; from format 2 on.
+        adapter_config (`str`, *optional*): SHA-256 of PEFT's settings, see [`hash_settings`]; from format 2 on.
         tensors (`dict[str, str]`, *optional*): name -> SHA-256 of every saved tensor; from format 2 on.
     """
 
@@ -276,7 +260,7 @@ class LoriRecord:
     training: Training | None = None
     versions: dict[str, str]
     merge: Merge | None = left_out()
-    scaling: Scaling | None = left_out()
+    adapter_config: str | None = left_out()
     tensors: dict[str, str] | None = left_out()
 
     @classmethod
@@ -397,11 +381,11 @@ class LoriRecord:
         )
 
     def sealed(self, adapter_config: Mapping[str, Any], tensors: Mapping[str, str]) -> "LoriRecord":
-        """Add what a reader checks: `scaling` from PEFT's config, and the SHA-256 of every tensor."""
+        """Add what a reader checks: the SHA-256 of PEFT's settings and of every tensor."""
         return replace(
             self,
             format_version=RECORD_VERSION,
-            scaling=Scaling.of(adapter_config),
+            adapter_config=hash_settings(adapter_config),
             tensors=dict(sorted(tensors.items())),
         )
 
@@ -453,7 +437,7 @@ class LoriRecord:
             "counts": not 0 <= (self.counts.selected or 0) <= self.counts.lora_B <= self.counts.lora,
             "tasks": len({record.task for record in self.tasks}) < len(self.tasks)
             or any(not 0 <= record.selected <= self.counts.lora_B for record in self.tasks),
-            "tensors": self.format_version > 1 and (self.tensors is None or self.scaling is None),
+            "tensors": self.format_version > 1 and (self.tensors is None or self.adapter_config is None),
         }
         wrong = [name for name, is_wrong in faults.items() if is_wrong]
         if wrong:
@@ -518,6 +502,21 @@ def read_record(folder: str | Path, *, allow_modified: bool = False) -> LoriReco
             "Pass the folder that `save_model()` wrote."
         )
     return LoriRecord.from_dict(read_json(file, MAX_JSON_BYTES), file, allow_modified=allow_modified)
+
+
+def hash_settings(adapter_config: Mapping[str, Any]) -> str:
+    """
+    Hash what of PEFT's `adapter_config.json` decides what the adapter does: SHA-256.
+
+    The same for any order of keys and names, whoever wrote the file; settings that are off do not count, nor where the
+    base model lies.
+    """
+    values = {
+        name: sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value
+        for name, value in adapter_config.items()
+        if name not in _NO_SETTINGS and value not in (None, False, 0, "none", [], {})
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def versions_of(*packages: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from .options import add_allow_modified
 from .targets import check_targets
 from .terminal import show
 
@@ -21,6 +22,7 @@ def add_parser(commands) -> None:
         "--dtype", choices=["bfloat16", "float16", "int8"], help="round the values; by default they are exact"
     )
     export.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    add_allow_modified(export)
     export.set_defaults(func=run)
 
 
@@ -36,5 +38,5 @@ def run(options: argparse.Namespace) -> None:
             "replace it."
         )
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    file = export_compact(options.folder, options.file, dtype=dtype)
+    file = export_compact(options.folder, options.file, dtype=dtype, allow_modified=options.allow_modified)
     show(f"{file}: {file.stat().st_size:,} bytes")

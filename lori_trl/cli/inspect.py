@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from .options import add_allow_modified
 from .targets import check_targets
 from .terminal import show
 
@@ -18,6 +19,7 @@ def add_parser(commands) -> None:
     inspect.add_argument("--save", type=Path, metavar="FILE.png|FOLDER", help="draw one picture, or a folder of them")
     inspect.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no network")
     inspect.add_argument("--json", metavar="FILE", help="write the numbers; - for the standard output, without tables")
+    add_allow_modified(inspect)
     inspect.set_defaults(func=run)
 
 
@@ -46,6 +48,7 @@ def run(options: argparse.Namespace) -> None:
     console = Console(stderr=True)
     inspection = inspect_adapters(
         options.adapters,
+        allow_modified=options.allow_modified,
         track=lambda paths: track(paths, "reading", console=console, transient=True, disable=not console.is_terminal),
     )
     sections = inspection_sections(inspection)

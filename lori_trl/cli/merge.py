@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..recipes import find_recipe, validate_recipe
+from .options import add_allow_modified
 from .terminal import show
 
 _EXAMPLE = """
@@ -24,6 +25,7 @@ def add_parser(commands) -> None:
     )
     _add_arguments(merge)
     merge.add_argument("--recipe", help="a YAML file or a shipped recipe's name; options go over it")
+    add_allow_modified(merge)
     merge.set_defaults(func=run)
 
 
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
             f"`--heldout {heldout}`, `--grid {grid}` without `--search`. They are for the search for weights. Add "
             "`--search shared`, or leave them out."
         )
-    folder = merge_lori_adapters(adapters, **settings)
+    folder = merge_lori_adapters(adapters, **settings, allow_modified=options.allow_modified)
     record = read_record(folder)
     merge = cast(Merge, record.merge)  # a merged adapter's record has it
     table = Table(title=f"merged by {merge.method}: {record.task}")

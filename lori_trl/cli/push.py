@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from .options import add_allow_modified
 from .terminal import show
 
 
@@ -22,6 +23,7 @@ def add_parser(commands) -> None:
         "--include", nargs="+", default=["peft"], choices=["peft", "compact"], help="which forms of the adapter"
     )
     push.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and push nothing")
+    add_allow_modified(push)
     push.set_defaults(func=run)
 
 
@@ -32,7 +34,9 @@ def run(options: argparse.Namespace) -> None:
 
     _check_repo(options.repo)
     if options.dry_run:
-        with adapter_files(options.folder, options.repo, options.include) as files:
+        with adapter_files(
+            options.folder, options.repo, options.include, allow_modified=options.allow_modified
+        ) as files:
             table = Table("file", "bytes", title=f"{options.folder} -> {options.repo}")
             for name, file in files.items():
                 table.add_row(name, f"{file.stat().st_size:,}")
@@ -46,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
         revision=options.revision,
         create_pr=options.create_pr,
         include=options.include,
+        allow_modified=options.allow_modified,
     )
     if commit is not None:
         show(commit.pr_url or commit.commit_url)

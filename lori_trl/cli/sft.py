@@ -278,7 +278,9 @@ def _build_trainer(script, args, model_args):
     model = load_base_model(model_args.model_name_or_path, **model_init_kwargs)
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
-        model = load_lori_adapter(model, script.adapter_name_or_path, is_trainable=True)
+        model = load_lori_adapter(
+            model, script.adapter_name_or_path, is_trainable=True, allow_modified=script.allow_modified
+        )
         peft_config = None
     return LoriSFTTrainer(
         model,

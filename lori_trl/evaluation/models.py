@@ -21,13 +21,14 @@ def is_whole_model(name: str) -> bool:
     return (Path(name) / "config.json").is_file() and not (Path(name) / ADAPTER_CONFIG).is_file()
 
 
-def find_base_model(base_model: str | None, models: Sequence[str]) -> str | None:
+def find_base_model(base_model: str | None, models: Sequence[str], *, allow_modified: bool = False) -> str | None:
     """
     Find the base model of adapters.
 
     Args:
         base_model (`str`, *optional*): the one that was asked for; it is returned.
         models (`Sequence[str]`): folders of adapters or whole models, compact files, repositories on the Hub.
+        allow_modified (`bool`, *optional*, defaults to `False`): as of [`load_lori_adapter`].
 
     Returns:
         `str` or `None`: a folder or a name on the Hub; `None` if there are only whole models.
@@ -36,7 +37,7 @@ def find_base_model(base_model: str | None, models: Sequence[str]) -> str | None
         `ValueError`: no base is named, or several are.
         `FileNotFoundError`: one of `models` is neither an adapter nor a model.
     """
-    bases = {name: _base_on_record(name) for name in models if not is_whole_model(name)}
+    bases = {name: _base_on_record(name, allow_modified) for name in models if not is_whole_model(name)}
     names = {name: base_name(base) for name, base in bases.items()}
     if base_model is not None:
         for name, base in names.items():
@@ -110,8 +111,8 @@ def with_adapter(base: PreTrainedModel, name: str, *, allow_modified: bool = Fal
             del base.peft_config
 
 
-def _base_on_record(name: str) -> str | None:
+def _base_on_record(name: str, allow_modified: bool) -> str | None:
     """Return the base that an adapter was trained on: its folder if that is here, else its name; `None` if unknown."""
-    with open_adapter(name) as adapter:
+    with open_adapter(name, allow_modified=allow_modified) as adapter:
         path = adapter.config.get("base_model_name_or_path")
         return path if path and Path(path).exists() else adapter.base
