@@ -41,6 +41,7 @@ def spoil(folder: Path, name: str) -> None:
     elif name == "no config":
         (folder / "adapter_config.json").unlink()
     elif name == "dora":
+        (folder / "lori_config.json").unlink()  # it tells of a change of the other
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     elif name == "not json":
