@@ -15,8 +15,9 @@ from huggingface_hub.utils import httpx
 from transformers import PreTrainedModel, TrainerCallback
 from trl.data_utils import is_conversational
 
+from .adapter.facts import BaseModel, Losses, Training, TrainingData
 from .adapter.layout import EVAL_RESULTS_NAME, PICTURE_NAME
-from .adapter.record import BaseModel, LoriRecord, Losses, Training, TrainingData
+from .adapter.record import LoriRecord
 from .adapter.typed import plain
 from .masks import LoriMasks
 from .recipes import shipped_folder

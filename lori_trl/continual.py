@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .adapter.facts import TaskRecord
 from .adapter.folder import AdapterFolder, open_adapter
 from .adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
-from .adapter.record import LoriRecord, TaskRecord, read_record
+from .adapter.record import LoriRecord, read_record
 from .adapter.write import check_output, complete, staged
 from .layers import module_path, pools
 from .masks import LoriMasks

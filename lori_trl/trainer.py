@@ -21,7 +21,8 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from .adapter.record import Calibration, Counts, LoriRecord, TaskRecord, read_record
+from .adapter.facts import Calibration, Counts, TaskRecord
+from .adapter.record import LoriRecord, read_record
 from .adapter.write import save_lori_adapter
 from .card import CardFacts
 from .checkpoints import find_checkpoint
@@ -124,7 +125,7 @@ class LoriTrainerMixin(AnyTrainer):
         self.earlier_masks: dict[str, LoriMasks] = dict(vars(self.model).get("lori_masks", {}))
         self.earlier_tasks = [TaskRecord.from_dict(task) for task in vars(self.model).get("lori_tasks", [])]
         self.projection = self._init_projection(given_masks) if peft_config is not None else self._keep_projection()
-        check_trained(self.model, self.adapter_name, self.weights, self.args.weight_decay)
+        check_trained(self.model, self.adapter_name, self.weights, self.args)
         self.initial_weights = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
         self._fresh_state = {name: copy.deepcopy(vars(self)[name]) for name in _STATE_OF_A_PHASE & vars(self).keys()}
 

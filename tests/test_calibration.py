@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from lori_trl import LoriMasks, load_lori_adapter
-from lori_trl.adapter.record import Calibration, read_record
+from lori_trl.adapter.facts import Calibration
+from lori_trl.adapter.record import read_record
 from lori_trl.layers import lora_layers
 from lori_trl.projections import derive_projection_seed, init_projections
 from lori_trl.saliency import GradientAgreement, random_saliency

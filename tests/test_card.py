@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 from tiny import make_trainer, trained_adapter
 
 from lori_trl import LoriMasks
-from lori_trl.adapter.record import LoriRecord, Losses, Training, read_record
+from lori_trl.adapter.facts import Losses, Training
+from lori_trl.adapter.record import LoriRecord, read_record
 from lori_trl.adapter.write import write_card
 from lori_trl.card import GENERATED, CardFacts, render_model_card
 from lori_trl.heatmaps import draw_density

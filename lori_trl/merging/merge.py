@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter.facts import Counts, Independence, Merge, MergedAdapter, TaskRecord
 from ..adapter.folder import AdapterFolder, read_modules
 from ..adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES, RECORD_NAME
-from ..adapter.record import Counts, Independence, LoriRecord, Merge, MergedAdapter, TaskRecord
+from ..adapter.record import LoriRecord
 from ..adapter.safetensors import SafetensorsWriter
 from ..adapter.write import check_output, complete, staged
 from ..hub.download import hash_file

@@ -16,8 +16,9 @@ import lori_trl.adapter.compact
 from lori_trl import LoriMasks, cli, load_lori_adapter
 from lori_trl.adapter.compact import read_compact, write_compact
 from lori_trl.adapter.contents import Contents
+from lori_trl.adapter.facts import Counts, TaskRecord
 from lori_trl.adapter.mask_files import MasksMetadata
-from lori_trl.adapter.record import Counts, LoriRecord, TaskRecord, read_record
+from lori_trl.adapter.record import LoriRecord, read_record
 from lori_trl.compact import expand, export_compact
 from lori_trl.layers import tensor_name
 from lori_trl.projections import Projection, draw_projection, fingerprint

@@ -14,7 +14,8 @@ from tiny import lora_config
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks, load_lori_adapter
-from lori_trl.adapter.record import Counts, read_record
+from lori_trl.adapter.facts import Counts
+from lori_trl.adapter.record import read_record
 from lori_trl.adapter.write import staged
 from lori_trl.selection import num_to_select
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from files_by_hand import seal
 
-from lori_trl.adapter.record import Calibration, LoriRecord, TaskRecord, hash_settings, read_record
+from lori_trl.adapter.facts import Calibration, TaskRecord
+from lori_trl.adapter.record import LoriRecord, hash_settings, read_record
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
