@@ -72,8 +72,9 @@ class CardFacts(TrainerCallback):
             device=_device_name(args.device),
         )
         base_model = self.training.base_model
-        if base_model.id is not None and self.training.license is None and state.is_world_process_zero:
-            self.training = replace(self.training, license=_license_of(base_model.id))
+        base_id = base_model.id if base_model is not None else None
+        if base_id is not None and self.training.license is None and state.is_world_process_zero:
+            self.training = replace(self.training, license=_license_of(base_id))
 
     def on_log(self, args, state, control, logs, **kwargs):
         if any(name.startswith("calibration_") for name in logs):
@@ -87,8 +88,9 @@ class CardFacts(TrainerCallback):
 
     def name_dataset(self, dataset_name: str | None) -> None:
         """Note the data set's Hub name, as TRL's `push_to_hub(dataset_name=...)` gives it."""
-        if _hub_id(dataset_name) is not None:
-            self.training = replace(self.training, dataset=replace(self.training.dataset, id=dataset_name))
+        dataset = self.training.dataset
+        if dataset is not None and _hub_id(dataset_name) is not None:
+            self.training = replace(self.training, dataset=replace(dataset, id=dataset_name))
 
 
 def read_or_render_card(existing: Path, record: LoriRecord, *arguments: Any, **keywords: Any) -> str:

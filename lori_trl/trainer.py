@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
@@ -60,7 +60,13 @@ _STATE_OF_A_PHASE = {
 }
 
 
-class LoriTrainerMixin:
+if TYPE_CHECKING:  # what the mixin is mixed into
+    from transformers import Trainer as AnyTrainer
+else:
+    AnyTrainer = object
+
+
+class LoriTrainerMixin(AnyTrainer):
     """
     Train LoRI adapters with any TRL trainer: `class LoriDPOTrainer(LoriTrainerMixin, DPOTrainer)`.
 
@@ -86,6 +92,11 @@ class LoriTrainerMixin:
     Source: paper section 2.1 and Algorithm 1.
     """
 
+    args: LoriArguments
+    model_wrapped: Any
+    optimizer: Any
+    optimizer_cls_and_kwargs: Any
+    train_dataset: Any
     config_class: type[LoriArguments] | None = None  # of the arguments, where none are passed
 
     def __init__(self, model: str | PreTrainedModel | PeftModel, *positional: Any, **named: Any):
@@ -247,7 +258,7 @@ class LoriTrainerMixin:
         if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
             self.model_wrapped.destroy()  # an engine is made for one optimizer; what ZeRO-3 has sharded stays sharded
         self.model_wrapped, self.trained_masks = self.model, masks
-        vars(self).update(copy.deepcopy(self._fresh_state))
+        self.__dict__.update(copy.deepcopy(self._fresh_state))
         with sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend), ExitStack() as stack:
             self.phase_end = stack
             yield
@@ -300,7 +311,7 @@ class LoriTrainerMixin:
         moved = [
             path
             for path, weight in self.weights.items()
-            if gather(change(weight, self.initial_weights[path])).cpu()[~self.masks[path]].any()
+            if gather(change(weight, self.initial_weights[path])).cpu()[~self.masks[path]].any()  # type: ignore[index]
         ]
         if moved or self._fingerprint() != self.projection.fingerprint:
             raise RuntimeError(

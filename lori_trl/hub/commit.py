@@ -259,7 +259,7 @@ def _look(api: HfApi, repo_id: str, revision: str | None) -> _Head:
     try:
         info = patiently(look)
     except RevisionNotFoundError:
-        if revision.startswith("refs/"):
+        if revision is None or revision.startswith("refs/"):
             raise
         patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         info = patiently(look)
