@@ -63,8 +63,14 @@ def contents(hub, repo=REPO, revision="main") -> dict[str, bytes]:
 def is_whole(hub, folder, repo=REPO, revision="main") -> bool:
     """Whether a branch has the folder's adapter, all of it."""
     files = contents(hub, repo, revision)
-    return set(FILES) <= set(files) and all(
-        files[name] == (folder / name).read_bytes() for name in FILES if name != "README.md"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = Path(config["base_model_name_or_path"]).name  # a folder stays here
+    return (
+        set(FILES) <= set(files)
+        and json.loads(files["adapter_config.json"]) == config
+        and all(
+            files[name] == (folder / name).read_bytes() for name in set(FILES) - {"README.md", "adapter_config.json"}
+        )
     )
 
 
