@@ -19,7 +19,7 @@ import torch
 from common import report, summary
 from rich.progress import track
 
-from lori_trl.streaming import SafetensorsWriter
+from lori_trl.adapter.safetensors import SafetensorsWriter
 
 ADAPTERS, RANK, LAYERS, ROUNDS, WEIGHT = 4, 32, 32, 5, 0.3
 SHAPES = {  # (out_features, in_features)

@@ -5,9 +5,9 @@
 No weight is allocated: all tensors are fake, and so are the processes but this one. The model is sharded as accelerate
 does it, a decoder layer at a time, and two steps of the calibration run (all of B, `hook`), with activations
 checkpointed and PyTorch's `FSDPMemTracker` around them. It counts parameters, gradients, optimizer state, gathered
-layers and activations; the first step makes the optimizer's state, the second has the peak. The adaptation with `hook`
-has the same, and the mask. Every decoder layer adds the same to a peak: it is tracked with 2 and with 3 layers, and the
-rest is added up.
+layers and activations; the first step makes the optimizer's state, the second has the peak. The adaptation with
+`hook` has the same, and the mask. Every decoder layer adds the same to a peak: it is tracked with 2 and with 3 layers,
+and the rest is added up.
 """
 
 import argparse

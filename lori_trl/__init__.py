@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .adapter import load_lori_adapter
+    from .adapter.load import load_lori_adapter
     from .config import LoriArguments, LoriSFTConfig
-    from .hub import push_lori_to_hub
+    from .hub.push import push_lori_to_hub
     from .masks import LoriMasks
     from .merging import merge_lori_adapters
     from .trainer import LoriSFTTrainer, LoriTrainerMixin
@@ -39,9 +39,9 @@ _MODULES = {
     "LoriSFTConfig": "config",
     "LoriSFTTrainer": "trainer",
     "LoriTrainerMixin": "trainer",
-    "load_lori_adapter": "adapter",
+    "load_lori_adapter": "adapter.load",
     "merge_lori_adapters": "merging",
-    "push_lori_to_hub": "hub",
+    "push_lori_to_hub": "hub.push",
 }
 
 __all__ = sorted(_MODULES)

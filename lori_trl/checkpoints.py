@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from accelerate.logging import get_logger
-from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from .adapter import read_lori_config
+from .adapter.layout import ADAPTER_WEIGHTS, masks_name
+from .adapter.record import read_record
+from .adapter.safetensors import opened
 
 logger = get_logger(__name__)
 
@@ -30,7 +31,7 @@ def find_checkpoint(output_dir: Path, calibration_dir: Path, task: str) -> Path:
     """
     if checkpoint := _last_complete_checkpoint(output_dir):
         return checkpoint
-    if (calibration_dir / "masks" / f"{task}.safetensors").is_file():
+    if (calibration_dir / masks_name(task)).is_file():
         return calibration_dir  # killed between the calibration's end and the first checkpoint
     if checkpoint := _last_complete_checkpoint(calibration_dir):
         return checkpoint
@@ -46,9 +47,9 @@ def _last_complete_checkpoint(folder: Path) -> Path | None:
     for checkpoint in sorted(checkpoints, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         try:
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            read_lori_config(checkpoint)
-            with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
+            read_record(checkpoint)
+            with opened(checkpoint / ADAPTER_WEIGHTS):
                 return checkpoint
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             logger.warning(f"Passing over the half-written checkpoint {checkpoint}: {error}")
     return None

@@ -30,7 +30,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         `ValueError`: an optimizer or scheduler object, no adapter, one that LoRI is not defined for, or rows that are
             no text.
     """
-    args, model, rows = given.get("args"), given["model"], given.get("train_dataset")
+    args, model = given.get("args"), given["model"]
+    rows, evaluated = given.get("train_dataset"), given.get("eval_dataset") or {}
     if not isinstance(args, LoriArguments):
         raise TypeError(
             f"`args` is a {type(args).__name__}, which has no LoRI fields. Pass a `LoriSFTConfig`, or a config "
@@ -53,7 +54,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         )
     check_not_empty(rows)
     if given.get("formatting_func") is None:
-        check_text(rows)
+        check_text(rows, "train_dataset")
+        for name, more in (evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}).items():
+            check_text(more, name)
     if isinstance(rows, IterableDataset):
         args.check_streaming()
     if args.warmup_steps and args.lr_scheduler_type == "constant":
@@ -64,23 +67,34 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def check_trained(
-    model: PeftModel, adapter_name: str, weights: Mapping[str, nn.Parameter], weight_decay: float
+    model: PeftModel, adapter_name: str, weights: Mapping[str, nn.Parameter], args: LoriArguments
 ) -> None:
     """
-    Check what of a model is trained; warn of a weight decay that decays nothing.
+    Check what of a model is trained; warn of B that is frozen in part, and of a weight decay that decays nothing.
 
     Raises:
-        `ValueError`: B is frozen, or something is trained that would not be saved.
+        `ValueError`: B is frozen, something is trained that would not be saved, or that tasks can't share.
     """
     if not any(weight.requires_grad for weight in weights.values()):
         raise ValueError(
             f"Nothing of adapter {adapter_name!r} can be trained: every lora_B is frozen. LoRI trains B. "
             "Load the adapter with `is_trainable=True`."
         )
-    if not dense_parameters(model, adapter_name) and weight_decay:
+    if frozen := [path for path, weight in weights.items() if not weight.requires_grad]:
         logger.warning(
-            f"`weight_decay={weight_decay}` has no effect: B is exempt, for decay would pull the entries outside the "
-            "mask towards zero. Leave it unset to silence this."
+            f"{len(frozen)} of {len(weights)} modules have a frozen lora_B and are not trained, e.g. {frozen[0]}. To "
+            "train them too, set `requires_grad_()`."
+        )
+    dense = dense_parameters(model, adapter_name)
+    if dense and args.disjoint_masks:
+        raise ValueError(
+            f"`disjoint_masks=True`, but {len(dense)} parameters besides B are trained, e.g. {next(iter(dense))}. Every "
+            "task would change them for the others. Allowed is B alone. Leave `modules_to_save` and `trainable_token_indices` out of the `LoraConfig`, or `disjoint_masks` unset."
+        )
+    if args.weight_decay and not dense:
+        logger.warning(
+            f"`weight_decay={args.weight_decay}` has no effect: B is exempt, for decay would pull the entries outside "
+            "the mask towards zero. Leave it unset to silence this."
         )
 
 

@@ -1,33 +1,23 @@
 """Several tasks in one adapter: what is still free, who owns what, and taking one task out again."""
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
-from .adapter import (
-    CONFIG_NAME,
-    PEFT_FILES,
-    RUN_FACTS,
-    plain_folder,
-    read_lori_config,
-    read_masks,
-    staged,
-    task_records,
-    write_card,
-)
-from .heatmaps import draw_density
-from .layers import module_path
-from .masks import LoriMasks, check_header, pools
-from .model_card import PICTURE_NAME
+from .adapter.facts import TaskRecord
+from .adapter.folder import AdapterFolder, open_adapter
+from .adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
+from .adapter.record import LoriRecord, read_record
+from .adapter.write import check_output, complete, staged
+from .layers import module_path, pools
+from .masks import LoriMasks
 from .selection import num_to_select
-
-_TOKENIZER_FILES = ("tokenizer", "chat_template", "special_tokens")
 
 
 def feasible_entries(shapes: Mapping[str, Sequence[int]], earlier: Mapping[str, LoriMasks]) -> LoriMasks:
@@ -72,13 +62,13 @@ class OwnedTask:
         task (`str`): its name.
         trained (`int`): entries of B that its mask has.
         owned (`int`): those of them that no later task has trained again.
-        record (`dict[str, Any]`): what `lori_config.json` says of its run: data, steps, calibration.
+        record ([`TaskRecord`]): what is known of its run: data, steps, calibration.
     """
 
     task: str
     trained: int
     owned: int
-    record: dict[str, Any]
+    record: TaskRecord
 
 
 @dataclass(frozen=True)
@@ -101,28 +91,26 @@ class TaskLedger:
     more_tasks: int
 
 
-def read_ledger(adapter: str | Path) -> TaskLedger:
+def read_ledger(adapter: str | Path, *, allow_modified: bool = False) -> TaskLedger:
     """
     Read who owns how much of an adapter's B.
 
     Args:
         adapter (`str` or `Path`): its folder, compact file or repository on the Hub.
+        allow_modified (`bool`, *optional*, defaults to `False`): as of [`load_lori_adapter`].
 
     Raises: as [`load_lori_adapter`].
     """
-    with plain_folder(adapter) as folder:
-        config, masks = _read_tasks(folder)
-    newest = masks[config["tasks"][-1]["task"]]
+    with open_adapter(adapter, allow_modified=allow_modified) as opened:
+        record, masks = _record_of_tasks(opened), opened.masks
+    newest = masks[record.tasks[-1].task]
     free, owned = feasible_entries({path: mask.shape for path, mask in newest.items()}, {}), {}
     for task in reversed(masks):
         owned[task] = (masks[task] & free).num_selected
         free = free - masks[task]
     sparsity = 1 - newest.density if newest.sparsity is None else newest.sparsity
     return TaskLedger(
-        tasks=[
-            OwnedTask(record["task"], record["selected"], owned[record["task"]], record)
-            for record in task_records(config)
-        ],
+        tasks=[OwnedTask(task.task, task.selected, owned[task.task], task) for task in record.history],
         numel=free.numel,
         free=free.num_selected,
         sparsity=sparsity,
@@ -130,7 +118,7 @@ def read_ledger(adapter: str | Path) -> TaskLedger:
     )
 
 
-def extract_task(adapter: str | Path, task: str, output_dir: str | Path) -> None:
+def extract_task(adapter: str | Path, task: str, output_dir: str | Path, *, allow_modified: bool = False) -> None:
     """
     Write one task's own adapter: A, and of B the entries that this task trained.
 
@@ -140,16 +128,18 @@ def extract_task(adapter: str | Path, task: str, output_dir: str | Path) -> None
         adapter (`str` or `Path`): the adapter with several tasks: its folder, compact file or repository on the Hub.
         task (`str`): which task.
         output_dir (`str` or `Path`): a new folder.
+        allow_modified (`bool`, *optional*, defaults to `False`): as of [`load_lori_adapter`].
 
     Raises:
         `FileNotFoundError`: the adapter has no such task.
         `FileExistsError`: `output_dir` is not empty.
         `ValueError`: other tasks have trained entries of this one, so that its values are not its own.
     """
-    _rewrite(adapter, task, output_dir, keep=lambda tasks: [task], change=lambda B, mask: B.masked_fill(~mask, 0))
+    with _tasks_of(adapter, task, output_dir, allow_modified) as opened:
+        _rewrite(opened, [task], output_dir, lambda B, mask: B.masked_fill(~mask, 0), opened.masks[task])
 
 
-def remove_task(adapter: str | Path, task: str, output_dir: str | Path) -> None:
+def remove_task(adapter: str | Path, task: str, output_dir: str | Path, *, allow_modified: bool = False) -> None:
     """
     Write an adapter without one of its tasks: this task's entries of B are 0 again, all others are bit-identical.
 
@@ -160,69 +150,84 @@ def remove_task(adapter: str | Path, task: str, output_dir: str | Path) -> None:
         adapter (`str` or `Path`): the adapter with several tasks: its folder, compact file or repository on the Hub.
         task (`str`): which task.
         output_dir (`str` or `Path`): a new folder.
+        allow_modified (`bool`, *optional*, defaults to `False`): as of [`load_lori_adapter`].
 
     Raises: as [`extract_task`], and `ValueError` where it is the only task.
     """
 
-    def others(tasks: list[str]) -> list[str]:
-        if tasks == [task]:
+    with _tasks_of(adapter, task, output_dir, allow_modified) as opened:
+        others = [name for name in opened.masks if name != task]
+        if not others:
             raise ValueError(
                 f"`task={task!r}` is the only task of `{adapter}`. Another one must remain. To be rid of it, do "
                 "without the adapter."
             )
-        return [name for name in tasks if name != task]
-
-    _rewrite(adapter, task, output_dir, keep=others, change=lambda B, mask: B.masked_fill(mask, 0))
+        _rewrite(opened, others, output_dir, lambda B, mask: B.masked_fill(mask, 0), opened.masks[task])
 
 
-def _rewrite(adapter, task, output_dir, *, keep, change) -> None:
+@contextmanager
+def _tasks_of(adapter: str | Path, task: str, output_dir: str | Path, allow_modified: bool) -> Iterator[AdapterFolder]:
+    """Open an adapter of which a task can be taken apart, after a look at where the result goes."""
     output_dir = Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    check_output(output_dir, [adapter])
+    if output_dir.exists() and any(output_dir.iterdir()):
         raise FileExistsError(
             f"`output_dir={output_dir}` is not empty. The changed adapter goes to a new folder, and the old one stays "
             "as it is. Pass another name."
         )
-    with plain_folder(adapter) as folder:
-        config, masks = _read_tasks(folder)
-        if task not in masks:
+    with open_adapter(adapter, allow_modified=allow_modified) as opened:
+        _record_of_tasks(opened)
+        if task not in opened.masks:
             raise FileNotFoundError(
-                f"`task={task!r}` is not in `{adapter}`. It has {', '.join(masks)}. Pass one of these."
+                f"`task={task!r}` is not in `{adapter}`. It has {', '.join(opened.masks)}. Pass one of these."
             )
-        _check_own(task, masks)
-        kept = keep(list(masks))
-        check_header(folder / PEFT_FILES[1])
-        state = load_file(folder / PEFT_FILES[1])
-        masks[task].check_shapes({module_path(name): B.shape for name, B in state.items() if ".lora_B." in name})
-        state = {
-            name: change(tensor, masks[task][module_path(name)]) if ".lora_B." in name else tensor
-            for name, tensor in state.items()
-        }
-        remaining = {name: masks[name] for name in kept}
-        config = _config_of(config, remaining)
-        with staged(output_dir) as stage:
-            for file in folder.iterdir():
-                if file.name == PEFT_FILES[0] or file.name.startswith(_TOKENIZER_FILES):
-                    shutil.copy(file, stage / file.name)
-            save_file(state, stage / PEFT_FILES[1], metadata={"format": "pt"})
-            for task_masks in remaining.values():
-                task_masks.save_pretrained(stage)
-            (stage / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            draw_density(remaining, stage / PICTURE_NAME)
-            write_card(stage, stage)
+        _check_own(task, opened.masks)
+        yield opened
 
 
-def _read_tasks(folder: Path) -> tuple[dict[str, Any], dict[str, LoriMasks]]:
-    config = read_lori_config(folder)
-    if config.get("merge"):
+def _rewrite(
+    adapter: AdapterFolder,
+    tasks: Sequence[str],
+    output_dir: str | Path,
+    change: Callable[[Tensor, Tensor], Tensor],
+    mask: LoriMasks,
+) -> None:
+    """Write an adapter with some of its tasks, B changed by what a task's mask says."""
+    contents, masks = adapter.contents(), {name: adapter.masks[name] for name in tasks}
+    state = {
+        name: change(tensor, mask[module_path(name)]) if ".lora_B." in name else tensor
+        for name, tensor in contents.tensors.items()
+    }
+    newest = masks[tasks[-1]]
+    record = contents.record.keeping(
+        tasks,
+        sparsity=newest.sparsity,
+        granularity=newest.granularity,
+        threshold=newest.threshold,
+        selected=newest.num_selected,
+    )
+    with staged(output_dir) as stage:
+        for file in adapter.folder.iterdir():
+            if file.name == ADAPTER_CONFIG or file.name in TOKENIZER_FILES:
+                shutil.copy(file, stage / file.name)
+        save_file(state, stage / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        for task_masks in masks.values():
+            task_masks.save_pretrained(stage)
+        complete(stage, record, newest)
+
+
+def _record_of_tasks(adapter: AdapterFolder) -> LoriRecord:
+    record = adapter.record or read_record(adapter.folder)
+    if record.merge is not None:
         raise ValueError(
-            f"`{folder}` is a merged adapter. The ledger is kept for adapters that learnt their tasks one after the "
-            "other. Use the adapters that were merged."
+            f"`{adapter.name}` is a merged adapter. The ledger is kept for adapters that learnt their tasks one after "
+            "the other. Use the adapters that were merged."
         )
-    if not config["tasks"]:
+    if not record.tasks:
         raise ValueError(
-            f"`{folder}` holds no task with masks. An adapter has them once it is calibrated. Pass one that is."
+            f"`{adapter.name}` holds no task with masks. An adapter has them once it is calibrated. Pass one that is."
         )
-    return config, read_masks(folder, config)
+    return record
 
 
 def _check_own(task: str, masks: Mapping[str, LoriMasks]) -> None:
@@ -233,22 +238,3 @@ def _check_own(task: str, masks: Mapping[str, LoriMasks]) -> None:
             f"`task={task!r}` shares entries of B: {', '.join(shared)}. Their values come from both tasks and cannot "
             "be taken apart. Only disjoint tasks can: train with `disjoint_masks=True`."
         )
-
-
-def _config_of(config: Mapping[str, Any], masks: Mapping[str, LoriMasks]) -> dict[str, Any]:
-    """Describe an adapter that has only these of its tasks left."""
-    task, newest = list(masks.items())[-1]
-    records = [record for record in task_records(config) if record["task"] in masks]
-    facts = {name: records[-1].get(name) for name in RUN_FACTS}
-    records[-1] = {name: value for name, value in records[-1].items() if name not in RUN_FACTS}
-    return {
-        **config,
-        "task": task,
-        "variant": "LoRI-D" if newest.sparsity == 0 else "LoRI-S",
-        "sparsity": newest.sparsity,
-        "granularity": newest.granularity,
-        "threshold": newest.threshold,
-        **facts,
-        "counts": {**config["counts"], "selected": newest.num_selected},
-        "tasks": records,
-    }

@@ -1,8 +1,10 @@
-"""Files that are replaced in one step."""
+"""Files that are read with care and replaced in one step."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 
 @contextmanager
@@ -19,3 +21,43 @@ def replacing(file: str | Path) -> Iterator[Path]:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_json(file: str | Path, max_bytes: int) -> Any:
+    """
+    Read a JSON file whose contents are not trusted.
+
+    Args:
+        file (`str` or `Path`): the file.
+        max_bytes (`int`): how large it may be.
+
+    Raises:
+        `ValueError`: it is larger, no JSON in UTF-8, nested too deeply, or holds NaN or infinity.
+    """
+    file = Path(file)
+    if file.stat().st_size > max_bytes:
+        raise ValueError(
+            f"`{file}` has {file.stat().st_size / 1e6:.0f} MB. Such a file has at most {max_bytes / 1e6:.0f} MB. Do "
+            "not use it; fetch it again."
+        )
+    try:
+        return parse_json(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`{file}` is unreadable ({describe_fault(error)}). It must be plain JSON. Fetch or save it again."
+        ) from error
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON as the standard has it: without NaN and infinity. Raises `ValueError` or `RecursionError`."""
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def describe_fault(error: Exception) -> str:
+    """Say in a few words what was wrong with a file's contents, without quoting them at length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")

@@ -18,21 +18,19 @@ Maps = Sequence[tuple[str, Mapping[tuple[int, str], float]]]  # each a title, an
 _USUAL_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def draw_density(masks: Mapping[str, LoriMasks], file: Path) -> bool:
+def draw_density(masks: LoriMasks | None, file: Path) -> bool:
     """
-    Draw the density of the newest task's mask by layer and projection, where matplotlib is installed
-    (`lori-trl[plots]`).
+    Draw the density of a mask by layer and projection, where matplotlib is installed (`lori-trl[plots]`).
 
     Returns:
         `bool`: whether it was drawn: without matplotlib, or for all of B, there is nothing to see.
 
     Source: paper Figure 6.
     """
-    newest = list(masks.values())[-1] if masks else None
-    if newest is None or newest.density == 1 or not is_matplotlib_available():
+    if masks is None or masks.density == 1 or not is_matplotlib_available():
         return False
-    cells = newest.by_layer_and_projection()
-    maps = [(f"Trained entries of B, mean {100 * newest.density:.2g} %", cells)]
+    cells = masks.by_layer_and_projection()
+    maps = [(f"Trained entries of B, mean {100 * masks.density:.2g} %", cells)]
     with canvas() as figure_of:
         figure = figure_of(figsize=(1.5 * WIDTH, maps_height(maps)), dpi=110)
         draw_maps(maps, "% of the entries", 100, True, figure)

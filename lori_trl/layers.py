@@ -1,6 +1,7 @@
 """Which layers carry an adapter, and what their modules and tensors are called."""
 
 import re
+from collections.abc import Callable, Iterable
 
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
@@ -29,6 +30,11 @@ def module_path(name: str) -> str:
     name = ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
     name = name.removeprefix("module.").removeprefix("base_model.model.")
     return re.sub(r"\.lora_[AB](\..*)?$", "", name)
+
+
+def tensor_name(path: str, part: str) -> str:
+    """Return the name that PEFT's file has for a module's `lora_A` or `lora_B`."""
+    return f"base_model.model.{path}.{part}.weight"
 
 
 def lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
@@ -60,3 +66,37 @@ def lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
             "`target_parameters` unset."
         )
     return dict(sorted(layers.items()))
+
+
+def layer_of(path: str) -> str:
+    """Return the layer's number in a module path, the first number there; -1 where there is none."""
+    number = re.search(r"\.(\d+)\.", f".{path}.")
+    return number.group(1) if number else "-1"
+
+
+def _module_of(path: str) -> str:
+    name = re.search(r"\.\d+\.(\w+)", f".{path}")
+    return name.group(1) if name else path
+
+
+def projection_of(path: str) -> str:
+    """Return the projection's name in a module path, its last part, e.g. `q_proj`."""
+    return path.rpartition(".")[2]
+
+
+# What makes a pool of entries that compete with each other: module path -> the pool's name (paper section 3.5).
+GRANULARITIES: dict[str, Callable[[str], str]] = {
+    "model": lambda path: "model",
+    "module": _module_of,
+    "projection": projection_of,
+    "layer": layer_of,
+    "matrix": lambda path: path,
+}
+
+
+def pools(paths: Iterable[str], granularity: str) -> dict[str, list[str]]:
+    """Group module paths into the pools within which entries compete: the pool's name -> its paths."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(GRANULARITIES[granularity](path), []).append(path)
+    return groups

@@ -1,68 +1,24 @@
-"""The mask: which entries of B a task may train. Its algebra, its statistics, its files."""
+"""The mask: which entries of B a task may train. Its algebra, its statistics."""
 
-import hashlib
-import json
-import pickle
-import re
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import CommitInfo
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .download import fetch_from_hub, is_repo_id
-from .files import replacing
-from .layers import module_path
-from .selection import num_to_select, select_largest
-
-FORMAT = "lori_masks"
-FORMAT_VERSION = 1
-MASKS_FOLDER = "masks"
-COMPACT_NAME, COMPACT_FORMAT = "adapter_compact.safetensors", "lori_compact"
-
-_TASK_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
-_AUTHORS_FILE = re.compile(r"(0\.\d+)_mask\.pt")
-_AUTHORS_DEFAULT = f"{MASKS_FOLDER}/0.9_mask.pt"  # the paper's sparsity; their repositories may hold others
-_MAX_HEADER_BYTES = 10_000_000  # that of Llama-3-8B has 40 kB; a parser would build gigabytes from 100 MB
-
-
-def _layer(path: str) -> str:
-    number = re.search(r"\.(\d+)\.", f".{path}.")
-    return number.group(1) if number else "-1"
-
-
-def _module(path: str) -> str:
-    name = re.search(r"\.\d+\.(\w+)", f".{path}")
-    return name.group(1) if name else path
-
-
-def _projection(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-# What makes a pool of entries that compete with each other: module path -> the pool's name (paper section 3.5).
-GRANULARITIES: dict[str, Callable[[str], str]] = {
-    "model": lambda path: "model",
-    "module": _module,
-    "projection": _projection,
-    "layer": _layer,
-    "matrix": lambda path: path,
-}
-
-
-def pools(paths: Iterable[str], granularity: str) -> dict[str, list[str]]:
-    """Group module paths into the pools within which entries compete: the pool's name -> its paths."""
-    groups: dict[str, list[str]] = {}
-    for path in paths:
-        groups.setdefault(GRANULARITIES[granularity](path), []).append(path)
-    return groups
+from .adapter.authors import read_authors_masks
+from .adapter.compact import is_compact, read_compact_masks
+from .adapter.layout import check_task_name, choose, masks_name
+from .adapter.mask_files import MasksMetadata, find_masks, pick_task, read_masks, write_masks
+from .hub.commit import push_files
+from .hub.download import fetch_from_hub, is_repo_id
+from .layers import GRANULARITIES, layer_of, module_path, pools, projection_of
+from .projections import Projection
+from .selection import check_sparsity, num_to_select, select_largest
 
 
 class LoriMasks(Mapping):
@@ -82,9 +38,9 @@ class LoriMasks(Mapping):
             Over what the entries competed.
         threshold (`float`, *optional*):
             The smallest selected saliency (over all pools).
-        projection (`dict[str, Any]`, *optional*):
-            `init`, `seed` and `fingerprint` of the A that the masks were calibrated on. A mask's second index counts
-            A's random directions, so a mask means nothing for another A.
+        projection ([`Projection`], *optional*):
+            The A that the masks were calibrated on. A mask's second index counts A's random directions, so a mask
+            means nothing for another A.
 
     Raises:
         `TypeError`: a tensor is not boolean.
@@ -108,7 +64,7 @@ class LoriMasks(Mapping):
         sparsity: float | None = None,
         granularity: str = "model",
         threshold: float | None = None,
-        projection: dict[str, Any] | None = None,
+        projection: Projection | None = None,
     ):
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
@@ -258,15 +214,15 @@ class LoriMasks(Mapping):
 
     def by_layer(self) -> dict[int, float]:
         """Return the density of every layer (the first number in a module path; -1 where there is none)."""
-        return self._density_by(lambda path: int(_layer(path)))
+        return self._density_by(lambda path: int(layer_of(path)))
 
     def by_layer_and_projection(self) -> dict[tuple[int, str], float]:
         """Return the density of every cell of the paper's Figure 6: (layer, projection type)."""
-        return self._density_by(lambda path: (int(_layer(path)), _projection(path)))
+        return self._density_by(lambda path: (int(layer_of(path)), projection_of(path)))
 
     def by_projection(self) -> dict[str, float]:
         """Return the density of every projection type (the last part of a module path), e.g. `q_proj`."""
-        return self._density_by(_projection)
+        return self._density_by(projection_of)
 
     def _density_by(self, key: Callable[[str], Any]) -> dict[Any, float]:
         groups: dict[Any, list[Tensor]] = {}
@@ -305,9 +261,9 @@ class LoriMasks(Mapping):
             )
 
     @property
-    def metadata(self) -> dict[str, Any]:
-        """What is stored beside the entries: the keyword arguments that make these masks again."""
-        return {name: vars(self)[name] for name in ("task", "sparsity", "granularity", "threshold", "projection")}
+    def metadata(self) -> MasksMetadata:
+        """What is stored beside the entries: its fields are the keyword arguments that make these masks again."""
+        return MasksMetadata(self.task, self.sparsity, self.granularity, self.threshold, self.projection)
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -324,19 +280,7 @@ class LoriMasks(Mapping):
         Raises:
             `ValueError`: `task` is unset or no valid name.
         """
-        check_task_name(self.task)
-        file = Path(folder) / MASKS_FOLDER / f"{self.task}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        packed = {
-            path: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None, bitorder="little"))
-            for path, mask in self.items()
-        }
-        shapes = {path: list(mask.shape) for path, mask in self.items()}
-        metadata = {"format_version": FORMAT_VERSION, **self.metadata, "shapes": shapes}
-        metadata["sha256"] = _checksum(metadata, packed)
-        with replacing(file) as partial:
-            save_file(packed, partial, metadata={FORMAT: json.dumps(metadata)})
-        return file
+        return write_masks(folder, self, self.metadata)
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, **kwargs: Any) -> CommitInfo:
         """
@@ -349,12 +293,10 @@ class LoriMasks(Mapping):
 
         Raises: as [`push_lori_to_hub`].
         """
-        from .hub import push_files  # the Hub's module is built on this one
-
         with tempfile.TemporaryDirectory() as stage:
             file = self.save_pretrained(stage)
             kwargs.setdefault("commit_message", f"LoRI masks: {self.task}")
-            return push_files({f"{MASKS_FOLDER}/{file.name}": file}, repo_id, token=token, **kwargs)
+            return push_files({masks_name(self.task): file}, repo_id, token=token, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -389,155 +331,14 @@ class LoriMasks(Mapping):
             check_task_name(task)
         path = Path(folder_file_or_repo)
         if is_repo_id(folder_file_or_repo):
-            path = fetch_from_hub(str(folder_file_or_repo), choose_mask_files, revision=revision, token=token)
-        file = _find_mask_file(path, task)
+            masks_alone = partial(choose, weights=False)
+            path = fetch_from_hub(str(folder_file_or_repo), masks_alone, revision=revision, token=token)
+        file = find_masks(path, task)
         if file.suffix == ".pt":
-            return cls._read_authors(file, task)
-        check_header(file)
-        if COMPACT_FORMAT in _metadata(file):
-            from .compact import read_compact_masks  # the compact form is built on this module
-
+            entries, metadata = read_authors_masks(file, task)
+        elif is_compact(file):
             masks = read_compact_masks(file)
-            return masks[_pick_task(masks, task, path)]
-        return cls._read(file)
-
-    @classmethod
-    def _read(cls, file: Path) -> "LoriMasks":
-        try:
-            metadata = json.loads(_metadata(file)[FORMAT])
-            with safe_open(file, framework="pt") as opened:
-                packed = {path: opened.get_tensor(path) for path in opened.keys()}  # noqa: SIM118
-            version = metadata.pop("format_version")
-            if version > FORMAT_VERSION:
-                raise ValueError(
-                    f"`{file}` has format_version {version}. This lori_trl reads versions up to {FORMAT_VERSION}. "
-                    "Upgrade lori_trl."
-                )
-            if metadata.pop("sha256") != _checksum({"format_version": version, **metadata}, packed):
-                raise SafetensorError("the contents do not match their checksum")
-            masks = {path: _unpack(packed[path], shape) for path, shape in metadata.pop("shapes").items()}
-            check_task_name(metadata["task"])
-            return cls(masks, **metadata)
-        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"`{file}` is not a readable mask file: {error}. A mask file is what `LoriMasks.save_pretrained` "
-                "writes. Fetch or save it again."
-            ) from error
-
-    @classmethod
-    def _read_authors(cls, file: Path, task: str | None) -> "LoriMasks":
-        """Read a mask of the authors' code: a dict of full parameter names to bool, pickled by torch."""
-        try:
-            with zipfile.ZipFile(file) as archive:  # torch stores without compression; a bomb would not
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise zipfile.BadZipFile("it is compressed")
-            names = torch.load(file, map_location="cpu", weights_only=True)
-            masks = {module_path(name): mask != 0 for name, mask in names.items()}
-            if len(masks) != len(names) or not masks:
-                raise ValueError(f"{len(names)} names stand for {len(masks)} modules")
-            sparsity = _AUTHORS_FILE.fullmatch(file.name)
-            return cls(masks, task=task, sparsity=float(sparsity[1]) if sparsity else None)
-        except (RuntimeError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, pickle.PickleError) as error:
-            raise ValueError(
-                f"`{file}` is no mask file of the LoRI authors' code ({type(error).__name__}). Such a file is a "
-                "pickled dict of parameter names to bool tensors and nothing else; nothing of it was executed. Do not "
-                "use it, or convert it where you trust it."
-            ) from None
-
-
-def check_sparsity(sparsity: float) -> None:
-    """Raise `TypeError` or `ValueError` unless a sparsity is a number in [0, 1)."""
-    if not isinstance(sparsity, (int, float)):
-        raise TypeError(f"`sparsity={sparsity!r}` is no number. Pass a fraction in [0, 1), e.g. `sparsity=0.9`.")
-    if not 0 <= sparsity < 1:
-        raise ValueError(
-            f"`sparsity={sparsity}` is outside [0, 1). Pass a fraction, e.g. `sparsity=0.9` to train 10 % of B."
-        )
-
-
-def check_task_name(task: str | None) -> None:
-    """Raise `ValueError` unless a task's name can be a file's name everywhere."""
-    if not isinstance(task, str) or not re.fullmatch(_TASK_NAME, task):
-        raise ValueError(
-            f"`task_name={task!r}` cannot name a file. Up to 96 letters, digits, '.', '_' and '-' are allowed, the "
-            "first a letter or digit. Pass e.g. `task_name='code'`."
-        )
-
-
-def check_header(file: Path) -> None:
-    """Raise `ValueError` before a safetensors file's header is parsed, if it is larger than any adapter's."""
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-    if size > _MAX_HEADER_BYTES:
-        raise ValueError(
-            f"`{file}` announces {size / 1e6:,.0f} MB of metadata, or is no safetensors file. An adapter's have at "
-            f"most {_MAX_HEADER_BYTES / 1e6:.0f} MB. Do not use this file; fetch or save it again."
-        )
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"`{file}` is not a readable mask file: {error}. A mask file is what `LoriMasks.save_pretrained` writes. "
-            "Fetch or save it again."
-        ) from error
-
-
-def choose_mask_files(names: list[str]) -> list[str]:
-    """Choose what to fetch of a repository: our masks, else the compact form, else the authors' masks."""
-    ours = [name for name in names if re.fullmatch(rf"{MASKS_FOLDER}/{_TASK_NAME}\.safetensors", name)]
-    ours += [name for name in names if name == COMPACT_NAME and not ours]
-    if ours:
-        return [*(name for name in names if name == "lori_config.json"), *ours]
-    theirs = [name for name in names if re.fullmatch(rf"{MASKS_FOLDER}/{_AUTHORS_FILE.pattern}", name)]
-    return [_AUTHORS_DEFAULT] if _AUTHORS_DEFAULT in theirs else theirs[:1] if len(theirs) == 1 else []
-
-
-def _find_mask_file(path: Path, task: str | None) -> Path:
-    if path.is_file():
-        return path
-    folder = path / MASKS_FOLDER if (path / MASKS_FOLDER).is_dir() else path
-    files = {file.stem: file for file in sorted(folder.glob("*.safetensors")) if not file.stem.startswith("adapter_")}
-    compact, theirs = path / COMPACT_NAME, sorted(folder.glob("*_mask.pt"))
-    if not files and compact.is_file():
-        return compact
-    if not files and theirs:
-        return next((file for file in theirs if file.name == Path(_AUTHORS_DEFAULT).name), theirs[0])
-    if not files:
-        raise FileNotFoundError(
-            f"`{path}` holds no masks. Masks are a .safetensors file or a folder with `{MASKS_FOLDER}/<task>"
-            ".safetensors` in it, here or on the Hub as `namespace/name`. Pass the folder that `save_model()` wrote."
-        )
-    return files[_pick_task(files, task, path)]
-
-
-def _pick_task(tasks: Mapping[str, Any], task: str | None, path: Path) -> str:
-    if task is not None and task not in tasks:
-        raise FileNotFoundError(
-            f"`{path}` has no masks of task {task!r}. It has those of {', '.join(tasks)}. Pass one of these as `task`."
-        )
-    if task is None and len(tasks) > 1 and (path / "lori_config.json").is_file():
-        task = json.loads((path / "lori_config.json").read_text(encoding="utf-8"))["task"]
-    if task in tasks:
-        return task
-    files = [name for name, file in tasks.items() if isinstance(file, Path)]
-    return max(files, key=lambda name: tasks[name].stat().st_mtime) if files else list(tasks)[-1]
-
-
-def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
-    rows, rank = shape
-    if packed.dtype != torch.uint8 or min(shape) < 0 or packed.numel() != -(-rows * rank // 8):
-        raise SafetensorError(f"{packed.numel()} bytes cannot be a mask of shape {shape}")
-    bits = np.unpackbits(packed.numpy(), count=rows * rank, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)).view(rows, rank)
-
-
-def _checksum(metadata: Mapping[str, Any], packed: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for path in sorted(packed):
-        digest.update(path.encode())
-        digest.update(packed[path].numpy().tobytes())
-    return digest.hexdigest()
+            entries, metadata = masks[pick_task(masks, task, path)]
+        else:
+            entries, metadata = read_masks(file)
+        return cls(entries, **vars(metadata))

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -12,6 +13,26 @@ from torch import Tensor
 from .layers import lora_layers
 
 PROJECTION_INITS = ("gaussian", "kaiming_uniform")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """
+    Which A an adapter has: how to draw it again, and how to recognise it.
+
+    Args:
+        init (`str` or `None`): one of `PROJECTION_INITS`; unknown where A came with a foreign adapter.
+        seed (`int` or `None`): the projection seed; likewise.
+        fingerprint (`str`): see [`fingerprint`].
+    """
+
+    init: str | None
+    seed: int | None
+    fingerprint: str
+
+    def same_draw(self, other: "Projection") -> bool:
+        """Say whether two come from one seed, though one of them may be rounded to bfloat16."""
+        return self.seed is not None and (self.seed, self.init) == (other.seed, other.init)
 
 
 def derive_projection_seed(seed: int, task_name: str) -> int:

@@ -33,8 +33,14 @@ def check_not_empty(rows: Dataset | IterableDataset | None) -> None:
     Check that there are rows.
 
     Raises:
+        `TypeError`: they are no data set.
         `ValueError`: there are none.
     """
+    if not isinstance(rows, Dataset | IterableDataset | None):
+        raise TypeError(
+            f"`train_dataset` is a {type(rows).__name__}. Allowed is a `datasets.Dataset` or `IterableDataset`. Pass "
+            "one split of a `DatasetDict`, or make one of a list with `Dataset.from_list`."
+        )
     if rows is None or next(iter(rows), None) is None:
         raise ValueError("`train_dataset` has no rows. At least one is needed. Pass a `datasets.Dataset` with rows.")
 
@@ -44,9 +50,13 @@ def have_images(rows: Dataset | IterableDataset) -> bool:
     return not {"image", "images"}.isdisjoint(next(iter(rows)))
 
 
-def check_text(rows: Dataset | IterableDataset) -> None:
+def check_text(rows: Dataset | IterableDataset, argument: str) -> None:
     """
     Check that TRL's columns hold text or messages: in all rows, or in the first 100 of a stream.
+
+    Args:
+        rows (`Dataset` or `IterableDataset`): the rows.
+        argument (`str`): what they were passed as.
 
     Raises:
         `ValueError`: a row holds something else there.
@@ -60,7 +70,7 @@ def check_text(rows: Dataset | IterableDataset) -> None:
         for column in columns:
             if not _is_text(row[column]):
                 raise ValueError(
-                    f"Row {number} of `train_dataset` has `{column}={row[column]!r}`. Allowed is text, or a list of "
+                    f"Row {number} of `{argument}` has `{column}={row[column]!r}`. Allowed is text, or a list of "
                     "messages with a role and content. Correct the row, or leave it out."
                 )
 

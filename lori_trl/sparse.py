@@ -54,6 +54,8 @@ def sparse_training(
     undo: list[Callable[[], None]] = []
     try:
         for path, layer in lora_layers(model, adapter_name).items():
+            if not layer.lora_B[adapter_name].weight.requires_grad:
+                continue  # frozen by hand, and so it stays
             mask = None if masks is None or masks[path].all() else masks[path]
             if backend == "packed":
                 undo.append(_pack(layer, adapter_name, mask))

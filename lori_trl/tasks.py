@@ -132,6 +132,8 @@ class LoriScriptArguments(ScriptArguments):
             are also looked up beside the recipe.
         adapter_name_or_path (`str`, *optional*):
             A LoRI adapter to continue. Its rank, alpha and target modules are kept.
+        allow_modified (`bool`, *optional*, defaults to `False`):
+            Continue an adapter that was changed after `lori_trl` saved it, e.g. by training it on with plain PEFT.
     """
 
     recipe: str | None = field(
@@ -147,6 +149,10 @@ class LoriScriptArguments(ScriptArguments):
     adapter_name_or_path: str | None = field(
         default=None,
         metadata={"help": "A LoRI adapter to continue. Its rank, alpha and target modules are kept."},
+    )
+    allow_modified: bool = field(
+        default=False,
+        metadata={"help": "Continue an adapter that was changed after lori_trl saved it, e.g. with plain PEFT."},
     )
 
 

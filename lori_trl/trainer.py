@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
@@ -21,19 +21,22 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from .adapter import FORMAT_VERSION, read_lori_config, save_lori_adapter, task_records
+from .adapter.facts import Calibration, Counts, TaskRecord
+from .adapter.record import LoriRecord, read_record
+from .adapter.write import save_lori_adapter
+from .card import CardFacts
 from .checkpoints import find_checkpoint
 from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
 from .dense import dense_parameters, set_back, show_bias_of_tied_head
 from .engines import check_engine
-from .hub import MEMORY, logged, make_repo, push_in_background, push_lori_to_hub
+from .hub.commit import make_repo
+from .hub.push import MEMORY, logged, push_in_background, push_lori_to_hub
 from .layers import lora_layers
 from .lora_options import check_variants, for_language_part
 from .masks import LoriMasks
-from .model_card import CardFacts
-from .projections import Fingerprint, derive_projection_seed, freeze_projections, init_projections
+from .projections import Fingerprint, Projection, derive_projection_seed, freeze_projections, init_projections
 from .rows import have_images, name_of_data
 from .saliency import GradientAgreement, random_saliency
 from .selection import num_to_select
@@ -102,21 +105,21 @@ class LoriTrainerMixin:
 
         self.phase = "adaptation"
         self.recipe: dict[str, Any] | None = None
-        self.calibration: dict[str, Any] | None = None
+        self.calibration: Calibration | None = None
         self.calibration_log: list[dict[str, Any]] = []
         self.adapter_name = self.model.active_adapters[0]
         self.lora_layers = lora_layers(self.model, self.adapter_name)
         check_variants(self.lora_layers, self.adapter_name)
         show_bias_of_tied_head(self.model)
         self.earlier_masks: dict[str, LoriMasks] = dict(vars(self.model).get("lori_masks", {}))
-        self.earlier_tasks: list[dict[str, Any]] = list(vars(self.model).get("lori_tasks", []))
+        self.earlier_tasks = [TaskRecord.from_dict(task) for task in vars(self.model).get("lori_tasks", [])]
         self.projection = self._init_projection(given_masks) if peft_config is not None else self._keep_projection()
-        check_trained(self.model, self.adapter_name, self.weights, self.args.weight_decay)
+        check_trained(self.model, self.adapter_name, self.weights, self.args)
         self.initial_weights = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
         self._fresh_state = {name: copy.deepcopy(vars(self)[name]) for name in _STATE_OF_A_PHASE & vars(self).keys()}
 
         self.masks: LoriMasks | None = self.earlier_masks.pop(self.task_name, None)
-        self.earlier_tasks = [record for record in self.earlier_tasks if record["task"] in self.earlier_masks]
+        self.earlier_tasks = [record for record in self.earlier_tasks if record.task in self.earlier_masks]
         self.feasible = self._feasible_entries() if self.args.disjoint_masks else None
         if given_masks is not None:
             self.masks = self._adopt(given_masks)
@@ -128,7 +131,7 @@ class LoriTrainerMixin:
         elif self.args.calibration_method == "random":
             self.masks = self._draw_masks()
         check_selection(self.masks, self.weights, self.args.sparsity, self.args.mask_granularity)
-        self.card_facts = CardFacts(self, rows)
+        self.card_facts = CardFacts(self.model.get_base_model(), rows, self._tag_names)
         self.add_callback(self.card_facts)
         self.callback_handler.callbacks.insert(0, _PhaseCallback(self))
 
@@ -193,17 +196,17 @@ class LoriTrainerMixin:
             with self._sparse_training(self.feasible):
                 output = super().train(resume_from_checkpoint)
                 saliency = self._saliency()
-            self.calibration = {
-                "method": self.args.calibration_method,
-                "learning_rate": self.args.learning_rate,
-                "steps": output.global_step,
-                "samples": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-                "loss": output.training_loss,
-            }
+            self.calibration = Calibration(
+                method=self.args.calibration_method,
+                learning_rate=self.args.learning_rate,
+                steps=output.global_step,
+                samples=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+                loss=output.training_loss,
+            )
             self.calibration_log = self.state.log_history
         if not any(values.any() for values in saliency.values()):
             raise ValueError(
-                f"The calibration moved nothing in {self.calibration['steps']} steps at `calibration_learning_rate="
+                f"The calibration moved nothing in {self.calibration.steps} steps at `calibration_learning_rate="
                 f"{self.args.calibration_learning_rate}`, `calibration_method={self.args.calibration_method!r}`. A "
                 "mask is selected by how far B moved, or by its gradients. Raise the rate or the number of steps, and "
                 "check that the rows have completions to learn from."
@@ -228,7 +231,7 @@ class LoriTrainerMixin:
     def _draw_masks(self) -> LoriMasks:
         """Draw masks at random, from the run's seed and the task's name: no calibration, and no file is needed."""
         seed = derive_projection_seed(self.args.seed, self.task_name)
-        self.calibration = {"method": "random", "seed": seed}
+        self.calibration = Calibration(method="random", seed=seed)
         saliency = {path: random_saliency(path, weight.shape, seed=seed) for path, weight in self.weights.items()}
         return self._select(saliency, self.args.sparsity, self.task_name)
 
@@ -282,7 +285,7 @@ class LoriTrainerMixin:
     def _leave_record(self) -> None:
         """Tell the model which tasks it has, so that the next trainer on it knows them."""
         self.model.lori_masks = self._all_masks()
-        self.model.lori_tasks = task_records(self.lori_config)
+        self.model.lori_tasks = [task.to_dict() for task in self.record.history]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Exempt B from weight decay: it would pull the entries outside the mask towards zero."""
@@ -300,7 +303,7 @@ class LoriTrainerMixin:
             for path, weight in self.weights.items()
             if gather(change(weight, self.initial_weights[path])).cpu()[~self.masks[path]].any()
         ]
-        if moved or self._fingerprint() != self.projection["fingerprint"]:
+        if moved or self._fingerprint() != self.projection.fingerprint:
             raise RuntimeError(
                 f"`optim={self.args.optim.value}` moved frozen entries of {', '.join(moved[:3]) or 'A'}. LoRI needs "
                 "an optimizer that leaves entries without a gradient alone. Use e.g. `optim='adamw_torch'`."
@@ -308,19 +311,17 @@ class LoriTrainerMixin:
 
     # ---- the adapter -------------------------------------------------------------------------------------------
 
-    def _init_projection(self, masks: LoriMasks | None) -> dict[str, Any]:
+    def _init_projection(self, masks: LoriMasks | None) -> Projection:
         """Draw A anew for a fresh adapter: the one that given masks were calibrated on, or the task's own."""
-        known = (masks.projection if masks is not None else None) or {}
-        init = known.get("init") or self.args.projection_init
-        seed = self.args.projection_seed
-        if seed is None:
-            seed = known.get("seed")
+        known = (masks.projection if masks is not None else None) or Projection(None, None, "")
+        init = known.init or self.args.projection_init
+        seed = known.seed if self.args.projection_seed is None else self.args.projection_seed
         if seed is None:
             seed = derive_projection_seed(self.args.seed, self.task_name)
         init_projections(self.model, self.adapter_name, seed=seed, init=init)
-        return {"init": init, "seed": seed, "fingerprint": self._fingerprint()}
+        return Projection(init, seed, self._fingerprint())
 
-    def _keep_projection(self) -> dict[str, Any]:
+    def _keep_projection(self) -> Projection:
         """Keep the A of an adapter that is continued; where it came from is known if `lori_trl` loaded it."""
         freeze_projections(self.model, self.adapter_name)
         if not self.earlier_masks and any(weight.any() for weight in self.weights.values()):
@@ -330,9 +331,9 @@ class LoriTrainerMixin:
             )
         found = self._fingerprint()
         for masks in self.earlier_masks.values():
-            if masks.projection is not None and masks.projection["fingerprint"] == found:
+            if masks.projection is not None and masks.projection.fingerprint == found:
                 return masks.projection
-        return {"init": None, "seed": None, "fingerprint": found}
+        return Projection(None, None, found)
 
     def _fingerprint(self) -> str:
         """Fingerprint A as the engine holds it."""
@@ -376,9 +377,8 @@ class LoriTrainerMixin:
                 f"belong to {', '.join(self.earlier_masks)}. Disjoint masks share none. Leave `mask_name_or_path` "
                 "unset to calibrate on what is free, or leave `disjoint_masks` unset."
             )
-        theirs, mine = masks.projection or {"init": None, "seed": None, "fingerprint": None}, self.projection
-        same_draw = mine["seed"] is not None and (theirs["seed"], theirs["init"]) == (mine["seed"], mine["init"])
-        if theirs["fingerprint"] != mine["fingerprint"] and not same_draw:  # one of them may be rounded to bfloat16
+        own, given = self.projection, masks.projection
+        if given is None or given.fingerprint != own.fingerprint and not own.same_draw(given):
             logger.warning(
                 "The masks were not calibrated on this adapter's A, so their entries stand for other random "
                 "directions. To calibrate on this adapter, leave `mask_name_or_path` unset; for a fresh adapter, "
@@ -394,31 +394,24 @@ class LoriTrainerMixin:
         )
 
     @property
-    def lori_config(self) -> dict[str, Any]:
-        """What `lori_config.json` says of this run so far."""
-        lora_B = sum(full_shape(weight).numel() for weight in self.weights.values())
+    def record(self) -> LoriRecord:
+        """What is known of this run so far."""
         lora_A = sum(full_shape(layer.lora_A[self.adapter_name].weight).numel() for layer in self.lora_layers.values())
-        masks, records = self._all_masks(), {record["task"]: record for record in self.earlier_tasks}
-        sparsity = self.args.sparsity if self.masks is None else self.masks.sparsity
-        return {
-            "format_version": FORMAT_VERSION,
-            "task": self.task_name,
-            "phase": self.phase,
-            "variant": "LoRI-D" if sparsity == 0 else "LoRI-S",
-            "sparsity": sparsity,
-            "granularity": self.args.mask_granularity if self.masks is None else self.masks.granularity,
-            "threshold": None if self.masks is None else self.masks.threshold,
-            "projection": self.projection,
-            "calibration": self.calibration,
-            "counts": {
-                "lora": lora_A + lora_B,
-                "lora_B": lora_B,
-                "selected": None if self.masks is None else self.masks.num_selected,
-            },
-            "tasks": [records.get(task, {"task": task, "selected": masks[task].num_selected}) for task in masks],
-            "training": self.card_facts.facts,
-            "versions": {name: version(name) for name in ("lori_trl", "trl", "peft", "transformers", "torch")},
-        }
+        lora_B = sum(full_shape(weight).numel() for weight in self.weights.values())
+        masks = self.masks
+        return LoriRecord.of_run(
+            task=self.task_name,
+            phase=self.phase,
+            sparsity=self.args.sparsity if masks is None else masks.sparsity,
+            granularity=self.args.mask_granularity if masks is None else masks.granularity,
+            threshold=None if masks is None else masks.threshold,
+            projection=self.projection,
+            calibration=self.calibration,
+            counts=Counts(lora_A + lora_B, lora_B, None if masks is None else masks.num_selected),
+            selected={task: masks.num_selected for task, masks in self._all_masks().items()},
+            earlier=self.earlier_tasks,
+            training=self.card_facts.training,
+        )
 
     def _all_masks(self) -> dict[str, LoriMasks]:
         own = {} if self.masks is None else {self.task_name: self.masks}
@@ -439,7 +432,7 @@ class LoriTrainerMixin:
                 output_dir or self.args.output_dir,
                 self.accelerator.unwrap_model(self.model),
                 self.adapter_name,
-                lori_config=self.lori_config,
+                record=self.record,
                 masks=self._all_masks(),
                 state_dict=state_dict,
                 processing_class=self.processing_class,
@@ -537,38 +530,25 @@ class LoriTrainerMixin:
             folder = find_checkpoint(Path(self.args.output_dir), calibration_dir, self.task_name)
         else:
             folder = Path(resume_from_checkpoint)
-        config = self._check_same_run(folder)
-        if config["phase"] == "adaptation":
-            self._resume_masks(folder, config)
+        record = self._check_same_run(folder)
+        if record.phase == "adaptation":
+            self._resume_masks(folder, record)
         if folder != calibration_dir:
-            return config["phase"], str(folder)
+            return record.phase, str(folder)
         if dense_parameters(self.model, self.adapter_name):
             self._load_from_checkpoint(str(folder))  # as they were when the calibration began
         return None, None
 
-    def _check_same_run(self, folder: Path) -> dict[str, Any]:
-        """Return a checkpoint's `lori_config.json`; raise if it is not of a run like this one."""
-        theirs, mine = read_lori_config(folder), self.lori_config
-        for name, default in (("disjoint_masks", False), ("calibration_method", "train")):
-            theirs[name] = theirs["training"]["hyperparameters"].get(name, default)
-            mine[name] = getattr(self.args, name)
-        theirs["base_model"] = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        theirs["num_processes"], mine["num_processes"] = theirs["training"]["world_size"], self.args.world_size
-        mine["base_model"] = self.model.peft_config[self.adapter_name].base_model_name_or_path
-        if theirs["base_model"] and mine["base_model"]:  # a folder may have been moved
-            theirs["base_model"], mine["base_model"] = (Path(run["base_model"]).name for run in (theirs, mine))
-        compared = ("base_model", "task", "projection", "sparsity", "granularity", "disjoint_masks", "num_processes")
-        for what in (*compared, "calibration_method"):
-            if theirs[what] != mine[what]:
-                raise ValueError(
-                    f"`{folder}` was trained with {what} {theirs[what]}, this run has {mine[what]}. A run resumes "
-                    "with the base model, task, seed, sparsity and number of processes that it began with. Correct "
-                    "these, or start anew in another `output_dir`."
-                )
-        return theirs
+    def _check_same_run(self, folder: Path) -> LoriRecord:
+        """Return a checkpoint's record; raise if it is not of a run like this one."""
+        earlier = read_record(folder)
+        run = {name: getattr(self.args, name) for name in ("disjoint_masks", "calibration_method")}
+        training = replace(self.card_facts.training, hyperparameters=run, world_size=self.args.world_size)
+        replace(self.record, training=training).check_same_run(earlier, folder)
+        return earlier
 
-    def _resume_masks(self, folder: Path, config: dict[str, Any]) -> None:
-        self.calibration = config["calibration"]
+    def _resume_masks(self, folder: Path, record: LoriRecord) -> None:
+        self.calibration = record.calibration
         self.masks = self._adopt(LoriMasks.from_pretrained(folder, task=self.task_name))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -64,9 +64,7 @@ def check_run(trainer, base, *, inputs=None, tolerance: float = 0.0) -> None:
     """
     witness, before = Witness(trainer), values_of(base_weights(trainer.model))
     A = {path: layer.lora_A["default"].weight.detach().clone() for path, layer in trainer.lora_layers.items()}
-    drawn = {
-        path: draw_projection(path, *a.shape, seed=trainer.projection["seed"]).to(a.dtype) for path, a in A.items()
-    }
+    drawn = {path: draw_projection(path, *a.shape, seed=trainer.projection.seed).to(a.dtype) for path, a in A.items()}
     trainer.train()
     trainer.save_model()
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from lori_trl import LoriMasks, load_lori_adapter
-from lori_trl.adapter import read_lori_config
+from lori_trl.adapter.facts import Calibration
+from lori_trl.adapter.record import read_record
 from lori_trl.layers import lora_layers
 from lori_trl.projections import derive_projection_seed, init_projections
 from lori_trl.saliency import GradientAgreement, random_saliency
@@ -65,7 +66,7 @@ def test_gradient_selects_where_the_batches_agree(make_trainer, llama, accumulat
         ]
 
     plain = get_peft_model(copy.deepcopy(llama).train(), lora_config())
-    init_projections(plain, "default", seed=trainer.projection["seed"])
+    init_projections(plain, "default", seed=trainer.projection.seed)
     weights = {path: layer.lora_B["default"].weight for path, layer in lora_layers(plain, "default").items()}
     saliency = agreement(plain, weights, batches)
     assert trainer.masks == LoriMasks.select(saliency, 0.9)
@@ -73,7 +74,7 @@ def test_gradient_selects_where_the_batches_agree(make_trainer, llama, accumulat
     assert all((saliency[path] >= threshold)[mask].all() for path, mask in trainer.masks.items())
     assert trainer.masks.num_selected == num_to_select(0.9, trainer.masks.numel)
     assert trainer.masks.threshold == pytest.approx(threshold.item(), rel=1e-4)
-    assert trainer.calibration["method"] == "gradient" and trainer.calibration["steps"] == 5
+    assert trainer.calibration.method == "gradient" and trainer.calibration.steps == 5
 
 
 def test_the_adaptation_after_gradient_is_an_ordinary_one(make_trainer, tmp_path):
@@ -142,7 +143,7 @@ def test_random_needs_no_calibration(make_trainer, tmp_path):
     trainer.train()
     assert trainer.batches["calibration"] == [] and len(trainer.batches["adaptation"]) == 4
     trainer.save_model()
-    assert read_lori_config(tmp_path / "out")["calibration"] == {"method": "random", "seed": seed}
+    assert read_record(tmp_path / "out").calibration == Calibration(method="random", seed=seed)
     assert f"drawn at random from seed {seed}" in (tmp_path / "out" / "README.md").read_text()
 
 

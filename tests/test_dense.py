@@ -73,3 +73,22 @@ def test_weight_decay_without_anything_to_decay_gives_a_warning(make_trainer, ca
     make_trainer(weight_decay=0.1, peft_config=lora_config(modules_to_save=["lm_head"]))
     make_trainer()
     assert "weight_decay" not in caplog.text
+
+
+def test_tasks_that_share_nothing_cannot_share_a_whole_module(make_trainer):
+    with pytest.raises(ValueError, match="`disjoint_masks=True`, but 1 parameters besides B are trained.*lm_head"):
+        make_trainer(disjoint_masks=True, peft_config=lora_config(modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+def test_B_that_was_frozen_by_hand_stays_frozen(make_trainer, llama, backend, caplog):
+    model = get_peft_model(copy.deepcopy(llama), lora_config())
+    for name, parameter in model.named_parameters():
+        if "layers.0" in name:
+            parameter.requires_grad_(False)
+    trainer = make_trainer(model=model, sparse_backend=backend, max_steps=2, calibration_max_steps=2)
+    assert "7 of 14 modules have a frozen lora_B" in caplog.text
+    trainer.train()
+    for path, weight in trainer.weights.items():
+        assert bool(weight.any()) == weight.requires_grad == ("layers.1" in path)
+        assert not trainer.masks[path].any() or "layers.1" in path

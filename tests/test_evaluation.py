@@ -18,6 +18,9 @@ from tiny import lora_config
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from lori_trl.adapter.layout import COMPACT_NAME
+from lori_trl.adapter.record import read_record
+from lori_trl.card import render_model_card
 from lori_trl.cli import main
 from lori_trl.compact import export_compact
 from lori_trl.evaluation import (
@@ -37,8 +40,6 @@ from lori_trl.evaluation import (
     write_results,
 )
 from lori_trl.evaluation.harness import BENIGN_FILE, run_samples, score_benign, score_harmful, score_samples
-from lori_trl.masks import COMPACT_NAME
-from lori_trl.model_card import render_model_card
 from lori_trl.sandbox import run as sandbox_run
 from lori_trl.tasks import BENCHMARKS, TASKS
 
@@ -406,14 +407,17 @@ def test_figures_are_those_of_a_computation_by_hand(model, tokenizer, data, tmp_
     assert figures["gsm8k", "accuracy_strict"].value == 0 and figures["gsm8k", "unparsed_strict"].value == 7
 
 
-def test_isolation_is_checked_before_anything_is_generated(data, monkeypatch, caplog):
+def test_isolation_is_checked_before_anything_is_generated(data, monkeypatch, caplog, capsys):
     chosen = {"names": ["humaneval"], "paths": {None: str(data / "code")}, "allow_code_execution": True}
     monkeypatch.setattr(sandbox_run, "_refusal", lambda layers: "no" if layers[-1:] == ("mounts",) else None)
     monkeypatch.setattr(sandbox_run, "_layers", cache(sandbox_run._layers.__wrapped__))
     load_tasks(**chosen)
     assert "The sandbox for generated code is without mounts (no)" in caplog.text
-    with pytest.raises(ValueError, match="`--require_isolation` is given, and this machine refuses the namesp"):
-        load_tasks(**chosen, require_isolation=True)
+    call = ["--base_model", "none", "--tasks", "humaneval", "--dataset_path", str(data / "code")]
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", *call, "--allow_code_execution", "--require_isolation"])
+    assert exit.value.code == 2
+    assert "`--require_isolation` is given, and this machine refuses the namespaces mounts" in capsys.readouterr().err
 
 
 def test_samples_of_generated_code(model, tokenizer, data):
@@ -564,8 +568,13 @@ def test_one_table_for_the_base_and_several_models(adapters, data, tmp_path, cap
     }
     assert by_model["tiny-llama"] == by_model["whole"]  # the base, untouched by the adapters before
     assert len({by_model[name] for name in ("whole", "lori", "plain")}) == 3
-    facts = [json.loads(Path(adapters[0], name).read_text()) for name in ("lori_config.json", "adapter_config.json")]
-    card = render_model_card(*facts, {}, eval_results=json.loads(Path(adapters[0], "eval_results.json").read_text()))
+    peft = json.loads(Path(adapters[0], "adapter_config.json").read_text())
+    card = render_model_card(
+        read_record(adapters[0]),
+        peft,
+        None,
+        eval_results=json.loads(Path(adapters[0], "eval_results.json").read_text()),
+    )
     assert "accuracy_flexible" in card and str(tmp_path) not in card
 
 
@@ -583,10 +592,7 @@ def test_adapters_on_the_hub_and_compact_files(
         assert main(["eval", *names, *call]) == 0
         assert f"No file was written for me/lori, me/plain, me/compact, {compact}" in capsys.readouterr().out
         assert main(["eval", *names, *call, "--output_path", str(together)]) == 0
-        assert main(["eval", "me/lori", "me/plain", *call[2:]]) == 0  # they name their base
-        with pytest.raises(SystemExit):
-            main(["eval", "me/compact", *call[2:]])
-        assert "`me/compact` does not name one" in capsys.readouterr().err
+        assert main(["eval", "me/lori", "me/plain", "me/compact", *call[2:]]) == 0  # they name their base
     losses = {result["model"]["name"]: result["value"] for result in json.loads(together.read_text())["results"]}
     assert losses["me/lori"] == losses["me/compact"] == losses[compact.name] != losses["me/plain"]
 
@@ -644,10 +650,10 @@ def test_wrong_calls(adapters, data, tmp_path, capsys, model_folder):
         ([*one, "--metrics", "loss", "--dataset_path", str(data)], ["has no test.jsonl or test.json"]),
         ([*one, *gsm8k, str(data), "--limit", "0"], ["`--limit 0` is too few"]),
         ([*one, *gsm8k, str(data), "--max_new_tokens", "5000"], ["leaves no room for a prompt"]),
-        ([*one, *gsm8k, str(data), "--base_model", str(wide)], ["does not fit the base model", "Pass that one as"]),
+        ([*one, *gsm8k, str(data), "--base_model", str(wide)], ["does not fit the base model", "Load that base"]),
         ([*one, *gsm8k, str(data), "--base_model", "/no/such/model"], ["cannot be loaded as a model"]),
         (["/no/such/adapter", *gsm8k, str(data)], ["`/no/such/adapter` does not exist"]),
-        ([str(data), *gsm8k, str(data)], ["holds neither an adapter"]),
+        ([str(data), *gsm8k, str(data)], ["holds no adapter_config.json"]),
     ]
     for call, parts in calls:
         with pytest.raises(SystemExit) as exit:

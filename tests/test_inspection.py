@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from files_by_hand import change_tensors, write_record
 from hub_server import HubServer, client_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,7 +18,7 @@ from lori_trl import LoriMasks
 from lori_trl.cli import main
 from lori_trl.compact import export_compact
 from lori_trl.inspection import Magnitudes, inspect_adapters, inspection_sections
-from lori_trl.projections import draw_projection, fingerprint
+from lori_trl.projections import Projection, draw_projection, fingerprint
 
 SHAPES = {"self_attn.q_proj": (24, 16), "self_attn.v_proj": (12, 16), "mlp.down_proj": (16, 40)}
 RANK, ALPHA = 4, 12
@@ -56,14 +57,8 @@ def write(folder: Path, weights: dict, masks: list[LoriMasks] | None = None, **c
     if masks:
         for mask in masks:
             mask.save_pretrained(folder)
-        lori = {
-            "format_version": 1,
-            "task": masks[-1].task,
-            "tasks": [{"task": mask.task, "selected": mask.num_selected} for mask in masks],
-            "counts": {"lora": 1, "lora_B": 1},
-            "projection": {"fingerprint": fingerprint({path: A for path, (A, _) in weights.items()})},
-        }
-        (folder / "lori_config.json").write_text(json.dumps(lori))
+        A = {path: pair[0] for path, pair in weights.items()}
+        write_record(folder, masks, Projection(None, None, fingerprint(A)))
     return folder
 
 
@@ -240,7 +235,9 @@ def test_entries_outside_every_mask_are_reported(tmp_path):
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
     outside = int((state[name] == 0).sum())
     save_file(state | {name: torch.ones_like(state[name])}, folder / "adapter_model.safetensors")
-    inspection = inspect_adapters([folder])
+    with pytest.raises(ValueError, match=f"{name} is not what was saved.*allow_modified=True"):
+        inspect_adapters([folder])
+    inspection = inspect_adapters([folder], allow_modified=True)
     assert inspection.adapters[0].outside == outside
     assert any(f"{outside:,} entries" in note for note in inspection.notes)
 
@@ -261,7 +258,7 @@ def test_plain_lora_the_authors_adapters_and_compact_ones_come_from_the_hub(tmp_
         server.create("tomg/authors", files=plain | {"masks/0.9_mask.pt": Path("m.pt").read_bytes()})
         inspection = inspect_adapters(["me/plain", "tomg/authors"])
     unmasked, authors = inspection.tasks
-    assert [unmasked.name, authors.name] == ["me/plain", "tomg/authors"]
+    assert [unmasked.name, authors.name] == ["me/plain", "authors"]
     assert not unmasked.masked and unmasked.density == pytest.approx(mask.density)
     assert authors.masked and authors.selected == authors.owned == mask.num_selected
     assert unmasked.norm == authors.norm == local.tasks[0].norm
@@ -402,13 +399,15 @@ def spoil(folder: Path, name: str) -> None:
     file = folder / "adapter_model.safetensors"
     state = load_file(file)
     first = sorted(state)[0]
+    if name.endswith("plain LoRA"):
+        (folder / "lori_config.json").unlink()
     if name == "nan":
-        save_file(state | {first: torch.full_like(state[first], math.nan)}, file)
+        change_tensors(folder, lambda tensors: tensors[first].fill_(math.nan))
     elif name == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
-    elif name == "no B":
+    elif name.startswith("no B"):
         save_file({key: tensor for key, tensor in state.items() if key == first or "lora_A" in key}, file)
-    elif name == "no lora":
+    elif name.startswith("no lora"):
         save_file({"lm_head.weight": torch.ones(2, 2)}, file)
     elif name == "no weights":
         file.unlink()
@@ -431,8 +430,10 @@ def spoil(folder: Path, name: str) -> None:
     [
         ("nan", "holds NaN or infinity"),
         ("truncated", "unreadable"),
-        ("no B", "no pair of lora_A"),
-        ("no lora", "holds no lora_A and lora_B"),
+        ("no B", "name different tensors"),
+        ("no lora", "name different tensors"),
+        ("no B in plain LoRA", "no pair of lora_A"),
+        ("no lora in plain LoRA", "holds no lora_A and lora_B"),
         ("no weights", "holds no adapter_model.safetensors"),
         ("no config", "holds no adapter_config.json"),
         ("dora", "use_dora=True"),

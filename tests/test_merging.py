@@ -22,18 +22,19 @@ from tiny import lora_config, make_llama, make_trainer, trained_adapter
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks, LoriSFTTrainer, load_lori_adapter, merge_lori_adapters, push_lori_to_hub
-from lori_trl.adapter_file import base_name
+from lori_trl.adapter.folder import base_name
+from lori_trl.adapter.safetensors import SafetensorsWriter
 from lori_trl.cli import main
 from lori_trl.cli.merge import recipe_parser
 from lori_trl.compact import expand, export_compact
 from lori_trl.evaluation import completion_loss
-from lori_trl.hub import adapter_files, push_files
+from lori_trl.hub.commit import push_files
+from lori_trl.hub.push import adapter_files
 from lori_trl.layers import module_path
 from lori_trl.merge_search import search_merge_weights
 from lori_trl.merging import METHODS
-from lori_trl.projections import draw_projection, fingerprint
+from lori_trl.projections import Projection, draw_projection, fingerprint
 from lori_trl.recipes import find_recipe, read_recipe, shipped_folder
-from lori_trl.streaming import SafetensorsWriter
 
 SHAPES = {  # (out_features, in_features)
     "model.layers.0.mlp.up_proj": (24, 16),
@@ -383,8 +384,9 @@ def test_what_lies_beside_the_merge(lori_adapters, tmp_path):
     assert config["task"] == "code-math" and [record["task"] for record in config["tasks"]] == ["code", "math"]
     first = config["merge"]["adapters"][0]
     assert (first["task"], first["weight"], first["source"], first["rank"]) == ("code", 0.5, "code-lori-s", 4)
-    digest = subprocess.check_output(["sha256sum", lori_adapters[0] / "adapter_model.safetensors"], text=True)
-    assert first["sha256"]["adapter_model.safetensors"] == digest.split()[0]
+    for name, digest in first["sha256"].items():
+        assert subprocess.check_output(["sha256sum", lori_adapters[0] / name], text=True).split()[0] == digest
+    assert set(first["sha256"]) == {"adapter_config.json", "lori_config.json"}  # that has the tensors' own
     recipe = yaml.safe_load((merged / "recipe.yaml").read_text())
     assert recipe == {"adapters": [str(folder) for folder in lori_adapters], "weights": [0.5, 0.4], "method": "concat"}
     again = merge_lori_adapters(**recipe, output_dir=tmp_path / "again")
@@ -396,7 +398,7 @@ def test_what_lies_beside_the_merge(lori_adapters, tmp_path):
     with safe_open(merged / "adapter_model.safetensors", framework="pt") as opened:
         A = {module_path(name): opened.get_tensor(name) for name in opened.keys() if ".lora_A." in name}  # noqa: SIM118
     assert config["projection"]["fingerprint"] == fingerprint(A)
-    assert LoriMasks.from_pretrained(merged).projection == config["projection"]
+    assert LoriMasks.from_pretrained(merged).projection == Projection(**config["projection"])
 
 
 def test_one_adapter_keeps_the_seed_of_its_a(lori_adapters, tmp_path):
@@ -432,6 +434,7 @@ def test_a_merge_is_pushed_and_merged_from_the_hub(lori_adapters, tmp_path, monk
             "README.md",
             "adapter_config.json",
             "adapter_model.safetensors",
+            "density.png",
             "lori_config.json",
             "masks/code.safetensors",
             "masks/math.safetensors",
@@ -645,7 +648,7 @@ def test_a_merge_that_changes_nothing_is_refused(tmp_path):
 def test_an_input_is_not_written_over(tmp_path):
     adapter = write_adapter(tmp_path / "a")
     before = {file.name: file.read_bytes() for file in adapter.iterdir()}
-    with pytest.raises(ValueError, match="is one of the adapters to merge"):
+    with pytest.raises(ValueError, match="lie in each other"):
         merge_lori_adapters([adapter], output_dir=tmp_path / "." / "a")
     assert before == {file.name: file.read_bytes() for file in adapter.iterdir()}
 
@@ -657,7 +660,9 @@ def test_a_failed_merge_leaves_the_last_one_whole(tmp_path):
     merged = merge_lori_adapters([write_adapter(tmp_path / "a")], output_dir=tmp_path / "merged")
     before = {file: file.read_bytes() for file in merged.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match="NaN or infinite"):
-        merge_lori_adapters([write_adapter(tmp_path / "b", change=diverged)], output_dir=merged)
+        merge_lori_adapters([write_adapter(tmp_path / "b", change=diverged)], output_dir=merged, overwrite=True)
+    with pytest.raises(FileExistsError, match="holds an adapter already.*overwrite=True"):
+        merge_lori_adapters([tmp_path / "a"], 0.5, output_dir=merged)
     assert before == {file: file.read_bytes() for file in merged.rglob("*") if file.is_file()}
 
 
@@ -709,6 +714,7 @@ def test_a_recipe_runs_as_its_header_says(file, tmp_path, monkeypatch):
         merge = json.loads(Path("merged", "lori_config.json").read_text())["merge"]
         assert [adapter["weight"] for adapter in merge["adapters"]] == [weight] * len(recipe["adapters"])
         assert merge["method"] == recipe["method"] and merge.get("density") == recipe.get("density")
+        shutil.rmtree("merged")
     assert main(["recipes", "validate", str(file)]) == 0
 
 

@@ -112,8 +112,8 @@ def test_the_next_trainer_on_the_model_knows_the_first_task(make_trainer, tmp_pa
     assert second.earlier_masks == {"code": first.masks} and second.projection == first.projection
     second.train()
     assert not (second.masks & first.masks).num_selected
-    assert [record["task"] for record in second.lori_config["tasks"]] == ["code", "math"]
-    assert second.lori_config["tasks"][0]["calibration"] == first.calibration
+    assert [task.task for task in second.record.tasks] == ["code", "math"]
+    assert second.record.tasks[0].calibration == first.calibration
 
 
 def test_a_trained_adapter_without_a_record_gives_a_warning(make_trainer, llama, caplog):

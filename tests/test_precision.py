@@ -20,7 +20,7 @@ def check_trained(trainer):
         assert torch.isfinite(B).all()
         moved += int((B != trainer.initial_weights[path]).sum())
     assert moved > 0.8 * trainer.masks.num_selected
-    assert fingerprint(projections(trainer.model, "default")) == trainer.projection["fingerprint"]
+    assert fingerprint(projections(trainer.model, "default")) == trainer.projection.fingerprint
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adafactor", "sgd", "lion_32bit", "paged_adamw_8bit"])

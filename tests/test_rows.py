@@ -1,7 +1,7 @@
 """Rows that hold no text are refused by number, before the first step."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -29,3 +29,14 @@ def test_no_rows(make_trainer, columns):
 
 def test_columns_that_are_not_used_may_hold_anything(make_trainer):
     make_trainer(train_dataset=Dataset.from_list([{"prompt": "w1", "completion": "w2", "score": None}]))
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "w1", "completion": "w2"}], DatasetDict()])
+def test_what_is_no_data_set(make_trainer, rows):
+    with pytest.raises(TypeError, match="`train_dataset` is a (list|DatasetDict). Allowed is a `datasets.Dataset`"):
+        make_trainer(train_dataset=rows)
+
+
+def test_a_bad_row_to_evaluate_on(make_trainer):
+    with pytest.raises(ValueError, match="Row 0 of `eval_dataset` has `completion=None`"):
+        make_trainer(eval_dataset=Dataset.from_list([{"prompt": "w1", "completion": None}]))

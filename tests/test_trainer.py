@@ -2,11 +2,13 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import lora_config
+from files_by_hand import change_record
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -14,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig
 
 from lori_trl import LoriMasks, LoriSFTTrainer, load_lori_adapter
-from lori_trl.projections import projections
+from lori_trl.projections import Projection, projections
 from lori_trl.selection import num_to_select
 
 
@@ -38,8 +40,13 @@ class Losses(TrainerCallback):
         self.losses += [logs[name] for name in ("loss", "calibration_loss") if name in logs]
 
 
-def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer):
-    """The paper's Algorithm 1 in plain PyTorch: calibration losses, mask, adaptation losses, B."""
+def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer, accumulate=1, max_norm=None):
+    """
+    The paper's Algorithm 1 in plain PyTorch: calibration losses, mask, adaptation losses, B.
+
+    `rates` has a function for each phase: step -> learning rate. With `accumulate`, a step is of several batches, and
+    its loss the mean over all their tokens; with `max_norm`, the gradient on the mask is clipped.
+    """
     layers = {name: module for name, module in model.named_modules() if name in A}
     B = {
         name: torch.zeros(layer.weight.shape[0], A[name].shape[0], requires_grad=True)
@@ -48,18 +55,28 @@ def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer):
     for name, layer in layers.items():
         layer.register_forward_hook(lambda _, x, y, name=name: y + x[0] @ A[name].T @ B[name].T * scaling)
 
-    def train(batches, rate, masks=None):
+    def backward(batch, tokens):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / tokens
+        loss.backward()
+        return loss.item()
+
+    def train(batches, rate_of, masks=None):
         losses = []
-        optimizer = make_optimizer(B.values(), rate)
-        for batch in batches:
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+        optimizer = make_optimizer(B.values(), rate_of(0))
+        for step, first in enumerate(range(0, len(batches), accumulate)):
+            together = batches[first : first + accumulate]
+            tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in together)
             optimizer.zero_grad()
-            loss.backward()
+            losses.append(sum(backward(batch, tokens) for batch in together))
             for name in B if masks else ():
                 B[name].grad *= masks[name]
+            if max_norm is not None:
+                torch.nn.utils.clip_grad_norm_(B.values(), max_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = rate_of(step)
             optimizer.step()
-            losses.append(loss.item())
         return losses
 
     calibration = train(batches["calibration"], rates[0])
@@ -73,32 +90,64 @@ def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer):
     return calibration, masks, train(batches["adaptation"], rates[1], masks), {name: B[name].detach() for name in B}
 
 
+RATES = {"sgd": (0.25, 0.5), "adamw_torch": (5e-3, 1e-2)}
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw_torch": lambda B, lr: torch.optim.AdamW(B, lr, weight_decay=0.0)}
+
+
 @pytest.mark.parametrize("backend", ["packed", "hook"])
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+@pytest.mark.parametrize("optim", RATES)
 def test_follows_algorithm_1(make_trainer, llama, optim, backend):
-    losses = Losses()
+    losses, (calibration_rate, rate) = Losses(), RATES[optim]
     trainer = make_trainer(
         trainer_class=RecordingTrainer,
         callbacks=[losses],
         optim=optim,
         sparse_backend=backend,
         max_grad_norm=0.0,
-        learning_rate=0.5 if optim == "sgd" else 1e-2,
-        calibration_learning_rate=0.25 if optim == "sgd" else 5e-3,
+        learning_rate=rate,
+        calibration_learning_rate=calibration_rate,
         max_steps=8,
         calibration_max_steps=6,
     )
     trainer.train()
-    A = projections(trainer.model, "default")
-    makers = {"sgd": torch.optim.SGD, "adamw_torch": lambda B, lr: torch.optim.AdamW(B, lr, weight_decay=0.0)}
+    A, rates = projections(trainer.model, "default"), (lambda step: calibration_rate, lambda step: rate)
     calibration, masks, adaptation, B = algorithm_1(
-        copy.deepcopy(llama).train(),
-        A,
-        2.0,
-        trainer.batches,
-        0.9,
-        (trainer.args.calibration_learning_rate, trainer.args.learning_rate),
-        makers[optim],
+        copy.deepcopy(llama).train(), A, 2.0, trainer.batches, 0.9, rates, OPTIMIZERS[optim]
+    )
+    assert losses.losses == pytest.approx(calibration + adaptation, abs=2e-6)
+    assert trainer.masks == LoriMasks(masks)
+    for path, weight in trainer.weights.items():
+        torch.testing.assert_close(weight.detach(), B[path], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+def test_follows_algorithm_1_with_accumulation_clipping_and_a_cosine(make_trainer, llama, rows, backend):
+    """Rows of different lengths, so that the batches of a step have different numbers of tokens."""
+    losses, uneven = (
+        Losses(),
+        rows.map(lambda row, i: {"completion": row["completion"] + " w3" * (i % 4)}, with_indices=True),
+    )
+    trainer = make_trainer(
+        trainer_class=RecordingTrainer,
+        callbacks=[losses],
+        train_dataset=uneven,
+        sparse_backend=backend,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.05,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        learning_rate=1e-2,
+        max_steps=6,
+        calibration_max_steps=5,
+    )
+    trainer.train()
+
+    def cosine(step):
+        return 1e-2 * (step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 4)) / 2)
+
+    A, rates = projections(trainer.model, "default"), (lambda step: 5e-3, cosine)
+    calibration, masks, adaptation, B = algorithm_1(
+        copy.deepcopy(llama).train(), A, 2.0, trainer.batches, 0.9, rates, OPTIMIZERS["adamw_torch"], 2, 0.05
     )
     assert losses.losses == pytest.approx(calibration + adaptation, abs=2e-6)
     assert trainer.masks == LoriMasks(masks)
@@ -120,7 +169,8 @@ def test_lori_d_follows_algorithm_1_without_a_mask(make_trainer, llama):
     batches = {"calibration": trainer.batches["adaptation"], "adaptation": []}
     assert trainer.batches["calibration"] == [] and trainer.masks.density == 1.0
     A = projections(trainer.model, "default")
-    expected = algorithm_1(copy.deepcopy(llama).train(), A, 2.0, batches, 0.0, (0.5, 0.5), torch.optim.SGD)[0]
+    rates = (lambda step: 0.5, lambda step: 0.5)
+    expected = algorithm_1(copy.deepcopy(llama).train(), A, 2.0, batches, 0.0, rates, torch.optim.SGD)[0]
     assert losses.losses == pytest.approx(expected, abs=2e-6)
 
 
@@ -203,7 +253,7 @@ def test_calibration_leaves_B_at_zero_and_density_exact(make_trainer):
     trainer.calibrate()
     assert all(not weight.any() for weight in trainer.weights.values())
     assert trainer.masks.num_selected == num_to_select(0.9, trainer.masks.numel)
-    assert trainer.calibration["steps"] == 3 and trainer.calibration["loss"] > 0
+    assert trainer.calibration.steps == 3 and trainer.calibration.loss > 0
     assert trainer.masks.projection == trainer.projection
 
 
@@ -225,7 +275,7 @@ def test_calibration_has_its_own_length_rate_and_rows(make_trainer):
     )
     trainer.train()
     assert seen == [(1e-3, 6, True), (5e-3, 16, True)]  # 8 rows x 3 epochs / 4; 32 rows x 2 epochs / 4
-    assert trainer.calibration["samples"] == 8
+    assert trainer.calibration.samples == 8
 
 
 def test_callbacks_see_the_B_that_the_step_has_made(make_trainer):
@@ -401,7 +451,7 @@ def test_resuming_gives_the_undisturbed_run(make_trainer, tmp_path, stop_in):
     resumed.train(resume_from_checkpoint=True)
     steps = tuple(len(resumed.batches[phase]) for phase in ("calibration", "adaptation"))
     assert steps == {"calibration": (2, 4), "adaptation": (0, 2)}[stop_in]
-    assert resumed.masks == whole.masks and resumed.calibration["steps"] == 4
+    assert resumed.masks == whole.masks and resumed.calibration.steps == 4
     assert all(torch.equal(resumed.weights[path], whole.weights[path]) for path in whole.weights)
 
 
@@ -426,7 +476,6 @@ def test_a_checkpoint_of_another_run_is_refused(make_trainer, tmp_path):
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         make_trainer().train(resume_from_checkpoint=True)
     make_trainer(save_strategy="steps", save_steps=2).train()
-    kept = (tmp_path / "out" / "checkpoint-4" / "lori_config.json").read_text()
     for changes, what in (
         ({"sparsity": 0.5}, "sparsity 0.9, this run has 0.5"),
         ({"sparsity": 0.0}, "sparsity 0.9, this run has 0.0"),
@@ -437,13 +486,9 @@ def test_a_checkpoint_of_another_run_is_refused(make_trainer, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"was trained with {what}"):
             make_trainer(**changes).train(resume_from_checkpoint=True)
-    config = json.loads(kept)
-    config["training"]["world_size"] = 2
-    (tmp_path / "out" / "checkpoint-4" / "lori_config.json").write_text(json.dumps(config))
+    change_record(tmp_path / "out" / "checkpoint-4", lambda values: values["training"].update(world_size=2))
     with pytest.raises(ValueError, match="was trained with num_processes 2, this run has 1"):
         make_trainer().train(resume_from_checkpoint=True)
-    (tmp_path / "out" / "checkpoint-4" / "lori_config.json").write_text(kept)
-    assert (tmp_path / "out" / "checkpoint-4" / "lori_config.json").read_text() == kept
 
 
 def test_a_checkpoint_of_another_base_is_refused(make_trainer, tmp_path, llama):
@@ -474,7 +519,7 @@ def test_a_second_task_keeps_A_starts_from_B_and_remembers_the_first(make_traine
     trainer.save_model()
     config = json.loads((tmp_path / "out" / "lori_config.json").read_text())
     assert [task["task"] for task in config["tasks"]] == ["code", "math"] and config["task"] == "math"
-    assert config["projection"] == LoriMasks.from_pretrained(adapter_folder).projection
+    assert Projection(**config["projection"]) == LoriMasks.from_pretrained(adapter_folder).projection
     assert LoriMasks.from_pretrained(tmp_path / "out", task="code") == LoriMasks.from_pretrained(adapter_folder)
     assert LoriMasks.from_pretrained(tmp_path / "out") == trainer.masks
 
@@ -485,4 +530,4 @@ def test_a_plain_peft_adapter_can_be_continued(make_trainer, llama):
     trainer = make_trainer(model=model)
     trainer.train()
     assert all(torch.equal(A[path], tensor) for path, tensor in projections(trainer.model, "default").items())
-    assert trainer.projection["seed"] is None
+    assert trainer.projection.seed is None

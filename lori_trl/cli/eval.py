@@ -5,6 +5,8 @@ import os
 import warnings
 from pathlib import Path
 
+from .options import add_allow_modified
+from .targets import check_targets
 from .terminal import show
 
 
@@ -37,6 +39,7 @@ def add_parser(commands) -> None:
     add("--allow_code_execution", action="store_true", help="run the code that models write, in a sandbox")
     add("--require_isolation", action="store_true", help="refuse to run it on a machine without namespaces")
     add("--output_path", type=Path, help="one more JSON file, with the results of all models and the base")
+    add_allow_modified(evaluation)
     evaluation.set_defaults(func=run)
 
 
@@ -55,7 +58,8 @@ def run(options: argparse.Namespace) -> None:
             "and `--metrics loss`. Pass what to measure."
         )
     paths = _local_data(options.dataset_path)
-    base_name = models.find_base_model(options.base_model, options.models)
+    check_targets({"--output_path": options.output_path}, [*options.models, *paths.values()])
+    base_name = models.find_base_model(options.base_model, options.models, allow_modified=options.allow_modified)
     folders = [name for name in options.models if os.path.isdir(name) and os.access(name, os.W_OK)]
     for folder in folders:
         results.read_results(folder)
@@ -98,11 +102,11 @@ def run(options: argparse.Namespace) -> None:
         model, tokenizer = models.load_model(base_name, options.dtype)
         adapters = [name for name in options.models if name not in whole]
         for name in adapters:
-            with models.with_adapter(model, name):  # whatever does not fit fails before hours of work
-                pass
+            with models.with_adapter(model, name, allow_modified=options.allow_modified):
+                pass  # whatever does not fit fails before hours of work
         measure(base_name, "base", model, tokenizer, None)
         for name in adapters:
-            with models.with_adapter(model, name) as adapted:
+            with models.with_adapter(model, name, allow_modified=options.allow_modified) as adapted:
                 own = models.own_tokenizer(name, tokenizer)
                 measure(name, _label(name, options.models), adapted, own, base_name)
         del model

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .options import add_allow_modified
+from .targets import check_targets
 from .terminal import show
 
 
@@ -16,7 +18,11 @@ def add_parser(commands) -> None:
     export.add_argument("--compact", action="store_true", required=True, help="the form: seed, positions and values")
     export.add_argument("folder", type=Path, help="the adapter's folder")
     export.add_argument("file", type=Path, help="the new file")
-    export.add_argument("--dtype", choices=["bfloat16", "float16"], help="round the values; by default they are exact")
+    export.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "int8"], help="round the values; by default they are exact"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    add_allow_modified(export)
     export.set_defaults(func=run)
 
 
@@ -25,6 +31,12 @@ def run(options: argparse.Namespace) -> None:
 
     from ..compact import export_compact
 
+    check_targets({"file": options.file}, [options.folder])
+    if options.file.exists() and not options.overwrite:
+        raise FileExistsError(
+            f"`{options.file}` exists. An adapter goes to a new file. Pass another name, or `--overwrite` to "
+            "replace it."
+        )
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    file = export_compact(options.folder, options.file, dtype=dtype)
+    file = export_compact(options.folder, options.file, dtype=dtype, allow_modified=options.allow_modified)
     show(f"{file}: {file.stat().st_size:,} bytes")

@@ -1,9 +1,10 @@
 """`lori inspect`: where tasks train, and how far their masks and deltas meet."""
 
 import argparse
-import os
 from pathlib import Path
 
+from .options import add_allow_modified
+from .targets import check_targets
 from .terminal import show
 
 
@@ -18,6 +19,7 @@ def add_parser(commands) -> None:
     inspect.add_argument("--save", type=Path, metavar="FILE.png|FOLDER", help="draw one picture, or a folder of them")
     inspect.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no network")
     inspect.add_argument("--json", metavar="FILE", help="write the numbers; - for the standard output, without tables")
+    add_allow_modified(inspect)
     inspect.set_defaults(func=run)
 
 
@@ -33,12 +35,20 @@ def run(options: argparse.Namespace) -> None:
     to_screen = options.json == "-"
     json_file = Path(options.json) if options.json and not to_screen else None
     one_picture = options.save is not None and options.save.suffix == ".png"
-    for option, file in (("save", options.save), ("html", options.html), ("json", json_file)):
-        if file is not None:
-            _check_target(option, file, folder=option == "save" and not one_picture)
+    if options.save is not None and options.save.suffix not in ("", ".png") and not options.save.is_dir():
+        raise ValueError(
+            f"`--save {options.save}` is neither a .png nor a folder. Allowed is a file that ends in .png, or a "
+            "folder. Pass another name."
+        )
+    check_targets(
+        {"--save": options.save, "--html": options.html, "--json": json_file},
+        options.adapters,
+        folders=[] if one_picture else ["--save"],
+    )
     console = Console(stderr=True)
     inspection = inspect_adapters(
         options.adapters,
+        allow_modified=options.allow_modified,
         track=lambda paths: track(paths, "reading", console=console, transient=True, disable=not console.is_terminal),
     )
     sections = inspection_sections(inspection)
@@ -62,14 +72,3 @@ def run(options: argparse.Namespace) -> None:
     for section in sections:
         show(section.for_terminal(), "")
     show(*(f"- {note}" for note in inspection.notes), *(f"written: {file}" for file in files))
-
-
-def _check_target(option: str, target: Path, *, folder: bool) -> None:
-    """Raise unless a file or folder can be written, before work goes into what to write."""
-    wrong_kind = target.is_file() or (target.suffix and not target.is_dir()) if folder else target.is_dir()
-    if wrong_kind or not os.access(target if target.is_dir() else target.parent, os.W_OK | os.X_OK):
-        allowed = "a file that ends in .png, or a folder," if option == "save" else "a file"
-        raise OSError(
-            f"`--{option} {target}` cannot be written. Allowed is {allowed} in a folder that exists and is writable. "
-            "Pass another, or make the folder above it."
-        )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes import find_recipe, validate_recipe
+from .options import add_allow_modified
 from .terminal import show
 
 _EXAMPLE = """
@@ -24,6 +25,7 @@ def add_parser(commands) -> None:
     )
     _add_arguments(merge)
     merge.add_argument("--recipe", help="a YAML file or a shipped recipe's name; options go over it")
+    add_allow_modified(merge)
     merge.set_defaults(func=run)
 
 
@@ -72,7 +74,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from ..adapter import read_lori_config
+    from ..adapter.record import read_record
     from ..merging import merge_lori_adapters
 
     settings = {}
@@ -93,13 +95,13 @@ def run(options: argparse.Namespace) -> None:
             f"`--heldout {heldout}`, `--grid {grid}` without `--search`. They are for the search for weights. Add "
             "`--search shared`, or leave them out."
         )
-    folder = merge_lori_adapters(adapters, **settings)
-    config = read_lori_config(folder)
-    table = Table(title=f"merged by {config['merge']['method']}: {config['task']}")
+    folder = merge_lori_adapters(adapters, **settings, allow_modified=options.allow_modified)
+    record = read_record(folder)
+    table = Table(title=f"merged by {record.merge.method}: {record.task}")
     for column in ("adapter", "task", "weight", "rank"):
         table.add_column(column, justify="right" if column in ("weight", "rank") else "left")
-    for adapter in config["merge"]["adapters"]:
-        table.add_row(adapter["source"], adapter["task"], f"{adapter['weight']:g}", str(adapter["rank"]))
+    for adapter in record.merge.adapters:
+        table.add_row(adapter.source, adapter.task, f"{adapter.weight:g}", str(adapter.rank))
     show(table)
     show(f"saved to {folder}")
 

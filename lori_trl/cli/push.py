@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from .options import add_allow_modified
 from .terminal import show
 
 
@@ -22,17 +23,20 @@ def add_parser(commands) -> None:
         "--include", nargs="+", default=["peft"], choices=["peft", "compact"], help="which forms of the adapter"
     )
     push.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and push nothing")
+    add_allow_modified(push)
     push.set_defaults(func=run)
 
 
 def run(options: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from ..hub import adapter_files, push_lori_to_hub
+    from ..hub.push import adapter_files, push_lori_to_hub
 
     _check_repo(options.repo)
     if options.dry_run:
-        with adapter_files(options.folder, options.repo, options.include) as files:
+        with adapter_files(
+            options.folder, options.repo, options.include, allow_modified=options.allow_modified
+        ) as files:
             table = Table("file", "bytes", title=f"{options.folder} -> {options.repo}")
             for name, file in files.items():
                 table.add_row(name, f"{file.stat().st_size:,}")
@@ -46,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
         revision=options.revision,
         create_pr=options.create_pr,
         include=options.include,
+        allow_modified=options.allow_modified,
     )
     show(commit.pr_url or commit.commit_url)
 

@@ -1,10 +1,13 @@
 """`lori-sft`, which is `lori sft`: train an adapter."""
 
 import argparse
+import copy
 import os
+import re
 import sys
 import tempfile
 import warnings
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,17 @@ def sft_parser():
         def error(self, message: str):  # argparse would print pages of usage first
             raise ValueError(message)
 
+        def format_help(self) -> str:
+            formatter = self._get_formatter()
+            formatter.add_text(f"usage: {self.prog} [--recipe RECIPE] [--FIELD VALUE ...]")
+            formatter.add_text(self.description)
+            for title, actions in _help_groups(self._actions).items():
+                formatter.start_section(title)
+                formatter.add_arguments(actions)
+                formatter.end_section()
+            formatter.add_text(self.epilog)
+            return formatter.format_help()
+
     parser = Parser(
         (LoriScriptArguments, LoriSFTConfig, ModelConfig),
         prog="lori-sft",
@@ -113,8 +127,34 @@ def sft_parser():
     return parser
 
 
+def _help_groups(actions: list[argparse.Action]) -> dict[str, list[argparse.Action]]:
+    """Group the options for `--help`: LoRI's own first, as `LoriArguments` documents them, TRL's hundreds last."""
+    from trl import ModelConfig
+
+    from ..config import LoriArguments
+    from ..tasks import LoriScriptArguments
+
+    sections = re.split(r"> Parameters that control (.+)\n", LoriArguments.__doc__)[1:]
+    groups = {
+        f"LoRI: {title}": set(re.findall(r"^        (\w+) \(`", body, re.MULTILINE))
+        for title, body in zip(sections[::2], sections[1::2], strict=True)
+    }
+    groups["the data and the run"] = {"help", *_names(LoriScriptArguments), "output_dir"}
+    groups["the base model and the adapter (TRL's ModelConfig)"] = _names(ModelConfig)
+    groups["training (TRL's SFTConfig)"] = {action.dest for action in actions}.difference(*groups.values())
+    return {title: [action for action in actions if action.dest in names] for title, names in groups.items()}
+
+
+def _names(config: type) -> set[str]:
+    return {each.name for each in fields(config)}
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Leave out the second spelling of every option, with dashes."""
+        shown = copy.copy(action)
+        shown.option_strings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
+        return super()._format_action_invocation(shown)
 
 
 def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[Any]:
@@ -226,7 +266,7 @@ def _build_trainer(script, args, model_args):
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
-    from ..adapter import load_lori_adapter
+    from ..adapter.load import load_lori_adapter
     from ..base_model import load_base_model
     from ..tasks import data_name, load_training_data
     from ..trainer import LoriSFTTrainer
@@ -254,7 +294,9 @@ def _build_trainer(script, args, model_args):
     model = load_base_model(model_args.model_name_or_path, **model_init_kwargs)
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
-        model = load_lori_adapter(model, script.adapter_name_or_path, is_trainable=True)
+        model = load_lori_adapter(
+            model, script.adapter_name_or_path, is_trainable=True, allow_modified=script.allow_modified
+        )
         peft_config = None
     return LoriSFTTrainer(
         model,
@@ -283,12 +325,10 @@ def _check_writable(folder: str) -> None:
 def _print_outcome(trainer, metrics: dict[str, float]) -> None:
     from rich.table import Table
 
-    masks, counts = trainer.masks, trainer.lori_config["counts"]
-    table = Table(show_header=False, title=f"{trainer.lori_config['variant']} adapter {trainer.task_name!r}")
-    table.add_row("plain LoRA would train", f"{counts['lora']:,}")
-    table.add_row(
-        "LoRI trained", f"{counts['selected']:,} ({100 * counts['selected'] / counts['lora']:.2f} % of LoRA)"
-    )
+    masks, counts = trainer.masks, trainer.record.counts
+    table = Table(show_header=False, title=f"{trainer.record.variant} adapter {trainer.task_name!r}")
+    table.add_row("plain LoRA would train", f"{counts.lora:,}")
+    table.add_row("LoRI trained", f"{counts.selected:,} ({100 * counts.selected / counts.lora:.2f} % of LoRA)")
     table.add_row("density", f"{masks.num_selected:,} / {masks.numel:,} = {masks.density:.8f}")
     if "eval_loss" in metrics:
         table.add_row("held-out loss, first evaluation", f"{metrics['initial_eval_loss']:.4f}")

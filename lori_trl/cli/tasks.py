@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from .options import add_allow_modified
 from .terminal import show
 
 
@@ -18,6 +19,7 @@ def add_parser(commands) -> None:
     change.add_argument("--extract", metavar="TASK", help="write this task's own adapter")
     change.add_argument("--remove", metavar="TASK", help="write the adapter without this task")
     tasks.add_argument("--output_dir", type=Path, help="the new folder, for --extract and --remove")
+    add_allow_modified(tasks)
     tasks.set_defaults(func=run)
 
 
@@ -33,14 +35,15 @@ def run(options: argparse.Namespace) -> None:
             "together. Pass both, or neither to see the ledger."
         )
     if changed is not None:
-        (extract_task if options.extract else remove_task)(options.adapter, changed, options.output_dir)
-    ledger = read_ledger(options.output_dir or options.adapter)
+        change = extract_task if options.extract else remove_task
+        change(options.adapter, changed, options.output_dir, allow_modified=options.allow_modified)
+    ledger = read_ledger(options.output_dir or options.adapter, allow_modified=options.allow_modified)
     table = Table("task, oldest first", title=f"{options.output_dir or options.adapter}: who owns B")
     for column in ("trained", "still its own", "of B", "steps", "rows"):
         table.add_column(column, justify="right")
     for task in ledger.tasks:
-        facts = task.record["training"] or {}
-        known = [facts.get("steps"), (facts.get("dataset") or {}).get("rows")]
+        run = task.record.training
+        known = [run and run.steps, run and run.dataset and run.dataset.rows]
         share = f"{100 * task.owned / ledger.numel:.2f} %"
         counts = [f"{task.trained:,}", f"{task.owned:,}", share]
         table.add_row(task.task, *counts, *("" if fact is None else f"{fact:,}" for fact in known))

@@ -1,36 +1,34 @@
 """The models to compare: a base model, adapters on it one after another, whole models besides."""
 
-import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter import CONFIG_NAME, PEFT_FILES, load_lori_adapter
-from ..download import fetch_from_hub, is_repo_id
-from ..masks import check_header
+from ..adapter.folder import base_name, may_be_one_base, open_adapter
+from ..adapter.layout import ADAPTER_CONFIG
+from ..adapter.load import load_with_peft
 
 logger = logging.getLogger(__name__)
 
 
 def is_whole_model(name: str) -> bool:
     """Say whether a name is a folder with a whole model, as full fine-tuning saves it."""
-    return (Path(name) / "config.json").is_file() and not (Path(name) / PEFT_FILES[0]).is_file()
+    return (Path(name) / "config.json").is_file() and not (Path(name) / ADAPTER_CONFIG).is_file()
 
 
-def find_base_model(base_model: str | None, models: Sequence[str]) -> str | None:
+def find_base_model(base_model: str | None, models: Sequence[str], *, allow_modified: bool = False) -> str | None:
     """
     Find the base model of adapters.
 
     Args:
         base_model (`str`, *optional*): the one that was asked for; it is returned.
         models (`Sequence[str]`): folders of adapters or whole models, compact files, repositories on the Hub.
+        allow_modified (`bool`, *optional*, defaults to `False`): as of [`load_lori_adapter`].
 
     Returns:
         `str` or `None`: a folder or a name on the Hub; `None` if there are only whole models.
@@ -39,10 +37,11 @@ def find_base_model(base_model: str | None, models: Sequence[str]) -> str | None
         `ValueError`: no base is named, or several are.
         `FileNotFoundError`: one of `models` is neither an adapter nor a model.
     """
-    bases = {name: _base_on_record(name) for name in models if not is_whole_model(name)}
+    bases = {name: _base_on_record(name, allow_modified) for name in models if not is_whole_model(name)}
+    names = {name: base_name(base) for name, base in bases.items()}
     if base_model is not None:
-        for name, base in bases.items():
-            if base is not None and Path(base).name != Path(base_model).name:
+        for name, base in names.items():
+            if not may_be_one_base([base, base_name(base_model)]):
                 logger.warning(
                     f"`{name}` was trained on `{base}` and is evaluated on `{base_model}`. If these are two names of "
                     "one model, all is well; else leave `--base_model` out."
@@ -55,8 +54,8 @@ def find_base_model(base_model: str | None, models: Sequence[str]) -> str | None
             f"`--base_model` is missing, and {why}. It is a folder or a name on the Hub. Pass e.g. `--base_model "
             "meta-llama/Meta-Llama-3-8B`."
         )
-    if len({Path(base).name for base in bases.values()}) > 1:
-        listed = ", ".join(f"{name}: {base}" for name, base in bases.items())
+    if not may_be_one_base(names.values()):
+        listed = ", ".join(f"{name}: {base}" for name, base in names.items())
         raise ValueError(
             f"The adapters have different base models ({listed}). One call compares adapters of one base. Call "
             "`lori eval` once for each base."
@@ -88,36 +87,23 @@ def own_tokenizer(name: str, of_base: PreTrainedTokenizerBase) -> PreTrainedToke
 
 
 @contextmanager
-def with_adapter(base: PreTrainedModel, name: str) -> Iterator[PeftModel]:
+def with_adapter(base: PreTrainedModel, name: str, *, allow_modified: bool = False) -> Iterator[PeftModel]:
     """
     Put an adapter onto a base model for a while; afterwards the base is what it was.
 
     Args:
         base (`PreTrainedModel`): the base model.
         name (`str`): a LoRI adapter, merged or not, or a plain PEFT one: folder, compact file or repository.
+        allow_modified (`bool`, *optional*, defaults to `False`): as of [`load_lori_adapter`].
 
     Raises:
         `ValueError`: the adapter is of another base.
         `FileNotFoundError`: there is no such adapter, or not in safetensors.
     """
-    folder = Path(name)
-    is_lori = folder.is_file() or (folder.is_dir() and not (folder / PEFT_FILES[1]).is_file())
-    if is_repo_id(name):
-        try:
-            folder = fetch_from_hub(name, lambda names: [file for file in names if file in PEFT_FILES])
-        except FileNotFoundError:
-            is_lori = True  # the compact form alone
-    if not is_lori:
-        names = _check_fit(base, folder, name)
-    if is_lori or (folder / CONFIG_NAME).is_file():
-        model = load_lori_adapter(base, name)
-    else:
-        model = PeftModel.from_pretrained(base, str(folder))
+    with open_adapter(name, allow_modified=allow_modified) as adapter:
+        adapter.verify()
+        model = load_with_peft(base, adapter)
     try:
-        if not is_lori:
-            untouched = [key for key in get_peft_model_state_dict(model) if ".lora_" in key and key not in names]
-            if untouched:
-                raise _misfit(name, base, f"it has nothing for {len(untouched)} matrices, such as {untouched[0]}")
         yield model.eval()
     finally:
         model.unload()
@@ -125,51 +111,8 @@ def with_adapter(base: PreTrainedModel, name: str) -> Iterator[PeftModel]:
             del base.peft_config
 
 
-def _base_on_record(name: str) -> str | None:
-    """Read which base an adapter was trained on; None for the compact form, which does not say."""
-    folder = Path(name)
-    if is_repo_id(name):
-        try:
-            folder = fetch_from_hub(name, lambda names: [file for file in names if file == PEFT_FILES[0]])
-        except FileNotFoundError:
-            return None
-    elif not folder.exists():
-        raise FileNotFoundError(
-            f"`{name}` does not exist. An adapter's folder, a model's folder or a repository on the Hub, "
-            "`namespace/name`, is needed. Correct the name."
-        )
-    if not (folder / PEFT_FILES[0]).is_file():
-        if folder.is_dir() and not any(folder.glob("*.safetensors")):
-            raise FileNotFoundError(
-                f"`{name}` holds neither an adapter ({PEFT_FILES[0]}) nor a model (config.json). Pass the folder that "
-                "`save_model()` wrote."
-            )
-        return None
-    return json.loads((folder / PEFT_FILES[0]).read_text(encoding="utf-8")).get("base_model_name_or_path")
-
-
-def _check_fit(base: PreTrainedModel, folder: Path, name: str) -> set[str]:
-    """Compare an adapter's matrices with the base's modules; return their names."""
-    check_header(folder / PEFT_FILES[1])
-    modules = dict(base.named_modules())
-    with safe_open(folder / PEFT_FILES[1], framework="pt") as file:
-        names = set(file.keys())
-        for key in names:
-            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-            if match is None:
-                continue
-            module = modules.get(match[1])
-            if module is None:
-                raise _misfit(name, base, f"it has no module {match[1]}")
-            size = file.get_slice(key).get_shape()[1 if match[2] == "A" else 0]
-            expected = getattr(module, "in_features" if match[2] == "A" else "out_features", size)
-            if size != expected:
-                raise _misfit(name, base, f"{match[1]} has {expected} features where the adapter has {size}")
-    return names
-
-
-def _misfit(name: str, base: PreTrainedModel, why: str) -> ValueError:
-    return ValueError(
-        f"`{name}` does not fit the base model `{base.name_or_path}`: {why}. An adapter works on the base that it was "
-        "trained on. Pass that one as `--base_model`."
-    )
+def _base_on_record(name: str, allow_modified: bool) -> str | None:
+    """Return the base that an adapter was trained on: its folder if that is here, else its name; `None` if unknown."""
+    with open_adapter(name, allow_modified=allow_modified) as adapter:
+        path = adapter.config.get("base_model_name_or_path")
+        return path if path and Path(path).exists() else adapter.base

@@ -10,10 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
-from ..adapter import PEFT_FILES
-from ..download import hash_file
+from ..adapter.layout import ADAPTER_WEIGHTS, EVAL_RESULTS_NAME
 from ..files import replacing
-from ..model_card import EVAL_RESULTS_NAME
+from ..hub.download import hash_file
 
 FORMAT_VERSION = 1
 
@@ -91,7 +90,7 @@ def records(results: Sequence[Result], name: str, base_model: str | None) -> lis
         name (`str`): the model: a folder, a file or a name on the Hub. Of local ones the last part is kept.
         base_model (`str`, *optional*): the base that `name` is an adapter of.
     """
-    weights = Path(name) / PEFT_FILES[1]
+    weights = Path(name) / ADAPTER_WEIGHTS
     model = {
         "name": _without_folders(name),
         "base": None if base_model is None else _without_folders(base_model),

@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter import trained_mask
-from ..adapter_file import AdapterFile, open_adapter, read_modules
-from ..download import is_repo_id
-from ..masks import GRANULARITIES, MASKS_FOLDER, LoriMasks
+from ..adapter.folder import AdapterFolder, open_adapter, read_modules
+from ..hub.download import is_repo_id
+from ..masks import GRANULARITIES
 from .statistics import (
     AdapterStatistics,
     Cell,
@@ -36,6 +35,7 @@ def inspect_adapters(
     adapters: Sequence[str | Path],
     *,
     token: str | None = None,
+    allow_modified: bool = False,
     track: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> Inspection:
     """
@@ -46,6 +46,7 @@ def inspect_adapters(
             Folders or repositories on the Hub: LoRI adapters of one task or several, plain LoRA, merged ones. An
             adapter without masks counts as one task of its name.
         token (`str`, *optional*): a token that may read the repositories; by default that of `hf auth login`.
+        allow_modified (`bool`, *optional*, defaults to `False`): as of [`load_lori_adapter`].
         track (`Callable`, *optional*): wraps the sequence of matrices, to show progress; e.g. `rich.progress.track`.
 
     Returns:
@@ -62,7 +63,7 @@ def inspect_adapters(
     """
     with ExitStack() as stack:
         opened = [
-            _Adapter(stack.enter_context(open_adapter(source, token)), name)
+            _Adapter(stack.enter_context(open_adapter(source, token=token, allow_modified=allow_modified)), name)
             for source, name in zip(adapters, _names(adapters), strict=True)
         ]
         tasks = [_Task(adapter, task) for adapter in opened for task in adapter.masks or [None]]
@@ -93,7 +94,7 @@ def inspect_adapters(
 class _Adapter:
     """An adapter's masks, and what is counted while its matrices are read."""
 
-    def __init__(self, file: AdapterFile, name: str):
+    def __init__(self, file: AdapterFolder, name: str):
         self.file, self.name, self.outside = file, name, 0
         changed = [f"{key}={file.config[key]!r}" for key in ("use_dora", "target_parameters") if file.config.get(key)]
         if changed:
@@ -107,11 +108,7 @@ class _Adapter:
                 f"`{file.name}` holds no {missing}. LoRA and LoRI on linear layers can be inspected: lora_A (rank, "
                 "in_features) and lora_B (out_features, rank). Pass the folder of such an adapter."
             )
-        self.masks = {task: file.masks(task) for task in file.tasks}
-        if file.lori_config is None and list((file.folder / MASKS_FOLDER).glob("*_mask.pt")):  # the authors' own
-            read = read_modules([file], file.shapes, torch.float32)
-            moved = LoriMasks({path: factors[0][1] != 0 for path, factors in read})
-            self.masks = {name: trained_mask(moved, LoriMasks.from_pretrained(file.folder))}
+        self.masks = file.masks
 
     def count_outside(self, path: str, B: Tensor) -> None:
         if self.masks:

@@ -4,12 +4,12 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapter_file import AdapterFile
+from ..adapter.facts import Independence
+from ..adapter.folder import AdapterFolder, may_be_one_base
 from ..lora_options import UNMERGEABLE
 from ..recipes import nearest
 from .methods import METHODS, PRUNING
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model
 
 
-def check_mergeable(source: AdapterFile) -> None:
+def check_mergeable(source: AdapterFolder) -> None:
     """Raise `ValueError` unless an adapter is plain LoRA, whose A and B are all there is."""
     config = source.config
     faults = [f"{key}={config[key]!r} ({what})" for key, what in UNMERGEABLE.items() if config.get(key)]
@@ -90,13 +90,12 @@ def checked_weights(weights: float | Sequence[float] | None, count: int) -> list
     return weights
 
 
-def check_bases(sources: Sequence[AdapterFile], base_model: str | None) -> str | None:
+def check_bases(sources: Sequence[AdapterFolder], base_model: str | None) -> str | None:
     """Return the base model's name; raise if the sources have several and none was named."""
     names = {source.title: source.base for source in sources}
     known = {base for base in names.values() if base is not None}
     hub = {base for base in known if "/" in base}
-    folders = {base.rpartition("/")[2].lower() for base in known}
-    if base_model is None and (len(hub) > 1 or len(folders) > 1):
+    if base_model is None and not may_be_one_base(known):
         found = "; ".join(f"{name}: {base}" for name, base in names.items())
         raise ValueError(
             f"The adapters have different base models ({found}). All must be of one: on another base, B and A mean "
@@ -123,7 +122,7 @@ def check_bases(sources: Sequence[AdapterFile], base_model: str | None) -> str |
     return min(hub) if hub else next((path for path in paths if path), None)
 
 
-def check_ranks(sources: Sequence[AdapterFile], method: str) -> None:
+def check_ranks(sources: Sequence[AdapterFolder], method: str) -> None:
     if method == "concat":
         return
     ranks: dict[str, dict[int, str]] = {}
@@ -139,7 +138,7 @@ def check_ranks(sources: Sequence[AdapterFile], method: str) -> None:
             )
 
 
-def check_dtypes(sources: Sequence[AdapterFile]) -> None:
+def check_dtypes(sources: Sequence[AdapterFolder]) -> None:
     found = {source.title: "+".join(sorted(source.dtypes)) for source in sources}
     if len({*found.values()}) > 1:
         logger.warning(
@@ -148,7 +147,7 @@ def check_dtypes(sources: Sequence[AdapterFile]) -> None:
         )
 
 
-class Independence:
+class IndependenceOfA:
     """
     How independent the sources' A are: the mean squared cosine between rows of one and rows of another.
 
@@ -175,14 +174,14 @@ class Independence:
             self.excess.setdefault(pair, []).append((excess, pairs))
             self.shared[pair] = self.shared.get(pair, True) and excess > self.LIMIT and torch.equal(first, second)
 
-    def report(self, sources: Sequence[AdapterFile]) -> list[dict[str, Any]]:
+    def report(self, sources: Sequence[AdapterFolder]) -> list[Independence]:
         """Return each pair's mean squared cosine in units of chance; warn of those that are not independent."""
         entries = []
         for pair, found in self.excess.items():
             pairs = sum(count for _, count in found)
             excess = sum(value * count for value, count in found) / pairs
             names, shared = [sources[number].title for number in pair], self.shared[pair]
-            entries.append({"adapters": names, "same_A": shared, "squared_cosine_over_chance": round(excess, 4)})
+            entries.append(Independence(tuple(names), shared, round(excess, 4)))
             if shared:
                 logger.warning(
                     f"`{names[0]}` and `{names[1]}` have the same A. Their deltas lie in one subspace, so nothing "

@@ -1,25 +1,25 @@
 """Several adapters into one, from their files: matrix by matrix, without the base model."""
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from ..adapter import CONFIG_NAME, FORMAT_VERSION, PEFT_FILES, RECIPE_NAME, staged, task_records, write_card
-from ..adapter_file import AdapterFile, read_modules
-from ..download import hash_file
-from ..model_card import PICTURE_NAME
-from ..projections import Fingerprint
-from ..streaming import SafetensorsWriter
-from .checks import Independence, check_dtypes, checked_weights
-from .plan import Plan, common_value, open_plan
+from ..adapter.facts import Counts, Independence, Merge, MergedAdapter, TaskRecord
+from ..adapter.folder import AdapterFolder, read_modules
+from ..adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES, RECORD_NAME
+from ..adapter.record import LoriRecord
+from ..adapter.safetensors import SafetensorsWriter
+from ..adapter.write import check_output, complete, staged
+from ..hub.download import hash_file
+from ..layers import tensor_name
+from ..projections import Fingerprint, Projection
+from .checks import IndependenceOfA, check_dtypes, checked_weights
+from .plan import Plan, open_plan
 
 
 def merge_lori_adapters(
@@ -33,6 +33,8 @@ def merge_lori_adapters(
     base_model: str | None = None,
     token: str | None = None,
     search: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    allow_modified: bool = False,
 ) -> Path:
     """
     Merge adapters into one, from their files: matrix by matrix, without the base model.
@@ -60,11 +62,15 @@ def merge_lori_adapters(
         search (`Mapping[str, Any]`, *optional*):
             How the weights were found, to note in `lori_config.json`: a [`~merging.search.Search`]'s `record`.
 
+        overwrite (`bool`, *optional*, defaults to `False`): whether an adapter in `output_dir` may be replaced.
+        allow_modified (`bool`, *optional*, defaults to `False`): as of [`load_lori_adapter`].
+
     Returns:
         `Path`: `output_dir`.
 
     Raises:
         `FileNotFoundError`: an adapter does not exist or lacks a file.
+        `FileExistsError`: `output_dir` holds an adapter.
         `ValueError`: an argument is not allowed; the adapters' base models or shapes differ; an adapter is no plain
             LoRA, unreadable or not finite; or nothing would be merged. Nothing is written then.
         `PermissionError`, `ConnectionError`: a repository cannot be fetched.
@@ -77,70 +83,51 @@ def merge_lori_adapters(
     ```
     """
     output_dir = Path(output_dir)
-    with open_plan(adapters, method, density=density, seed=seed, base_model=base_model, token=token) as plan:
-        sources = plan.sources
-        weights = checked_weights(weights, len(sources))
-        check_dtypes(sources)
-        for source in sources:
-            if source.folder.resolve() == output_dir.resolve():
-                raise ValueError(
-                    f"`output_dir={output_dir}` is one of the adapters to merge, which it would replace. Pass another."
-                )
+    settings = {"density": density, "seed": seed, "base_model": base_model}
+    with open_plan(adapters, method, **settings, token=token, allow_modified=allow_modified) as plan:
+        weights = checked_weights(weights, len(plan.sources))
+        check_output(output_dir, [*map(str, adapters)], overwrite=overwrite)
+        check_dtypes(plan.sources)
         with staged(output_dir) as stage, ThreadPoolExecutor(1) as pool:
-            hashes = [pool.submit(_hashes, source) for source in sources]
-            found, independence = _write_factors(plan, weights, stage / PEFT_FILES[1])
-            projection = {"init": None, "seed": None, "fingerprint": found}
-            for source in sources:
-                known = source.lori_config["projection"] if source.lori_config is not None else projection
-                projection = known if known["fingerprint"] == projection["fingerprint"] else projection
-            tasks = []
-            for task, record in _tasks(sources).items():
-                masks = plan.mask(task)
+            hashes = [pool.submit(_hashes, source) for source in plan.sources]
+            projection, tensors, independence = _write_factors(plan, weights, stage / ADAPTER_WEIGHTS)
+            plan.adapter_config().save_pretrained(stage)
+            merge = Merge(
+                method=method,
+                adapters=_merged_adapters(plan, weights, [future.result() for future in hashes]),
+                density=density,
+                seed=seed if method == "dare" else None,
+                search=None if search is None else dict(search),
+                independence=tuple(independence),
+            )
+            masks, tasks = None, []
+            for task in _tasks(plan.sources):
+                masks = plan.mask(task.task)
                 if method == "concat":
                     masks.projection = projection
-                masks.save_pretrained(stage)
-                tasks.append({**record, "selected": masks.num_selected})
-            plan.adapter_config().save_pretrained(stage)
-            lori_config = {
-                **_lori_config(plan, projection, tasks),
-                "merge": {
-                    "method": method,
-                    "adapters": [
-                        {
-                            "task": _task(source),
-                            "weight": weight,
-                            "source": source.title,
-                            "rank": source.rank,
-                            "offset": offset,
-                            "sha256": future.result(),
-                        }
-                        for source, weight, offset, future in zip(sources, weights, plan.offsets, hashes, strict=True)
-                    ],
-                    **({"density": density} if density is not None else {}),
-                    **({"seed": seed} if method == "dare" else {}),
-                    **({"search": dict(search)} if search is not None else {}),
-                    "independence": independence,
-                },
-            }
-            (stage / CONFIG_NAME).write_text(json.dumps(lori_config, indent=2) + "\n", encoding="utf-8")
-            recipe = {"adapters": [source.name for source in sources], "weights": weights, "method": method}
+                masks.save_pretrained(stage)  # one after the other: four of Llama-3-8B would be 0.7 GB in memory
+                tasks.append(replace(task, selected=masks.num_selected))
+            records = [source.record for source in plan.sources]
+            record = LoriRecord.merged(
+                projection=projection, counts=_counts(plan), tasks=tasks, sources=records, merge=merge
+            )
+            recipe = {"adapters": [source.name for source in plan.sources], "weights": weights, "method": method}
             recipe |= {"density": density} if density is not None else {}
             recipe |= {"seed": seed} if method == "dare" else {}
             recipe |= {"base_model": base_model} if base_model is not None else {}
-            (stage / RECIPE_NAME).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-            write_card(stage, stage, beside=output_dir)
-    (output_dir / PICTURE_NAME).unlink(missing_ok=True)  # that of another adapter before this one
+            complete(stage, record, masks, recipe=recipe, tensors=tensors, beside=output_dir)
     return output_dir
 
 
-def _write_factors(plan: Plan, weights: Sequence[float], file: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Merge all modules into a file. Returns A's fingerprint and the report on the independence of the sources' A."""
-    names = {path: [f"base_model.model.{path}.lora_{part}.weight" for part in "AB"] for path in plan.paths}
+def _write_factors(
+    plan: Plan, weights: Sequence[float], file: Path
+) -> tuple[Projection, dict[str, str], list[Independence]]:
+    """Merge all modules into a file. Returns the merged A, the tensors' hashes, how independent the A were."""
     shapes = {}
     for path, (rows, columns) in plan.shapes.items():
-        shapes |= dict(zip(names[path], ((plan.rank, columns), (rows, plan.rank)), strict=True))
-    independence, taken, anything = Independence(), Fingerprint(), False
-    compared = {*plan.paths[:: -(-len(plan.paths) // Independence.MODULES)]}
+        shapes |= {tensor_name(path, "lora_A"): (plan.rank, columns), tensor_name(path, "lora_B"): (rows, plan.rank)}
+    independence, taken, anything = IndependenceOfA(), Fingerprint(), False
+    compared = {*plan.paths[:: -(-len(plan.paths) // IndependenceOfA.MODULES)]}
     with SafetensorsWriter(file, shapes, {"format": "pt"}) as writer, ThreadPoolExecutor(1) as pool:
         behind = pool.submit(lambda: None)
         for path, factors in read_modules(plan.sources, plan.paths, torch.float32):
@@ -149,7 +136,7 @@ def _write_factors(plan: Plan, weights: Sequence[float], file: Path) -> tuple[st
             A, B = plan.merge(path, factors, weights)
             anything = anything or bool(B.any())
             behind.result()  # one module at a time waits for being written
-            behind = pool.submit(_store, writer, taken, path, names[path], A, B)
+            behind = pool.submit(_store, writer, taken, path, A, B)
         behind.result()
     if not anything:
         raise ValueError(
@@ -157,57 +144,43 @@ def _write_factors(plan: Plan, weights: Sequence[float], file: Path) -> tuple[st
             "is 0, so it would change no weight of the base model. At least one trained adapter is needed. Check the "
             "adapters, the weights and the density."
         )
-    return str(taken), independence.report(plan.sources)
+    known = {source.record.projection for source in plan.sources if source.record is not None}
+    merged_A = Projection(None, None, str(taken))
+    projection = next((each for each in known if each.fingerprint == merged_A.fingerprint), merged_A)
+    return projection, writer.hashes, independence.report(plan.sources)
 
 
-def _store(writer: SafetensorsWriter, taken: Fingerprint, path: str, names: list[str], A: Tensor, B: Tensor) -> None:
-    for name, tensor in zip(names, (A, B), strict=True):
-        writer.write(name, tensor)
+def _store(writer: SafetensorsWriter, taken: Fingerprint, path: str, A: Tensor, B: Tensor) -> None:
+    for part, tensor in (("lora_A", A), ("lora_B", B)):
+        writer.write(tensor_name(path, part), tensor)
     taken.add(path, A)
 
 
-def _task(source: AdapterFile) -> str:
-    """Return the task's name; that of the folder or repository where the adapter is plain LoRA."""
-    if source.lori_config is not None:
-        return source.lori_config["task"]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.title).name).lstrip("._-")[:96] or "lora"
+def _merged_adapters(
+    plan: Plan, weights: Sequence[float], hashes: Sequence[dict[str, str]]
+) -> tuple[MergedAdapter, ...]:
+    return tuple(
+        MergedAdapter(source.task, weight, source.title, source.rank, offset, files)
+        for source, weight, offset, files in zip(plan.sources, weights, plan.offsets, hashes, strict=True)
+    )
 
 
-def _hashes(source: AdapterFile) -> dict[str, str]:
-    """Return the SHA-256 of its files."""
-    names = [*PEFT_FILES, *([CONFIG_NAME] if source.lori_config is not None else [])]
+def _hashes(source: AdapterFolder) -> dict[str, str]:
+    """Return the SHA-256 of its files; a record of format 2 holds those of the matrices, which are checked as read."""
+    sealed = source.record is not None and source.record.tensors is not None
+    names = [ADAPTER_CONFIG, RECORD_NAME] if sealed else [*PEFT_FILES, *([RECORD_NAME] if source.record else [])]
     return {name: hash_file(source.folder / name, lfs=True) for name in names}
 
 
-def _tasks(sources: Sequence[AdapterFile]) -> dict[str, dict[str, Any]]:
+def _tasks(sources: Sequence[AdapterFolder]) -> list[TaskRecord]:
     """Return the record of every task that has masks, in the order of the adapters, oldest first."""
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[str, TaskRecord] = {}
     for source in sources:
-        for record in task_records(source.lori_config) if source.lori_config is not None else []:
-            records.setdefault(record["task"], record)
-    return records
+        for task in source.record.history if source.record is not None else []:
+            records.setdefault(task.task, task)
+    return list(records.values())
 
 
-def _lori_config(plan: Plan, projection: dict[str, Any], tasks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `lori_config.json` says of every adapter; of a merged one, much is unknown."""
+def _counts(plan: Plan) -> Counts:
     lora_A, lora_B = (plan.rank * sum(shape[side] for shape in plan.shapes.values()) for side in (1, 0))
-    training = [(source.lori_config or {}).get("training") or {} for source in plan.sources]
-    base_models = [facts["base_model"] for facts in training if facts.get("base_model")]
-    return {
-        "format_version": FORMAT_VERSION,
-        "task": "-".join(dict.fromkeys(_task(source) for source in plan.sources))[:96],
-        "phase": "adaptation",
-        "variant": "merged",
-        "sparsity": None,
-        "granularity": None,
-        "threshold": None,
-        "projection": projection,
-        "calibration": None,
-        "counts": {"lora": lora_A + lora_B, "lora_B": lora_B, "selected": None},
-        "tasks": tasks,
-        "training": {
-            "base_model": base_models[0] if base_models else None,
-            "license": common_value([facts.get("license") for facts in training]),
-        },
-        "versions": {name: version(name) for name in ("lori_trl", "peft", "torch", "safetensors")},
-    }
+    return Counts(lora_A + lora_B, lora_B, None)

@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from ..adapter_file import AdapterFile, open_adapter
+from ..adapter.folder import AdapterFolder, open_adapter
+from ..adapter.mask_files import MasksMetadata
 from ..masks import LoriMasks
 from .checks import check_bases, check_mergeable, check_method, check_ranks
 from .methods import METHODS, PAPERS, Factors
@@ -24,14 +25,14 @@ class Plan:
     How the sources become one adapter.
 
     Args:
-        sources (`Sequence[AdapterFile]`): the adapters.
+        sources (`Sequence[AdapterFolder]`): the adapters.
         method (`str`): one of `METHODS`.
         density (`float` or `None`): what the pruning methods keep, a fraction in (0, 1].
         seed (`int`): of the random numbers of `dare`.
         base (`str` or `None`): the base model's name.
     """
 
-    sources: Sequence[AdapterFile]
+    sources: Sequence[AdapterFolder]
     method: str
     density: float | None
     seed: int
@@ -150,16 +151,15 @@ class Plan:
         says where the task's B went into the sum, and belongs to the A that the task was trained on, which the
         merged adapter no longer has.
         """
-        found = {number: source.masks(task) for number, source in enumerate(self.sources) if task in source.tasks}
+        found = {number: source.read_masks(task) for number, source in enumerate(self.sources) if task in source.tasks}
         entries = {path: torch.zeros(rows, self.rank, dtype=torch.bool) for path, (rows, _) in self.shapes.items()}
         for number, masks in found.items():
             offset = self.offsets[number]
             for path, mask in masks.items():
                 entries[path][:, offset : offset + mask.shape[1]] |= mask
         first = next(iter(found.values()))
-        one = len(found) == 1
-        facts = first.metadata if one else {"granularity": first.granularity}
-        return LoriMasks(entries, **{**facts, "task": task})
+        metadata = first.metadata if len(found) == 1 else MasksMetadata(task, granularity=first.granularity)
+        return LoriMasks(entries, **vars(metadata))
 
     def adapter_config(self) -> LoraConfig:
         """Return PEFT's configuration of the merged adapter."""
@@ -213,6 +213,7 @@ def open_plan(
     seed: int = 0,
     base_model: str | None = None,
     token: str | None = None,
+    allow_modified: bool = False,
 ) -> Iterator[Plan]:
     """
     Fetch, unpack and check adapters, and yield how they become one.
@@ -228,7 +229,7 @@ def open_plan(
     with ExitStack() as stack:
         sources = []
         for name in map(str, adapters):
-            sources.append(stack.enter_context(open_adapter(name, token)))
+            sources.append(stack.enter_context(open_adapter(name, token=token, allow_modified=allow_modified)))
             check_mergeable(sources[-1])
         base = check_bases(sources, base_model)
         check_ranks(sources, method)

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter_file import read_modules
+from ..adapter.folder import read_modules
 from ..evaluation import completion_loss
 from ..evaluation.models import load_model
 from ..layers import lora_layers, module_path

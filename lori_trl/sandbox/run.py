@@ -189,7 +189,7 @@ def _refusal(layers: tuple[str, ...]) -> str | None:
     try:
         outcome = _run(program, "", test, "f", SETUP_SECONDS, 2**30, layers)
     except (OSError, RuntimeError) as error:
-        return str(error)
+        return str(error).rpartition("nothing was run: ")[2]
     return None if outcome.passed else outcome.reason
 
 

@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import shutil
+from dataclasses import fields
 
 import pytest
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lori_trl import LoriMasks
+from lori_trl import LoriArguments, LoriMasks
 from lori_trl.cli import main, sft
+from lori_trl.cli.sft import sft_parser
 
 
 @pytest.fixture
@@ -148,7 +151,7 @@ def fails(arguments, capsys, *parts):
         ),
         (["--use_dora"], ["`use_dora=True` is not possible with LoRI"]),
         (["--mask_name_or_path", "nowhere"], ["`nowhere` holds no masks"]),
-        (["--adapter_name_or_path", "nowhere"], ["`nowhere` holds no lori_config.json"]),
+        (["--adapter_name_or_path", "nowhere"], ["`nowhere` does not exist"]),
         (["--output_dir", "/proc/none/out"], ["`output_dir=/proc/none/out` cannot be written"]),
         (["--model_name_or_path", "/no/such/model"], ["/no/such/model"]),
         (["--resume_from_checkpoint", "True"], ["holds no complete checkpoint"]),
@@ -249,3 +252,13 @@ def test_a_dry_run_says_what_each_device_holds(engine, base, state, extra, capsy
     rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
     assert base in rows["base weights"] and state in rows["adaptation: gradients, optimizer"]
     assert f"adaptation: {extra}" in rows
+
+
+def test_help_shows_lori_s_own_options_first_in_groups():
+    shown = sft_parser().format_help()
+    groups = re.findall(r"^(\S.*):\n(?=  -)", shown, re.MULTILINE)
+    assert [group for group in groups if group.startswith("LoRI: ")] == groups[:4] and len(groups) == 7
+    first_of_trl = shown.index("\n  --dataset_name ")
+    for field in fields(LoriArguments):
+        assert 0 < shown.index(f"\n  --{field.name} ") < first_of_trl, field.name
+    assert shown.count("\n  --learning_rate ") == 1 and "--learning-rate" not in shown

@@ -220,6 +220,16 @@ def test_a_layer_that_the_others_replace_is_named_too(monkeypatch, caplog, trial
     assert "without landlock (too old). The other layers are enough" in caplog.text
 
 
+def test_a_refused_layer_has_its_reason(monkeypatch):
+    monkeypatch.setattr(
+        run,
+        "CHILD",
+        run.CHILD.replace("from sandbox", "import sandbox.kernel; sandbox.kernel.PR_SET_SECCOMP = 9999; from sandbox"),
+    )
+    assert run._refusal(("seccomp",)) == "OSError: [Errno 22] prctl(9999): Invalid argument"
+    assert run._refusal(()) is None
+
+
 def test_isolation_can_be_required(monkeypatch):
     monkeypatch.setattr(run, "_layers", lambda: ("pids", "mounts", "network"))
     check_isolation(required=True)

@@ -3,27 +3,24 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from trl.data_utils import is_conversational
 
+from .adapter.facts import BaseModel, Losses, Training, TrainingData
+from .adapter.layout import EVAL_RESULTS_NAME, PICTURE_NAME
+from .adapter.record import LoriRecord
+from .adapter.typed import plain
 from .masks import LoriMasks
 from .recipes import shipped_folder
-
-if TYPE_CHECKING:
-    from .trainer import LoriTrainerMixin
-
-CARD_NAME = "README.md"
-PICTURE_NAME = "density.png"
-EVAL_RESULTS_NAME = "eval_results.json"
 
 GENERATED = "<!-- Written by lori_trl. Delete this line to keep changes of your own. -->"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -46,51 +43,67 @@ class CardFacts(TrainerCallback):
     Gather what a card says of a run, while it runs.
 
     Args:
-        trainer ([`LoriTrainerMixin`]): the trainer.
+        model (`PreTrainedModel`): the base model.
         rows (`Dataset` or `IterableDataset`): the training data as they were given.
+        tags (`Sequence[str]`): the trainer's.
 
     Attributes:
-        facts (`dict[str, Any]`): for `lori_config.json`; plain values, no path and nothing secret.
+        training ([`Training`]): the facts so far.
     """
 
-    def __init__(self, trainer: "LoriTrainerMixin", rows: Dataset | IterableDataset):
-        self.trainer = trainer
-        self.facts: dict[str, Any] = {
-            "base_model": _base_model_facts(trainer.model.get_base_model()),
-            "dataset": _dataset_facts(rows),
-            "license": None,
-            "tags": [tag for tag in trainer._tag_names if tag not in ("trl", "lori")],
-        }
+    def __init__(self, model: PreTrainedModel, rows: Dataset | IterableDataset, tags: Sequence[str]):
+        self.training = Training(
+            base_model=_base_model_facts(model),
+            dataset=_dataset_facts(rows),
+            tags=tuple(tag for tag in tags if tag not in ("trl", "lori")),
+        )
 
     def on_train_begin(self, args, state, control, **kwargs):
         defaults = {field.name: field.default for field in fields(args) if field.default is not MISSING}
         values = {name: vars(args)[name] for name in _HYPERPARAMETERS if name in vars(args)}
-        self.facts["hyperparameters"] = {
-            name: value.value if hasattr(value, "value") else value
-            for name, value in values.items()
-            if value != defaults.get(name) and isinstance(value, (bool, int, float, str))
-        }
-        self.facts["world_size"] = args.world_size
-        self.facts["device"] = _device_name(args.device)
-        base_model = self.facts["base_model"]
-        if base_model["id"] is not None and self.facts["license"] is None and state.is_world_process_zero:
-            self.facts["license"] = _license_of(base_model["id"])
+        self.training = replace(
+            self.training,
+            hyperparameters={
+                name: value.value if hasattr(value, "value") else value
+                for name, value in values.items()
+                if value != defaults.get(name) and isinstance(value, (bool, int, float, str))
+            },
+            world_size=args.world_size,
+            device=_device_name(args.device),
+        )
+        base_model = self.training.base_model
+        if base_model.id is not None and self.training.license is None and state.is_world_process_zero:
+            self.training = replace(self.training, license=_license_of(base_model.id))
 
-    def on_log(self, args, state, control, **kwargs):
-        if self.trainer.phase == "adaptation":
-            self.facts["steps"], self.facts["epochs"] = state.global_step, round(state.epoch or 0, 2)
-            self.facts["losses"] = _losses(state.log_history)
+    def on_log(self, args, state, control, logs, **kwargs):
+        if any(name.startswith("calibration_") for name in logs):
+            return  # a card tells of the adaptation
+        self.training = replace(
+            self.training,
+            steps=state.global_step,
+            epochs=round(state.epoch or 0, 2),
+            losses=_losses(state.log_history),
+        )
 
     def name_dataset(self, dataset_name: str | None) -> None:
         """Note the data set's Hub name, as TRL's `push_to_hub(dataset_name=...)` gives it."""
         if _hub_id(dataset_name) is not None:
-            self.facts["dataset"]["id"] = dataset_name
+            self.training = replace(self.training, dataset=replace(self.training.dataset, id=dataset_name))
+
+
+def read_or_render_card(existing: Path, record: LoriRecord, *arguments: Any, **keywords: Any) -> str:
+    """Return a card that was edited by hand, else a new one. Args: as of [`render_model_card`]."""
+    if existing.is_file():
+        text = existing.read_text(encoding="utf-8")
+        if GENERATED not in text:
+            return text
+    return render_model_card(record, *arguments, **keywords)
 
 
 def render_model_card(
-    lori_config: Mapping[str, Any],
+    record: LoriRecord,
     adapter_config: Mapping[str, Any],
-    masks: Mapping[str, LoriMasks],
+    masks: LoriMasks | None,
     *,
     eval_results: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
@@ -102,9 +115,9 @@ def render_model_card(
     Render an adapter's card.
 
     Args:
-        lori_config (`Mapping[str, Any]`): the contents of `lori_config.json`.
+        record ([`LoriRecord`]): the contents of `lori_config.json`.
         adapter_config (`Mapping[str, Any]`): the contents of PEFT's `adapter_config.json`.
-        masks (`Mapping[str, LoriMasks]`): task -> its masks, oldest first; the newest ones are enough.
+        masks ([`LoriMasks`] or `None`): those of the newest task.
         eval_results (`Mapping[str, Any]`, *optional*): the contents of `eval_results.json`:
             `{"format_version": 1, "results": [{"task": "gsm8k", "metric": "accuracy", "value": 0.63}]}`; a result may
             also have `stderr`, in the value's unit, and `dataset`, a Hub name.
@@ -119,12 +132,11 @@ def render_model_card(
     Raises:
         `ValueError`: a result or a fact is not of its form.
     """
-    unknown = {"base_model": None, "dataset": None, "license": None, "tags": [], "losses": []}
-    facts = {**unknown, **(lori_config.get("training") or {})}
-    known = facts["base_model"] or {}
-    base_model = _valid(known.get("id")) if known else _hub_id(adapter_config.get("base_model_name_or_path"))
-    dataset = _valid((facts["dataset"] or {}).get("id"))
-    license = facts["license"] if re.fullmatch(r"[a-z0-9.-]+", str(facts["license"])) else None
+    facts = record.training or Training(base_model=None)
+    on_record = facts.base_model.id if facts.base_model else _hub_id(adapter_config.get("base_model_name_or_path"))
+    base_model = _valid(on_record)
+    dataset = _valid(facts.dataset.id if facts.dataset else None)
+    license = facts.license if re.fullmatch(r"[a-z0-9.-]+", str(facts.license)) else None
     results = _checked_results(eval_results)
     own_results = [result for result in results if result["metric"] not in _NOT_THE_MODELS]
     data = ModelCardData(
@@ -139,15 +151,14 @@ def render_model_card(
             "lora",
             "peft",
             "trl",
-            *_plain(facts["tags"]),
-            *(["merged"] if lori_config.get("merge") else []),
+            *_plain(facts.tags or ()),
+            *(["merged"] if record.merge else []),
         ],
-        model_name=repo_id or lori_config["task"],
+        model_name=repo_id or record.task,
         eval_results=[_model_index_entry(result) for result in own_results] or None,
     )
     if not own_results:
         data.model_name = None  # a name belongs to the model-index only
-    main_mask = list(masks.values())[-1] if masks else None
     card = ModelCard.from_template(
         data,
         template_path=shipped_folder("model_cards") / "lori_adapter.md.jinja",
@@ -159,11 +170,11 @@ def render_model_card(
         recipe=recipe,
         picture=PICTURE_NAME if picture else None,
         results=_plain(results),
-        facts=_plain(facts),
+        facts=_plain({"losses": (), **plain(facts)}),
         lora=_plain(dict(adapter_config)),
         targets=_plain(_target_names(adapter_config["target_modules"])),
-        by_projection=_plain(main_mask.by_projection()) if main_mask is not None else {},
-        **_plain({"merge": None, "calibration": None, **lori_config}),
+        by_projection=_plain(masks.by_projection()) if masks is not None else {},
+        **_plain({"merge": None, **plain(record), "training": None, "tensors": None}),
     )
     return f"{str(card).rstrip()}\n"
 
@@ -195,24 +206,24 @@ def _target_names(target_modules: str | Sequence[str]) -> str:
     return ", ".join(sorted({name.rpartition(".")[2] for name in target_modules}))
 
 
-def _base_model_facts(model: torch.nn.Module) -> dict[str, Any]:
+def _base_model_facts(model: PreTrainedModel) -> BaseModel:
     name = model.config.name_or_path
-    return {
-        "id": _hub_id(name),
-        "name": Path(name).name or None,  # of a local folder, not where it lies
-        "architecture": type(model).__name__,
-        "parameters": sum(weight.numel() for path, weight in model.named_parameters() if ".lora_" not in path),
-    }
+    return BaseModel(
+        id=_hub_id(name),
+        name=Path(name).name or None,  # of a local folder, not where it lies
+        architecture=type(model).__name__,
+        parameters=sum(weight.numel() for path, weight in model.named_parameters() if ".lora_" not in path),
+    )
 
 
-def _dataset_facts(rows: Dataset | IterableDataset) -> dict[str, Any]:
+def _dataset_facts(rows: Dataset | IterableDataset) -> TrainingData:
     sources = [re.match(r"hf://datasets/([^@]+)@", url) for url in rows.info.download_checksums or {}]
     known = isinstance(rows, Dataset)
-    return {
-        "id": next((source[1] for source in sources if source), None),
-        "rows": len(rows) if known else None,
-        "conversational": is_conversational(rows[0]) if known and len(rows) else False,
-    }
+    return TrainingData(
+        id=next((source[1] for source in sources if source), None),
+        rows=len(rows) if known else None,
+        conversational=is_conversational(rows[0]) if known and len(rows) else False,
+    )
 
 
 def _license_of(base_model: str) -> str | None:
@@ -228,18 +239,18 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _losses(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Take the losses from the Trainer's log: step -> training and evaluation loss, thinned to a short table."""
-    rows: dict[int, dict[str, Any]] = {}
+def _losses(log_history: Sequence[Mapping[str, Any]]) -> tuple[Losses, ...]:
+    """Take the losses from the Trainer's log: those of every step, thinned to a short table."""
+    rows: dict[int, Losses] = {}
     for entry in log_history:
         for name in ("loss", "eval_loss"):
             if name in entry:
-                row = rows.setdefault(entry["step"], {"step": entry["step"], "loss": None, "eval_loss": None})
-                row[name] = round(entry[name], 4)
+                row = rows.get(entry["step"], Losses(entry["step"], None, None))
+                rows[row.step] = replace(row, **{name: round(entry[name], 4)})
     losses = [rows[step] for step in sorted(rows)]
-    if len(losses) <= _MAX_LOSSES:
-        return losses
-    return [losses[round(i * (len(losses) - 1) / (_MAX_LOSSES - 1))] for i in range(_MAX_LOSSES)]
+    if len(losses) > _MAX_LOSSES:
+        losses = [losses[round(i * (len(losses) - 1) / (_MAX_LOSSES - 1))] for i in range(_MAX_LOSSES)]
+    return tuple(losses)
 
 
 def _checked_results(eval_results: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -12,9 +12,11 @@ from huggingface_hub import ModelCard
 from tiny import make_trainer, trained_adapter
 
 from lori_trl import LoriMasks
-from lori_trl.adapter import write_card
+from lori_trl.adapter.facts import Losses, Training
+from lori_trl.adapter.record import LoriRecord, read_record
+from lori_trl.adapter.write import write_card
+from lori_trl.card import GENERATED, CardFacts, render_model_card
 from lori_trl.heatmaps import draw_density
-from lori_trl.model_card import GENERATED, CardFacts, render_model_card
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -85,18 +87,23 @@ def changed(**changes) -> dict:
     return json.loads(json.dumps({**LORI, **changes}))
 
 
+def record(values: dict = LORI) -> LoriRecord:
+    return LoriRecord.from_dict(values)
+
+
 def single() -> str:
     return render_model_card(
-        LORI, PEFT, {"code": masks()}, eval_results=RESULTS, repo_id="me/code-lori-s", recipe=True, picture=True
+        record(), PEFT, masks(), eval_results=RESULTS, repo_id="me/code-lori-s", recipe=True, picture=True
     )
 
 
 def test_a_baseline_is_no_result_of_the_model():
     baseline = {"task": "boolq", "metric": "majority_baseline", "value": 0.65}
-    text = render_model_card(LORI, PEFT, {"code": masks()}, eval_results={"format_version": 1, "results": [baseline]})
+    alone = {"format_version": 1, "results": [baseline]}
+    text = render_model_card(record(), PEFT, masks(), eval_results=alone)
     assert "majority_baseline" in text and ModelCard(text).data.eval_results is None
     with_both = {**RESULTS, "results": [*RESULTS["results"], baseline]}
-    card = ModelCard(render_model_card(LORI, PEFT, {"code": masks()}, eval_results=with_both))
+    card = ModelCard(render_model_card(record(), PEFT, masks(), eval_results=with_both))
     assert [result.metric_type for result in card.data.eval_results].count("majority_baseline") == 0
 
 
@@ -114,14 +121,16 @@ def continual() -> str:
         "losses": [],
     }
     base = {**PEFT, "base_model_name_or_path": "/home/somebody/models/my-llama"}
-    return render_model_card(config, base, {"safety": masks("safety"), "code": masks()})
+    return render_model_card(record(config), base, masks())
 
 
 def merged() -> str:
-    merge = {"method": "concat", "adapters": [{"task": "code", "weight": 0.5}, {"task": "math", "weight": 0.5}]}
-    config = changed(task="code-math", sparsity=None, calibration=None, merge=merge, tasks=[], training=None)
+    other = {"weight": 0.5, "source": "me/x", "rank": 32, "offset": 0, "sha256": {}}
+    merge = {"method": "concat", "adapters": [{"task": "code", **other}, {"task": "math", **other}]}
+    facts = {"variant": "merged", "task": "code-math", "merge": merge, "sparsity": None, "tasks": []}
+    config = changed(**facts, calibration=None, training=None)
     config["counts"]["selected"] = None
-    return render_model_card(config, PEFT, {}, repo_id="me/code-math", forms=("compact",))
+    return render_model_card(record(config), PEFT, None, repo_id="me/code-math", forms=("compact",))
 
 
 @pytest.mark.parametrize("render", [single, continual, merged])
@@ -182,7 +191,7 @@ def test_nothing_is_injected_through_a_name():
     }
     results = {"format_version": 1, "results": [{"task": HOSTILE, "metric": HOSTILE, "value": 1, "dataset": HOSTILE}]}
     peft = {**PEFT, "base_model_name_or_path": HOSTILE, "r": HOSTILE}
-    text = render_model_card(config, peft, {"code": masks()}, eval_results=results)
+    text = render_model_card(record(config), peft, masks(), eval_results=results)
     _, header, body = re.split(r"^---\n", text, maxsplit=2, flags=re.MULTILINE)
     assert not {"license", "base_model", "datasets"} & set(yaml.safe_load(header))
     body = body.replace(GENERATED, "")
@@ -195,7 +204,7 @@ def test_nothing_is_injected_through_a_name():
 )
 def test_results_of_another_form_are_refused(results):
     with pytest.raises(ValueError, match="eval_results.json.*is not of its form"):
-        render_model_card(LORI, PEFT, {}, eval_results=results)
+        render_model_card(record(), PEFT, None, eval_results=results)
 
 
 # ---- the facts of a run ----------------------------------------------------------------------------------------
@@ -240,12 +249,15 @@ def test_a_card_edited_by_hand_is_kept(tmp_path):
     trainer.save_model()
     assert card.read_text() == edited
     (tmp_path / "elsewhere").mkdir()
-    assert write_card(tmp_path, tmp_path / "elsewhere", repo_id="me/x").read_text() == edited
+    again = write_card(tmp_path, read_record(tmp_path), None, beside=tmp_path, target=tmp_path / "elsewhere")
+    assert again.read_text() == edited
 
 
 def test_evaluation_results_beside_the_adapter_get_onto_the_card(tmp_path):
     (tmp_path / "eval_results.json").write_text(json.dumps(RESULTS))
-    card = write_card(trained_adapter(), tmp_path, beside=tmp_path, repo_id="me/x").read_text()
+    folder = trained_adapter()
+    place = {"target": tmp_path, "repo_id": "me/x"}
+    card = write_card(folder, read_record(folder), masks(), beside=tmp_path, **place).read_text()
     assert "| humaneval | pass@1 | 0.432 ± 0.039 |" in card
     assert ModelCard(card).data.model_name == "me/x"
 
@@ -261,22 +273,22 @@ def test_a_card_that_fails_never_costs_the_run(tmp_path, caplog):
 
 
 def test_losses_are_thinned_to_a_short_table():
-    trainer = type("Trainer", (), {"phase": "adaptation"})()
     facts = CardFacts.__new__(CardFacts)
-    facts.trainer, facts.facts = trainer, {}
+    facts.training = Training(base_model=None)
     log = [{"step": step, "loss": 1 / (step + 1)} for step in range(1000)] + [{"step": 999, "eval_loss": 0.5}]
-    facts.on_log(None, type("State", (), {"log_history": log, "global_step": 999, "epoch": 1.0})(), None)
-    losses = facts.facts["losses"]
+    state = type("State", (), {"log_history": log, "global_step": 999, "epoch": 1.0})()
+    facts.on_log(None, state, None, logs=log[-1])
+    losses = facts.training.losses
     assert len(losses) == 20
-    assert losses[0] == {"step": 0, "loss": 1.0, "eval_loss": None}
-    assert losses[-1] == {"step": 999, "loss": 0.001, "eval_loss": 0.5}
+    assert losses[0] == Losses(step=0, loss=1.0, eval_loss=None)
+    assert losses[-1] == Losses(step=999, loss=0.001, eval_loss=0.5)
 
 
 def test_the_picture_is_the_same_every_time(tmp_path):
     pytest.importorskip("matplotlib")
-    assert draw_density({"code": masks()}, tmp_path / "a.png")
-    assert draw_density({"code": masks()}, tmp_path / "b.png")
+    assert draw_density(masks(), tmp_path / "a.png")
+    assert draw_density(masks(), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     everything = LoriMasks({path: torch.ones_like(mask) for path, mask in masks().items()}, task="code")
-    assert not draw_density({"code": everything}, tmp_path / "c.png")
+    assert not draw_density(everything, tmp_path / "c.png")

@@ -1,135 +1,23 @@
-"""The Hub: an adapter's files up in one commit, which arrives whole or not at all."""
+"""Files up to the Hub in one commit, which arrives whole or not at all."""
 
 import json
-import logging
-import os
 import re
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import HFValidationError, httpx, validate_repo_id
 
-from .adapter import CONFIG_NAME, PEFT_FILES, RECIPE_NAME, read_lori_config, write_card
-from .compact import export_compact
+from ..files import replacing
 from .download import WAITS, describe, hash_file, is_same, is_transient, patiently
-from .files import replacing
-from .masks import COMPACT_NAME, MASKS_FOLDER
-from .model_card import CARD_NAME, EVAL_RESULTS_NAME, PICTURE_NAME
 
-if TYPE_CHECKING:
-    from .trainer import LoriTrainerMixin
-
-logger = logging.getLogger(__name__)
-
-FORMS = ("peft", "compact")
-MEMORY = Path(".cache", "lori_trl", "pushed.json")  # in the adapter's folder: which commits are its own
-
-_OUR_FILES = {*PEFT_FILES, COMPACT_NAME, CONFIG_NAME, RECIPE_NAME, EVAL_RESULTS_NAME, PICTURE_NAME, CARD_NAME}
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{16,}")
 _FAILURES = (HfHubHTTPError, httpx.HTTPError, RuntimeError, ValueError)  # what the client raises when a push fails
-
-
-def push_lori_to_hub(
-    source: "LoriTrainerMixin | str | Path",
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    token: str | None = None,
-    include: Sequence[str] = ("peft",),
-) -> CommitInfo | None:
-    """
-    Push an adapter to the Hub: its files in one commit, and no other files.
-
-    The commit has the adapter, its masks, `lori_config.json`, the recipe, evaluation results, the card and its
-    picture. Files of an earlier adapter that this one does not have are removed in the same commit; files that are
-    not an adapter's are left alone. Where the branch has the same contents already, no commit is made.
-
-    Args:
-        source (`LoriTrainerMixin` or `str` or `Path`):
-            A trainer, whose adapter is saved to its `output_dir` first, or an adapter's folder. With a trainer, call
-            it on every process; the main one pushes.
-        repo_id (`str`): the repository, `namespace/name` or a name in your own namespace. Made if it is missing.
-        private (`bool`, *optional*): whether a repository that is made is private; by default as the namespace says.
-        revision (`str`, *optional*): the branch, made if it is missing; by default `main`.
-        create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead of pushing to the branch.
-        commit_message (`str`, *optional*): by default names the variant and task.
-        token (`str`, *optional*): a token that may write; by default that of `hf auth login`.
-        include (`Sequence[str]`, *optional*, defaults to `("peft",)`):
-            Which forms: `"peft"` are the plain PEFT files, `"compact"` is the small file of
-            [`~compact.export_compact`].
-
-    Returns:
-        `CommitInfo` or `None`: the commit, or the one that has the contents already; `None` on the other processes.
-
-    Raises:
-        `FileNotFoundError`: the folder holds no complete LoRI adapter.
-        `ValueError`: an argument is not allowed, a file holds a token, or the Hub rejects the contents.
-        `PermissionError`: the token is missing, invalid or may not write here.
-        `RuntimeError`: somebody else's commit is in the way, or the Hub could not be reached. The branch is as before.
-
-    ```python
-    push_lori_to_hub("code-lori-s", "me/code-lori-s", private=True)
-    ```
-    """
-    if isinstance(source, (str, os.PathLike)):
-        folder, is_main = Path(source), os.environ.get("RANK", "0") == "0"
-    else:
-        source.save_model(_internal_call=True)
-        folder, is_main = Path(source.args.output_dir), source.is_world_process_zero()
-    if not is_main:
-        return None
-    with adapter_files(folder, repo_id, include) as files:
-        config = read_lori_config(folder)
-        return push_files(
-            files,
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or f"{config['variant']} adapter: {config['task']}",
-            token=token,
-            replaces=_is_ours,
-            memory=folder / MEMORY,
-        )
-
-
-def push_in_background(folder: str | Path, memory: Path, repo_id: str, **arguments) -> Future:
-    """
-    Push a folder while training goes on. Its files are copied first, and a failure is logged.
-
-    Args:
-        folder (`str` or `Path`): the adapter's folder, e.g. a checkpoint; it may be deleted meanwhile.
-        memory (`Path`): the file that says which commits are this run's own.
-        repo_id (`str`): the repository.
-        **arguments: `private`, `revision`, `commit_message` and `token` of [`push_files`].
-
-    Returns:
-        `Future`: done when the push is; never raises.
-    """
-    copy = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with adapter_files(folder, repo_id) as files:
-        copies = {name: Path(copy.name, str(number)) for number, name in enumerate(files)}
-        for name, file in files.items():
-            shutil.copyfile(file, copies[name])
-
-    def push() -> None:
-        with copy, logged("The push of a checkpoint failed, training goes on"):
-            push_files(copies, repo_id, replaces=_is_ours, memory=memory, **arguments)
-
-    return HfApi().run_as_future(push)
 
 
 def make_repo(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -145,51 +33,6 @@ def make_repo(repo_id: str, *, private: bool | None = None, token: str | None = 
         return _make(HfApi(token=token), repo_id, private)
     except _FAILURES as error:
         raise _explained(repo_id, token, error, "There is no repository yet.") from None
-
-
-@contextmanager
-def logged(what: str) -> Iterator[None]:
-    """Log whatever goes wrong inside instead of raising it: a run is worth more than its push or its card."""
-    try:
-        yield
-    except Exception as error:
-        logger.error(f"{what}: {error}")
-
-
-@contextmanager
-def adapter_files(folder: str | Path, repo_id: str, include: Sequence[str] = ("peft",)) -> Iterator[dict[str, Path]]:
-    """
-    Yield what a push of an adapter's folder consists of: name in the repository -> file.
-
-    The card is written anew, with the repository's name and the evaluation results, unless it was edited by hand.
-
-    Raises:
-        `FileNotFoundError`: a file is missing.
-        `ValueError`: `include` is not allowed, or a file holds a token.
-    """
-    folder = Path(folder)
-    if isinstance(include, str) or not set(include) <= set(FORMS) or not include:
-        raise ValueError(
-            f"`include={include!r}` is not known. A push has one or both of {', '.join(FORMS)}. Pass e.g. "
-            "`include=('peft', 'compact')`."
-        )
-    masks = [f"{MASKS_FOLDER}/{record['task']}.safetensors" for record in read_lori_config(folder)["tasks"]]
-    needed = [CONFIG_NAME, *PEFT_FILES, *masks]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"`{folder}` lacks {', '.join(missing)}. A LoRI adapter's folder has {', '.join(needed)}. Pass the folder "
-            "that `save_model()` wrote."
-        )
-    names = [CONFIG_NAME, *(needed if "peft" in include else ())]
-    names += [name for name in (RECIPE_NAME, EVAL_RESULTS_NAME, PICTURE_NAME) if (folder / name).is_file()]
-    with tempfile.TemporaryDirectory() as stage:
-        files = {name: folder / name for name in names}
-        if "compact" in include:
-            files[COMPACT_NAME] = export_compact(folder, Path(stage, COMPACT_NAME))
-        files[CARD_NAME] = write_card(folder, stage, repo_id=repo_id, forms=include)
-        _refuse_tokens(files)
-        yield dict(sorted(files.items()))
 
 
 def push_files(
@@ -416,11 +259,8 @@ def _is_conflict(error: Exception) -> bool:
     return isinstance(error, HfHubHTTPError) and error.response.status_code == 412
 
 
-def _is_ours(name: str) -> bool:
-    return name in _OUR_FILES or re.fullmatch(rf"{MASKS_FOLDER}/[\w.-]+\.safetensors", name) is not None
-
-
-def _refuse_tokens(files: Mapping[str, Path]) -> None:
+def refuse_tokens(files: Mapping[str, Path]) -> None:
+    """Raise `ValueError` if a text file holds what looks like an access token."""
     for name, file in files.items():
         if file.suffix in (".json", ".yaml", ".md") and _TOKEN.search(file.read_bytes()):
             raise ValueError(

@@ -7,13 +7,16 @@ import sys
 
 import pytest
 import torch
+from files_by_hand import change_tensors
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import lora_config
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks, load_lori_adapter
-from lori_trl.adapter import read_lori_config, staged
+from lori_trl.adapter.facts import Counts
+from lori_trl.adapter.record import read_record
+from lori_trl.adapter.write import staged
 from lori_trl.selection import num_to_select
 
 PLAIN_PEFT = """
@@ -56,18 +59,18 @@ def test_what_is_saved(adapter_folder):
         "masks/code.safetensors",
         "recipe.yaml",
     }
-    config = read_lori_config(adapter_folder)
+    record = read_record(adapter_folder)
     weights = load_file(adapter_folder / "adapter_model.safetensors")
     trained = sum(int(tensor.count_nonzero()) for name, tensor in weights.items() if "lora_B" in name)
     lora_B = sum(tensor.numel() for name, tensor in weights.items() if "lora_B" in name)
-    assert config["counts"] == {
-        "lora": sum(tensor.numel() for tensor in weights.values()),
-        "lora_B": lora_B,
-        "selected": num_to_select(0.9, lora_B),
-    }
-    assert trained <= config["counts"]["selected"]
-    assert config["variant"] == "LoRI-S" and config["sparsity"] == 0.9 and config["phase"] == "adaptation"
-    assert config["calibration"]["steps"] == 4 and config["tasks"][0]["task"] == "code"
+    assert record.counts == Counts(
+        lora=sum(tensor.numel() for tensor in weights.values()),
+        lora_B=lora_B,
+        selected=num_to_select(0.9, lora_B),
+    )
+    assert trained <= record.counts.selected
+    assert record.variant == "LoRI-S" and record.sparsity == 0.9 and record.phase == "adaptation"
+    assert record.calibration.steps == 4 and record.tasks[0].task == "code"
 
 
 def test_checkpoints_hold_the_same(make_trainer, tmp_path):
@@ -105,26 +108,28 @@ def copy_of(folder, target):
 
 def test_another_A_is_refused(model, adapter_folder, tmp_path):
     folder = copy_of(adapter_folder, tmp_path / "copy")
-    weights = load_file(folder / "adapter_model.safetensors")
-    name = next(name for name in weights if "lora_A" in name)
-    weights[name][0, 0] += 1e-3
-    save_file(weights, folder / "adapter_model.safetensors")
+    name = next(name for name in load_file(folder / "adapter_model.safetensors") if "lora_A" in name)
+    change_tensors(folder, lambda tensors: tensors[name][0].add_(1e-3))
     with pytest.raises(ValueError, match="have fingerprint.*Fetch the whole folder again"):
         load_lori_adapter(model, folder)
 
 
 def test_bad_folders_are_refused(model, adapter_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no lori_config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
         load_lori_adapter(model, tmp_path)
     folder = copy_of(adapter_folder, tmp_path / "copy")
+    (folder / "lori_config.json").rename(tmp_path / "lori_config.json")
+    with pytest.raises(FileNotFoundError, match=r"holds no lori_config\.json"):
+        load_lori_adapter(model, folder)
+    (tmp_path / "lori_config.json").rename(folder / "lori_config.json")
     whole = (folder / "lori_config.json").read_text()
     for broken in (whole[:100], "[]", "{}"):
         (folder / "lori_config.json").write_text(broken)
         with pytest.raises(ValueError, match="is unreadable"):
-            read_lori_config(folder)
-    (folder / "lori_config.json").write_text(json.dumps(json.loads(whole) | {"format_version": 2}))
-    with pytest.raises(ValueError, match="format_version 2.*Upgrade"):
-        read_lori_config(folder)
+            read_record(folder)
+    (folder / "lori_config.json").write_text(json.dumps(json.loads(whole) | {"format_version": 3}))
+    with pytest.raises(ValueError, match="format_version 3.*Upgrade"):
+        read_record(folder)
 
 
 def test_a_failing_save_leaves_the_old_adapter_whole(make_trainer, tmp_path, monkeypatch):
@@ -132,7 +137,7 @@ def test_a_failing_save_leaves_the_old_adapter_whole(make_trainer, tmp_path, mon
     trainer.train()
     trainer.save_model()
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    monkeypatch.setattr("lori_trl.adapter.LoriMasks.save_pretrained", lambda *_: 1 / 0)
+    monkeypatch.setattr("lori_trl.masks.LoriMasks.save_pretrained", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.save_model()
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}

@@ -1,0 +1,1 @@
+"""The adapter on disk, and nothing else knows its form."""

@@ -1,0 +1,350 @@
+"""The compact form: an adapter without what can be drawn or counted again, in one file.
+
+A comes from its seed, and of B only the trained entries say anything. What is left is the seed, the positions of the
+entries, and their values. Positions are the gaps between neighbours, a byte each (255 stands for 255 and more), in
+zlib's Huffman code: at density 0.1 about 4.8 bits an entry, 2 % above the entropy of a random mask.
+
+Tensors of the file, all modules in sorted order of their paths:
+
+    values                 the entries of B, at the union of all positions; scales: one a module, where they are int8
+    task.<task>.gaps       a task's positions, compressed bytes; "rest" has the entries outside every mask
+    task.<task>.counts     positions per module (int64)
+    samples                16 entries of A per module, to compare with where another platform draws A
+    tensors.<name>         every other tensor of the adapter as it is; A itself, where it has no seed
+
+The metadata ends in a checksum over all of it.
+"""
+
+import hashlib
+import json
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import describe_fault, parse_json, replacing
+from ..layers import module_path, tensor_name
+from ..projections import Projection, draw_projection, fingerprint
+from . import compact_v1
+from .contents import Contents
+from .layout import COMPACT_VERSION, LaterFormatError, check_task_name, check_version
+from .mask_files import MasksMetadata
+from .record import LoriRecord
+from .safetensors import hash_tensor, opened
+from .typed import plain, typed
+
+logger = logging.getLogger(__name__)
+
+COMPACT_FORMAT = "lori_compact"
+
+_REST = "rest"  # no task's name may be confused with it: tasks are stored as task.<name>
+_SAMPLES = 16
+_TOLERANCE = 1e-6
+_ESCAPE = 255
+# What a file may grow to in memory: that of Llama-3-8B at sparsity 0.9 grows 30 times, at 0.999 2,500 times.
+_MAX_GROWTH, _ALWAYS_ALLOWED = 4096, 64_000_000
+
+_Positions = list[np.ndarray]  # sorted flat positions in B, one array a module
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The file's metadata: what is known without its tensors."""
+
+    format_version: int
+    adapter_config: dict[str, Any]
+    lori_config: dict[str, Any]
+    recipe: str | None
+    masks: dict[str, MasksMetadata]
+    modules: dict[str, tuple[int, ...]]  # path -> rows and rank of B, columns of A
+    dtypes: dict[str, str]
+    projection_drawn: bool
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries of every module's B."""
+        return [rows * rank for rows, rank, _ in self.modules.values()]
+
+    @property
+    def names_of_positions(self) -> list[str]:
+        return [*(f"task.{task}" for task in self.masks), _REST]
+
+    def dtype(self, part: str) -> torch.dtype:
+        """That of all A or all B."""
+        return getattr(torch, self.dtypes[part])
+
+    def check(self, record: LoriRecord, bytes_on_disk: int) -> None:
+        """Raise `TypeError` if a field contradicts another one, or what it announces is not believable."""
+        if not {*self.dtypes.values()} <= {"float32", "bfloat16", "float16"} or self.dtypes.keys() != {"A", "B"}:
+            raise TypeError(f"dtypes {self.dtypes}")
+        if any(len(shape) != 3 or min(shape) < 1 for shape in self.modules.values()):
+            raise TypeError("modules without three sizes each")
+        lora_B, lora_A = sum(self.sizes), sum(rank * columns for _, rank, columns in self.modules.values())
+        if (lora_B, lora_A + lora_B) != (record.counts.lora_B, record.counts.lora):
+            raise TypeError(f"{lora_A + lora_B:,} entries where the record counts {record.counts.lora:,}")
+        if 4 * (lora_A + lora_B) > max(_ALWAYS_ALLOWED, _MAX_GROWTH * bytes_on_disk):
+            raise TypeError(f"an adapter of {lora_A + lora_B:,} entries is not believable")
+        if [*self.masks] != [task.task for task in record.tasks]:
+            raise TypeError("masks of other tasks than the record names")
+        for task in self.masks:
+            check_task_name(task)
+
+
+def is_compact(file: Path) -> bool:
+    """Say whether a safetensors file holds an adapter's compact form. Raises `ValueError` if it is unreadable."""
+    with opened(file) as tensors:
+        return COMPACT_FORMAT in (tensors.metadata() or {})
+
+
+def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = None) -> None:
+    """
+    Write an adapter in its compact form.
+
+    Args:
+        file (`Path`): where to; replaced in one step.
+        contents ([`Contents`]): the adapter.
+        dtype (`torch.dtype`, *optional*):
+            What the trained entries are rounded to: `torch.bfloat16`, `torch.float16`, or `torch.int8` with a scale a
+            matrix; by default they are kept bit for bit.
+    """
+    state = dict(contents.tensors)
+    B = dict(sorted((module_path(name), state.pop(name)) for name in sorted(state) if ".lora_B." in name))
+    A = {module_path(name): tensor for name, tensor in state.items() if ".lora_A." in name}
+    projection = contents.record.projection
+    drawn = projection.seed is not None and fingerprint(_draw(projection, A)) == fingerprint(A)
+    if drawn:
+        state = {name: tensor for name, tensor in state.items() if ".lora_A." not in name}
+    positions = {f"task.{task}": [_where(masks[path]) for path in B] for task, (masks, _) in contents.masks.items()}
+    known = _unions(positions.values(), len(B))
+    positions[_REST] = [
+        np.setdiff1d(_where(_bits(each)), taken) for each, taken in zip(B.values(), known, strict=True)
+    ]
+    union = _unions(positions.values(), len(B))
+    values = [weight.flatten()[torch.from_numpy(where)] for weight, where in zip(B.values(), union, strict=True)]
+
+    tensors = {f"tensors.{name}": tensor.contiguous() for name, tensor in state.items()}
+    for name, sets in positions.items():
+        tensors |= {f"{name}.gaps": _encode(sets), f"{name}.counts": torch.tensor([len(each) for each in sets])}
+    tensors |= _round(values, dtype)
+    tensors["samples"] = torch.stack([_sample(A[path]) for path in B])
+    header = _Header(
+        format_version=COMPACT_VERSION,
+        adapter_config=contents.adapter_config,
+        lori_config={},
+        recipe=contents.recipe,
+        masks={task: metadata for task, (_, metadata) in contents.masks.items()},
+        modules={path: (*weight.shape, A[path].shape[1]) for path, weight in B.items()},
+        dtypes={"A": _name_of(next(iter(A.values())).dtype), "B": _name_of(next(iter(B.values())).dtype)},
+        projection_drawn=drawn,
+    )
+    hashes = {name: hash_tensor(tensor) for name, tensor in contents.tensors.items()}
+    if dtype is not None:  # the record says what a reader will see
+        hashes |= {name: hash_tensor(weight) for name, weight in _weights(header, tensors, union).items()}
+    record = contents.record.sealed(contents.adapter_config, hashes)
+    metadata = plain(replace(header, lori_config=record.to_dict()))
+    metadata["sha256"] = _checksum(metadata, tensors)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as partial:
+        save_file(tensors, partial, metadata={COMPACT_FORMAT: json.dumps(metadata)})
+
+
+def read_compact(file: Path) -> Contents:
+    """
+    Read an adapter's compact form: B bit for bit, A drawn again from its seed and checked.
+
+    Raises:
+        `FileNotFoundError`: there is no such file.
+        `ValueError`: the file is no compact adapter or is altered, or this platform draws another A.
+    """
+    header, record, tensors, positions = _read(file)
+    masks = _masks(header, positions)
+    state = {name.removeprefix("tensors."): tensor for name, tensor in tensors.items() if name.startswith("tensors.")}
+    if header.projection_drawn:
+        shapes = {path: torch.empty(rank, columns) for path, (_, rank, columns) in header.modules.items()}
+        A = _draw(record.projection, {path: like.to(header.dtype("A")) for path, like in shapes.items()})
+        drawn = replace(record.projection, fingerprint=fingerprint(A))
+        if drawn != record.projection:
+            _check_samples(file, A, tensors["samples"])
+            masks = _on_projection(masks, record.projection, drawn)
+            record = replace(record, projection=drawn)
+        state |= {tensor_name(path, "lora_A"): weight for path, weight in A.items()}
+    state |= _weights(header, tensors, _unions(positions.values(), len(header.modules)))
+    return Contents(header.adapter_config, record, header.recipe, masks, state)
+
+
+def read_compact_masks(file: Path) -> dict[str, tuple[dict[str, Tensor], MasksMetadata]]:
+    """
+    Read only the masks of a compact file: task -> its masks and what is known of them, oldest first.
+
+    Raises: as [`read_compact`].
+    """
+    header, _, _, positions = _read(file)
+    return _masks(header, positions)
+
+
+def _read(file: Path) -> tuple[_Header, LoriRecord, dict[str, Tensor], dict[str, _Positions]]:
+    try:
+        with opened(file) as opened_file:
+            metadata = parse_json((opened_file.metadata() or {})[COMPACT_FORMAT])
+            version = check_version(metadata["format_version"], COMPACT_VERSION, file)
+            checksum = metadata.pop("sha256") if version > 1 else None
+            header = typed(_Header, metadata, "")
+            record = LoriRecord.from_dict(header.lori_config, file)
+            header.check(record, file.stat().st_size)
+            tensors = {name: opened_file.get_tensor(name) for name in opened_file.keys()}  # noqa: SIM118
+        if checksum is None:
+            logger.warning(f"`{file}` is of version 1, which has no checksum: that it is whole cannot be checked.")
+        elif checksum != _checksum(metadata, tensors):
+            raise TypeError("the contents do not match their checksum")
+        read = _decode if version > 1 else compact_v1.read_positions
+        positions = {name: read(tensors, name, header.sizes) for name in header.names_of_positions}
+        count = sum(map(len, _unions(positions.values(), len(header.modules))))
+        if tensors["values"].shape != (count,):
+            raise TypeError("the values are not as many as the positions")
+        if tensors["samples"].shape != (len(header.modules), _SAMPLES):
+            raise TypeError(f"samples of shape {tuple(tensors['samples'].shape)}")
+    except LaterFormatError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, RuntimeError, zlib.error) as error:
+        raise ValueError(
+            f"`{file}` is not a readable compact adapter ({describe_fault(error)}). It is what `export_compact` "
+            "writes. Fetch or export it again."
+        ) from error
+    return header, record, tensors, positions
+
+
+def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {hash_tensor(tensors[name])}\n".encode())
+    return digest.hexdigest()
+
+
+# ---- masks and B -----------------------------------------------------------------------------------------------
+
+
+def _masks(header: _Header, positions: Mapping[str, _Positions]) -> dict[str, tuple[dict[str, Tensor], MasksMetadata]]:
+    masks = {}
+    for task, metadata in header.masks.items():
+        entries = {}
+        for (path, (rows, rank, _)), where in zip(header.modules.items(), positions[f"task.{task}"], strict=True):
+            entries[path] = torch.zeros(rows * rank, dtype=torch.bool)
+            entries[path][torch.from_numpy(where)] = True
+            entries[path] = entries[path].view(rows, rank)
+        masks[task] = entries, metadata
+    return masks
+
+
+def _on_projection(masks: Mapping[str, tuple], stored: Projection, drawn: Projection) -> dict[str, tuple]:
+    return {
+        task: (entries, replace(metadata, projection=drawn) if metadata.projection == stored else metadata)
+        for task, (entries, metadata) in masks.items()
+    }
+
+
+def _weights(header: _Header, tensors: Mapping[str, Tensor], union: _Positions) -> dict[str, Tensor]:
+    """Put the values back in their places: tensor's name -> B `(out_features, rank)`."""
+    weights, done = {}, 0
+    scales = tensors["scales"].tolist() if "scales" in tensors else [1.0] * len(union)
+    for (path, (rows, rank, _)), where, scale in zip(header.modules.items(), union, scales, strict=True):
+        values = tensors["values"][done : done + len(where)]
+        done += len(where)
+        if values.dtype == torch.int8:
+            values = values.float() * scale
+        weight = torch.zeros(rows * rank, dtype=header.dtype("B"))
+        weight[torch.from_numpy(where)] = values.to(weight.dtype)
+        weights[tensor_name(path, "lora_B")] = weight.view(rows, rank)
+    return weights
+
+
+def _round(values: Sequence[Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Round the values of every module; int8 comes with a scale for each of them."""
+    if dtype != torch.int8:
+        return {"values": torch.cat(list(values)).to(dtype or values[0].dtype)}
+    scales = torch.stack([each.float().abs().max() / 127 if len(each) else torch.tensor(0.0) for each in values])
+    steps = [(each.float() / scale.clamp(min=1e-38)).round() for each, scale in zip(values, scales, strict=True)]
+    return {"values": torch.cat(steps).to(torch.int8), "scales": scales}
+
+
+# ---- A ---------------------------------------------------------------------------------------------------------
+
+
+def _draw(projection: Projection, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        path: draw_projection(path, *weight.shape, seed=projection.seed, init=projection.init).to(weight.dtype)
+        for path, weight in like.items()
+    }
+
+
+def _sample(weight: Tensor) -> Tensor:
+    return weight.flatten()[torch.linspace(0, weight.numel() - 1, _SAMPLES).long()].float()
+
+
+def _check_samples(file: Path, A: Mapping[str, Tensor], samples: Tensor) -> None:
+    distance = max((_sample(A[path]) - sample).abs().max().item() for path, sample in zip(A, samples, strict=True))
+    if not distance <= _TOLERANCE:
+        raise ValueError(
+            f"`{file}`: the projections A drawn here differ from the stored ones by {distance:.2g}. They may differ "
+            f"by {_TOLERANCE:g}, as the last digits of another platform do. Use the plain PEFT files instead."
+        )
+    logger.warning(f"This platform draws A with other last digits than the one of {file}: {distance:.2g} apart.")
+
+
+# ---- positions -------------------------------------------------------------------------------------------------
+
+
+def _bits(weight: Tensor) -> Tensor:
+    return weight.contiguous().view(torch.int32 if weight.element_size() == 4 else torch.int16)  # -0.0 is not 0 here
+
+
+def _where(entries: Tensor) -> np.ndarray:
+    return np.flatnonzero(entries.numpy())
+
+
+def _unions(sets: Any, modules: int) -> _Positions:
+    """Unite positions module by module."""
+    sets = list(sets)
+    nothing = np.empty(0, dtype=np.int64)
+    return [np.unique(np.concatenate([nothing, *(each[number] for each in sets)])) for number in range(modules)]
+
+
+def _encode(sets: _Positions) -> Tensor:
+    gaps = np.concatenate([np.diff(positions, prepend=-1) - 1 for positions in sets])
+    ends = np.cumsum(gaps // _ESCAPE + 1) - 1
+    codes = np.full(ends[-1] + 1 if len(ends) else 0, _ESCAPE, dtype=np.uint8)
+    codes[ends] = gaps % _ESCAPE
+    packed = [_deflate(codes.tobytes(), strategy) for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)]
+    return torch.frombuffer(bytearray(min(packed, key=len)), dtype=torch.uint8)
+
+
+def _deflate(data: bytes, strategy: int) -> bytes:
+    packer = zlib.compressobj(level=6, strategy=strategy)
+    return packer.compress(data) + packer.flush()
+
+
+def _decode(tensors: Mapping[str, Tensor], name: str, sizes: Sequence[int]) -> _Positions:
+    gaps, counts = tensors[f"{name}.gaps"], typed(tuple[int, ...], tensors[f"{name}.counts"].tolist(), name)
+    if any(not 0 <= count <= size for count, size in zip(counts, sizes, strict=True)):
+        raise TypeError(f"the positions of {name} are altered")
+    unpacker = zlib.decompressobj()
+    largest = sum(counts) + sum(sizes) // _ESCAPE + 1
+    codes = np.frombuffer(unpacker.decompress(gaps.numpy().tobytes(), largest), dtype=np.uint8)
+    ends = np.flatnonzero(codes != _ESCAPE)
+    if not unpacker.eof or unpacker.unused_data or len(ends) != sum(counts) or len(codes) != (ends[-1:] + 1).sum():
+        raise TypeError(f"the positions of {name} are altered")
+    steps = (np.diff(ends, prepend=-1) - 1) * _ESCAPE + codes[ends] + 1
+    sets = [np.cumsum(each) - 1 for each in np.split(steps, np.cumsum(counts)[:-1])]
+    if any(len(positions) and positions[-1] >= size for positions, size in zip(sets, sizes, strict=True)):
+        raise TypeError(f"the positions of {name} lie outside their matrix")
+    return sets
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,131 @@
+"""Where things lie in an adapter's folder or repository: every file name, every format's version.
+
+adapter_config.json  adapter_model.safetensors      PEFT's, untouched
+lori_config.json                                    the record: task, projection, counts, history, checksums
+masks/<task>.safetensors                            the masks of every task, oldest first in the record
+README.md  density.png  recipe.yaml                 the card, its picture; the recipe as it was run, where there is one
+eval_results.json                                   what `lori eval` measured
+adapter_compact.safetensors                         all of it in one small file, instead of or beside the others
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+RECORD_NAME = "lori_config.json"
+MASKS_FOLDER = "masks"
+COMPACT_NAME = "adapter_compact.safetensors"
+CARD_NAME = "README.md"
+PICTURE_NAME = "density.png"
+RECIPE_NAME = "recipe.yaml"
+EVAL_RESULTS_NAME = "eval_results.json"
+# What `save_pretrained` of a tokenizer writes: the adapter answers in the template that it was trained with.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+RECORD_VERSION = 2
+MASKS_VERSION = 1
+COMPACT_VERSION = 2
+
+MAX_JSON_BYTES = 10_000_000  # an adapter's JSON has some kB; a parser would build gigabytes from 100 MB
+
+_TASK_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_MASKS_FILE = re.compile(rf"{MASKS_FOLDER}/{_TASK_NAME}\.safetensors")
+_AUTHORS_MASKS = re.compile(rf"{MASKS_FOLDER}/(0\.\d+)_mask\.pt")
+_AUTHORS_DEFAULT = f"{MASKS_FOLDER}/0.9_mask.pt"  # the paper's sparsity; their repositories may hold others
+_OURS = {*PEFT_FILES, RECORD_NAME, COMPACT_NAME, CARD_NAME, PICTURE_NAME, RECIPE_NAME, EVAL_RESULTS_NAME}
+
+
+def masks_name(task: str) -> str:
+    """Return the name of a task's mask file, from the adapter's folder."""
+    return f"{MASKS_FOLDER}/{task}.safetensors"
+
+
+def is_ours(name: str) -> bool:
+    """Say whether a file, named from its folder or repository, is one of an adapter's."""
+    return name in _OURS or _MASKS_FILE.fullmatch(name) is not None
+
+
+def is_authors_masks(name: str) -> bool:
+    """Say whether a file, named from its folder or repository, holds masks as the paper's authors store them."""
+    return _AUTHORS_MASKS.fullmatch(name) is not None
+
+
+def choose(names: Iterable[str], *, weights: bool = True) -> list[str]:
+    """
+    Choose the files of an adapter from those of a folder or repository.
+
+    The plain files go before the compact one, which says the same, and our masks before the authors' own, of which
+    only one can be the adapter's: the paper's sparsity where there are several.
+
+    Args:
+        names (`Iterable[str]`): all files there, named from the folder.
+        weights (`bool`, *optional*, defaults to `True`): whether the weights are wanted too, or the masks alone.
+
+    Returns:
+        `list[str]`: empty where there is no adapter, or no masks if only these are wanted.
+    """
+    names = sorted(names)
+    has_weights = {*PEFT_FILES} <= {*names}
+    masks = [name for name in names if _MASKS_FILE.fullmatch(name)]
+    if COMPACT_NAME in names and not (has_weights if weights else masks):
+        return [COMPACT_NAME]
+    authors = [name for name in names if is_authors_masks(name)]
+    if not masks and authors:
+        masks = [_AUTHORS_DEFAULT] if _AUTHORS_DEFAULT in authors else authors[:1] if len(authors) == 1 else []
+    if not (has_weights if weights else masks):
+        return []
+    record = [name for name in names if name == RECORD_NAME]
+    return [*record, *masks, *(PEFT_FILES if weights else ())]
+
+
+def check_task_name(task: Any) -> None:
+    """Raise `ValueError` unless a task's name can be a file's name everywhere."""
+    if not isinstance(task, str) or not re.fullmatch(_TASK_NAME, task):
+        raise ValueError(
+            f"`task_name={task!r}` cannot name a file. Up to 96 letters, digits, '.', '_' and '-' are allowed, the "
+            "first a letter or digit. Pass e.g. `task_name='code'`."
+        )
+
+
+def task_name_of(name: str, otherwise: str) -> str:
+    """Make a task's name from another name, e.g. a repository's; `otherwise` where nothing of it is left."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:96] or otherwise
+
+
+class LaterFormatError(ValueError):
+    """A file of a format that only a later `lori_trl` knows."""
+
+
+def check_version(version: Any, newest: int, file: str | Path) -> int:
+    """
+    Return a format's version.
+
+    Raises:
+        `TypeError`: it is no whole number from 1 on.
+        `LaterFormatError`: it is later than this `lori_trl` knows.
+    """
+    if type(version) is not int or version < 1:
+        raise TypeError(f"format_version={version!r}")
+    if version > newest:
+        raise LaterFormatError(
+            f"`{file}` has format_version {version}. This lori_trl reads versions up to {newest}. Upgrade lori_trl."
+        )
+    return version

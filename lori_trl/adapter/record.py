@@ -1,0 +1,342 @@
+"""The record: what is known of an adapter and its runs, kept as `lori_config.json`."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..files import describe_fault, read_json
+from ..layers import GRANULARITIES
+from ..projections import Projection
+from .facts import Calibration, Counts, Merge, TaskRecord, Training
+from .layout import MAX_JSON_BYTES, RECORD_NAME, RECORD_VERSION, check_task_name, check_version
+from .typed import left_out, plain, typed
+
+PHASES = ("calibration", "adaptation")
+VARIANTS = ("LoRI-D", "LoRI-S", "merged")
+
+_NO_SETTINGS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")  # of an adapter_config.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoriRecord:
+    """
+    What is known of an adapter: the contents of `lori_config.json`.
+
+    The facts of the newest task's run stand at the top, those of earlier tasks in `tasks`.
+
+    Args:
+        format_version (`int`): of the file it was read from, or the newest.
+        task (`str`): the newest task.
+        phase (`str`): what the weights come from: `"calibration"` or `"adaptation"`.
+        variant (`str`): `"LoRI-D"`, `"LoRI-S"` or `"merged"`.
+        sparsity (`float` or `None`): of the newest task, a fraction in [0, 1).
+        granularity (`str` or `None`): over what its entries competed.
+        threshold (`float` or `None`): the smallest saliency that was selected.
+        projection ([`Projection`]): A.
+        calibration ([`Calibration`] or `None`): how the newest task's mask was found; `None` where it was given.
+        counts ([`Counts`]): parameters.
+        tasks (`tuple[TaskRecord, ...]`): those with masks, oldest first.
+        training ([`Training`] or `None`): the newest task's run.
+        versions (`dict[str, str]`): package -> version.
+        merge ([`Merge`], *optional*): how the adapter was merged.
+        adapter_config (`str`, *optional*): SHA-256 of PEFT's settings, see [`hash_settings`]; from format 2 on.
+        tensors (`dict[str, str]`, *optional*): name -> SHA-256 of every saved tensor; from format 2 on.
+    """
+
+    format_version: int = RECORD_VERSION
+    task: str
+    phase: str
+    variant: str
+    sparsity: float | None
+    granularity: str | None
+    threshold: float | None
+    projection: Projection
+    calibration: Calibration | None
+    counts: Counts
+    tasks: tuple[TaskRecord, ...]
+    training: Training | None = None
+    versions: dict[str, str]
+    merge: Merge | None = left_out()
+    adapter_config: str | None = left_out()
+    tensors: dict[str, str] | None = left_out()
+
+    @classmethod
+    def of_run(
+        cls,
+        *,
+        task: str,
+        phase: str,
+        sparsity: float | None,
+        granularity: str,
+        threshold: float | None,
+        projection: Projection,
+        calibration: Calibration | None,
+        counts: Counts,
+        selected: Mapping[str, int],
+        earlier: Iterable[TaskRecord],
+        training: Training,
+    ) -> "LoriRecord":
+        """
+        Describe a run as it stands.
+
+        Args:
+            selected (`Mapping[str, int]`): task -> entries that its mask selects, oldest first.
+            earlier (`Iterable[TaskRecord]`): what is on record of earlier tasks.
+            task, phase, sparsity, granularity, threshold, projection, calibration, counts, training: as above.
+        """
+        on_record = {record.task: record for record in earlier}
+        return cls(
+            task=task,
+            phase=phase,
+            variant="LoRI-D" if sparsity == 0 else "LoRI-S",
+            sparsity=sparsity,
+            granularity=granularity,
+            threshold=threshold,
+            projection=projection,
+            calibration=calibration,
+            counts=counts,
+            tasks=tuple(on_record.get(name, TaskRecord(name, count)) for name, count in selected.items()),
+            training=training,
+            versions=versions_of("lori_trl", "trl", "peft", "transformers", "torch"),
+        )
+
+    @classmethod
+    def merged(
+        cls,
+        *,
+        projection: Projection,
+        counts: Counts,
+        tasks: Sequence[TaskRecord],
+        sources: Sequence["LoriRecord | None"],
+        merge: Merge,
+    ) -> "LoriRecord":
+        """
+        Describe a merged adapter, of which much is unknown.
+
+        Args:
+            sources (`Sequence[LoriRecord | None]`): the inputs' records; plain LoRA has none.
+            projection, counts, tasks, merge: as above.
+        """
+        training = [source.training if source is not None else None for source in sources]
+        licenses = {run.license if run is not None else None for run in training}
+        base_models = [run.base_model for run in training if run is not None and run.base_model is not None]
+        return cls(
+            task="-".join(dict.fromkeys(adapter.task for adapter in merge.adapters))[:96],
+            phase="adaptation",
+            variant="merged",
+            sparsity=None,
+            granularity=None,
+            threshold=None,
+            projection=projection,
+            calibration=None,
+            counts=counts,
+            tasks=tuple(tasks),
+            training=Training(
+                base_model=base_models[0] if base_models else None,
+                license=licenses.pop() if len(licenses) == 1 else None,
+            ),
+            versions=versions_of("lori_trl", "peft", "torch", "safetensors"),
+            merge=merge,
+        )
+
+    @property
+    def history(self) -> list[TaskRecord]:
+        """The tasks, oldest first, each with the facts of its own run."""
+        if self.merge is not None or not self.tasks:
+            return list(self.tasks)
+        *earlier, newest = self.tasks
+        return [*earlier, replace(newest, calibration=self.calibration, training=self.training)]
+
+    def keeping(
+        self,
+        tasks: Collection[str],
+        *,
+        sparsity: float | None,
+        granularity: str | None,
+        threshold: float | None,
+        selected: int,
+    ) -> "LoriRecord":
+        """
+        Describe what is left where only some of the tasks are kept.
+
+        Args:
+            tasks (`Collection[str]`): their names; at least one.
+            sparsity, granularity, threshold, selected: of the masks of the newest of them.
+        """
+        *earlier, newest = [record for record in self.history if record.task in tasks]
+        return replace(
+            self,
+            task=newest.task,
+            variant="LoRI-D" if sparsity == 0 else "LoRI-S",
+            sparsity=sparsity,
+            granularity=granularity,
+            threshold=threshold,
+            calibration=newest.calibration,
+            counts=replace(self.counts, selected=selected),
+            tasks=(*earlier, TaskRecord(newest.task, newest.selected)),
+            training=newest.training,
+        )
+
+    def sealed(self, adapter_config: Mapping[str, Any], tensors: Mapping[str, str]) -> "LoriRecord":
+        """Add what a reader checks: the SHA-256 of PEFT's settings and of every tensor."""
+        return replace(
+            self,
+            format_version=RECORD_VERSION,
+            adapter_config=hash_settings(adapter_config),
+            tensors=dict(sorted(tensors.items())),
+        )
+
+    def check_same_run(self, earlier: "LoriRecord", folder: str | Path) -> None:
+        """
+        Raise `ValueError` unless a run may go on from what an earlier one saved.
+
+        Args:
+            earlier (`LoriRecord`): what that one saved.
+            folder (`str` or `Path`): where, for the message.
+        """
+        for name, own in self._identity().items():
+            other = earlier._identity()[name]
+            if own != other:
+                raise ValueError(
+                    f"`{folder}` was trained with {name} {other}, this run has {own}. A run resumes with the base "
+                    "model, task, seed, sparsity and number of processes that it began with. Correct these, or start "
+                    "anew in another `output_dir`."
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        run = self.training or Training(base_model=None)
+        return {
+            "base_model": None if run.base_model is None else run.base_model.name,
+            "task": self.task,
+            "projection": self.projection,
+            "sparsity": self.sparsity,
+            "granularity": self.granularity,
+            "disjoint_masks": (run.hyperparameters or {}).get("disjoint_masks", False),
+            "calibration_method": (run.hyperparameters or {}).get("calibration_method", "train"),
+            "num_processes": run.world_size,
+        }
+
+    def check(self) -> None:
+        """
+        Check what types do not say.
+
+        Raises:
+            `ValueError`: a name cannot name a file, a number is outside its range, or two fields contradict.
+        """
+        for name in (self.task, *(record.task for record in self.tasks)):
+            check_task_name(name)
+        faults = {
+            "phase": self.phase not in PHASES,
+            "variant": self.variant not in VARIANTS or (self.variant == "merged") != (self.merge is not None),
+            "sparsity": self.sparsity is not None and not 0 <= self.sparsity < 1,
+            "granularity": self.granularity is not None and self.granularity not in GRANULARITIES,
+            "projection": not self.projection.fingerprint.startswith("sha256:"),
+            "counts": not 0 <= (self.counts.selected or 0) <= self.counts.lora_B <= self.counts.lora,
+            "tasks": len({record.task for record in self.tasks}) < len(self.tasks)
+            or any(not 0 <= record.selected <= self.counts.lora_B for record in self.tasks),
+            "tensors": self.format_version > 1 and (self.tensors is None or self.adapter_config is None),
+        }
+        wrong = [name for name, is_wrong in faults.items() if is_wrong]
+        if wrong:
+            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])!r}")
+
+    @classmethod
+    def from_dict(cls, values: Any, file: str | Path = RECORD_NAME, *, allow_modified: bool = False) -> "LoriRecord":
+        """
+        Make a record from plain values, as JSON gives them.
+
+        Args:
+            values (`Any`): the contents of a `lori_config.json`.
+            file (`str` or `Path`, *optional*): where they come from, for the message.
+            allow_modified (`bool`, *optional*, defaults to `False`): take a record that was changed.
+
+        Raises:
+            `ValueError`: they are no record, of a later format, or changed.
+        """
+        try:
+            if not isinstance(values, Mapping):
+                raise TypeError(f"{type(values).__name__} instead of an object")
+            values = dict(values)
+            checksum = values.pop("sha256", None)
+            later = check_version(values.get("format_version"), RECORD_VERSION, file) > 1
+        except TypeError as error:
+            raise _unreadable(file, error) from error
+        if later and checksum != _checksum(values) and not allow_modified:
+            raise ValueError(
+                f"`{file}` was changed after it was saved: its contents do not match its own checksum. What it says "
+                "of masks and A decides what an adapter is. Fetch or save it again; if you changed it on purpose, "
+                "pass `allow_modified=True` (`--allow-modified`)."
+            )
+        try:
+            record = typed(cls, values, "")
+            record.check()
+        except (TypeError, ValueError) as error:
+            raise _unreadable(file, error) from error
+        return record
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as JSON holds them, with a checksum over all of them."""
+        values = plain(self)
+        return {**values, "sha256": _checksum(values)} if self.format_version > 1 else values
+
+    def to_json(self) -> str:
+        """Return the contents of `lori_config.json`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def read_record(folder: str | Path, *, allow_modified: bool = False) -> LoriRecord:
+    """
+    Read a folder's `lori_config.json`.
+
+    Raises:
+        `FileNotFoundError`: there is none.
+        `ValueError`: it is unreadable, changed, or of a later format.
+    """
+    file = Path(folder) / RECORD_NAME
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"`{folder}` holds no {RECORD_NAME}. A LoRI adapter's folder has one, beside PEFT's adapter_config.json. "
+            "Pass the folder that `save_model()` wrote."
+        )
+    return LoriRecord.from_dict(read_json(file, MAX_JSON_BYTES), file, allow_modified=allow_modified)
+
+
+def hash_settings(adapter_config: Mapping[str, Any]) -> str:
+    """
+    Hash what of PEFT's `adapter_config.json` decides what the adapter does: SHA-256.
+
+    The same for any order of keys and names, whoever wrote the file; settings that are off do not count, nor where the
+    base model lies.
+    """
+    values = {
+        name: sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value
+        for name, value in adapter_config.items()
+        if name not in _NO_SETTINGS and value not in (None, False, 0, "none", [], {})
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Return the versions of packages, of those that are installed."""
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # a source tree that is not installed
+            versions[name] = "unknown"
+    return versions
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _unreadable(file: str | Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"`{file}` is unreadable ({describe_fault(error)}). It must be the JSON that `save_model()` wrote. Fetch it "
+        "again."
+    )

@@ -1,0 +1,184 @@
+"""An adapter up to the Hub: its files, and no others, in one commit."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+from transformers import Trainer
+
+from ..adapter.compact import write_compact
+from ..adapter.folder import AdapterFolder
+from ..adapter.layout import (
+    CARD_NAME,
+    COMPACT_NAME,
+    EVAL_RESULTS_NAME,
+    PEFT_FILES,
+    PICTURE_NAME,
+    RECIPE_NAME,
+    RECORD_NAME,
+    is_ours,
+    masks_name,
+)
+from ..adapter.record import read_record
+from ..adapter.write import refuse_link_out, write_card
+from .commit import push_files, refuse_tokens
+
+logger = logging.getLogger(__name__)
+
+FORMS = ("peft", "compact")
+MEMORY = Path(".cache", "lori_trl", "pushed.json")  # in the adapter's folder: which commits are its own
+
+
+def push_lori_to_hub(
+    source: Trainer | str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    include: Sequence[str] = ("peft",),
+    allow_modified: bool = False,
+) -> CommitInfo | None:
+    """
+    Push an adapter to the Hub: its files in one commit, and no other files.
+
+    The commit has the adapter, its masks, `lori_config.json`, the recipe, evaluation results, the card and its
+    picture. Files of an earlier adapter that this one does not have are removed in the same commit; files that are
+    not an adapter's are left alone. Where the branch has the same contents already, no commit is made.
+
+    Args:
+        source (`Trainer` or `str` or `Path`):
+            A LoRI trainer, whose adapter is saved to its `output_dir` first, or an adapter's folder. With a trainer,
+            call it on every process; the main one pushes.
+        repo_id (`str`): the repository, `namespace/name` or a name in your own namespace. Made if it is missing.
+        private (`bool`, *optional*): whether a repository that is made is private; by default as the namespace says.
+        revision (`str`, *optional*): the branch, made if it is missing; by default `main`.
+        create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead of pushing to the branch.
+        commit_message (`str`, *optional*): by default names the variant and task.
+        token (`str`, *optional*): a token that may write; by default that of `hf auth login`.
+        include (`Sequence[str]`, *optional*, defaults to `("peft",)`):
+            Which forms: `"peft"` are the plain PEFT files, `"compact"` is the small file of
+            [`~compact.export_compact`].
+        allow_modified (`bool`, *optional*, defaults to `False`): push a folder that was changed after it was saved.
+
+    Returns:
+        `CommitInfo` or `None`: the commit, or the one that has the contents already; `None` on the other processes.
+
+    Raises:
+        `FileNotFoundError`: the folder holds no complete LoRI adapter.
+        `ValueError`: an argument is not allowed, a file holds a token, or the Hub rejects the contents.
+        `PermissionError`: the token is missing, invalid or may not write here.
+        `RuntimeError`: somebody else's commit is in the way, or the Hub could not be reached. The branch is as before.
+
+    ```python
+    push_lori_to_hub("code-lori-s", "me/code-lori-s", private=True)
+    ```
+    """
+    if isinstance(source, (str, os.PathLike)):
+        folder, is_main = Path(source), os.environ.get("RANK", "0") == "0"
+    else:
+        source.save_model(_internal_call=True)
+        folder, is_main = Path(source.args.output_dir), source.is_world_process_zero()
+    if not is_main:
+        return None
+    with adapter_files(folder, repo_id, include, allow_modified=allow_modified) as files:
+        record = read_record(folder, allow_modified=allow_modified)
+        return push_files(
+            files,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or f"{record.variant} adapter: {record.task}",
+            token=token,
+            replaces=is_ours,
+            memory=folder / MEMORY,
+        )
+
+
+def push_in_background(folder: str | Path, memory: Path, repo_id: str, **arguments) -> Future:
+    """
+    Push a folder while training goes on. Its files are copied first, and a failure is logged.
+
+    Args:
+        folder (`str` or `Path`): the adapter's folder, e.g. a checkpoint; it may be deleted meanwhile.
+        memory (`Path`): the file that says which commits are this run's own.
+        repo_id (`str`): the repository.
+        **arguments: `private`, `revision`, `commit_message` and `token` of [`push_files`].
+
+    Returns:
+        `Future`: done when the push is; never raises.
+    """
+    copy = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with adapter_files(folder, repo_id) as files:
+        copies = {name: Path(copy.name, str(number)) for number, name in enumerate(files)}
+        for name, file in files.items():
+            shutil.copyfile(file, copies[name])
+
+    def push() -> None:
+        with copy, logged("The push of a checkpoint failed, training goes on"):
+            push_files(copies, repo_id, replaces=is_ours, memory=memory, **arguments)
+
+    return HfApi().run_as_future(push)
+
+
+@contextmanager
+def logged(what: str) -> Iterator[None]:
+    """Log whatever goes wrong inside instead of raising it: a run is worth more than its push or its card."""
+    try:
+        yield
+    except Exception as error:
+        logger.error(f"{what}: {error}")
+
+
+@contextmanager
+def adapter_files(
+    folder: str | Path, repo_id: str, include: Sequence[str] = ("peft",), *, allow_modified: bool = False
+) -> Iterator[dict[str, Path]]:
+    """
+    Yield what a push of an adapter's folder consists of: name in the repository -> file.
+
+    All of it is read and checked first. The card is written anew, with the repository's name and the evaluation
+    results, unless it was edited by hand.
+
+    Raises:
+        `FileNotFoundError`: a file is missing.
+        `ValueError`: `include` is not allowed, a file was changed, leads out of the folder, or holds a token.
+    """
+    folder = Path(folder)
+    if isinstance(include, str) or not set(include) <= set(FORMS) or not include:
+        raise ValueError(
+            f"`include={include!r}` is not known. A push has one or both of {', '.join(FORMS)}. Pass e.g. "
+            "`include=('peft', 'compact')`."
+        )
+    record = read_record(folder, allow_modified=allow_modified)
+    needed = [RECORD_NAME, *PEFT_FILES, *(masks_name(task.task) for task in record.tasks)]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"`{folder}` lacks {', '.join(missing)}. A LoRI adapter's folder has {', '.join(needed)}. Pass the folder "
+            "that `save_model()` wrote."
+        )
+    optional = [name for name in (RECIPE_NAME, EVAL_RESULTS_NAME, PICTURE_NAME) if (folder / name).is_file()]
+    for name in [*needed, *optional, CARD_NAME]:
+        refuse_link_out(folder, name)
+    adapter = AdapterFolder(str(folder), folder, allow_modified)
+    adapter.verify()
+    with tempfile.TemporaryDirectory() as stage:
+        files = {name: folder / name for name in [*(needed if "peft" in include else needed[:1]), *optional]}
+        if "compact" in include:
+            files[COMPACT_NAME] = Path(stage, COMPACT_NAME)
+            write_compact(files[COMPACT_NAME], adapter.contents())
+        place = {"repo_id": repo_id, "forms": tuple(include)}
+        newest = next(reversed(adapter.masks.values()), None)
+        files[CARD_NAME] = write_card(folder, record, newest, beside=folder, target=stage, **place)
+        refuse_tokens(files)
+        yield dict(sorted(files.items()))

@@ -1,0 +1,67 @@
+"""Outputs: checked before any work, and never an input, another output, or another adapter."""
+
+import shutil
+
+import pytest
+from tiny import make_rows, trained_adapter
+
+from lori_trl.cli import main
+from lori_trl.cli.targets import check_targets
+from lori_trl.compact import export_compact
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with two adapters, a compact file, and data; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "math"):
+        shutil.copytree(trained_adapter(), name)
+    export_compact("one", "c.safetensors")
+    make_rows().to_json("rows.jsonl")
+    (tmp_path / "link").symlink_to("one")
+    return tmp_path
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refused(place, call, capsys):
+    """Return the error of a call that must exit with 2 and change nothing."""
+    before = contents(place)
+    with pytest.raises(SystemExit) as exit:
+        main(call)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2, error
+    assert contents(place) == before
+    assert error.count(". ") >= 2 and "Traceback" not in error, error  # given, allowed, what to do
+    return error
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "export --compact one one/adapter_model.safetensors",
+        "export --compact one link/new.safetensors --overwrite",
+        "export --compact one c.safetensors",
+        "export --compact one no/such/folder",
+        "export --compact one math",
+        "inspect one --html one/adapter_config.json",
+        "inspect link --json one/new.json",
+        "inspect one --json out --html ./out",
+        "inspect one --save out --html out",
+        "inspect c.safetensors --json c.safetensors",
+        "inspect one --save one/masks",
+        "inspect one --json /dev/null",
+        "eval one --tasks boolq --output_path one/adapter_config.json",
+        "eval one --metrics loss --dataset_path rows.jsonl --output_path rows.jsonl",
+        "eval one --metrics loss --dataset_path rows.jsonl --output_path math",
+        "eval one --metrics loss --dataset_path rows.jsonl --output_path no/such/file",
+    ],
+)
+def test_outputs_destroy_nothing(call, place, capsys):
+    refused(place, call.split(), capsys)
+
+
+def test_what_is_not_on_the_disk_is_no_input(tmp_path):
+    check_targets({"--json": tmp_path / "me", "--html": None}, ["me/adapter", "nowhere"])
