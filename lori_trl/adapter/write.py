@@ -171,7 +171,8 @@ def save_lori_adapter(
         (stage / CARD_NAME).unlink(missing_ok=True)  # PEFT's, which names local paths
         for task_masks in masks.values():
             task_masks.save_pretrained(stage)
-        complete(stage, record, next(reversed(masks.values()), None), recipe=recipe, beside=folder)
+        newest = [*masks.values()][-1] if masks else None
+        complete(stage, record, newest, recipe=recipe, beside=folder)
 
 
 def complete(

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..recipes import find_recipe, validate_recipe
 from .options import add_allow_modified
@@ -74,7 +74,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from ..adapter.record import read_record
+    from ..adapter.record import Merge, read_record
     from ..merging import merge_lori_adapters
 
     settings = {}
@@ -97,10 +97,11 @@ def run(options: argparse.Namespace) -> None:
         )
     folder = merge_lori_adapters(adapters, **settings, allow_modified=options.allow_modified)
     record = read_record(folder)
-    table = Table(title=f"merged by {record.merge.method}: {record.task}")
+    merge = cast(Merge, record.merge)  # a merged adapter's record has it
+    table = Table(title=f"merged by {merge.method}: {record.task}")
     for column in ("adapter", "task", "weight", "rank"):
         table.add_column(column, justify="right" if column in ("weight", "rank") else "left")
-    for adapter in record.merge.adapters:
+    for adapter in merge.adapters:
         table.add_row(adapter.source, adapter.task, f"{adapter.weight:g}", str(adapter.rank))
     show(table)
     show(f"saved to {folder}")

@@ -134,7 +134,7 @@ def _help_groups(actions: list[argparse.Action]) -> dict[str, list[argparse.Acti
     from ..config import LoriArguments
     from ..tasks import LoriScriptArguments
 
-    sections = re.split(r"> Parameters that control (.+)\n", LoriArguments.__doc__)[1:]
+    sections = re.split(r"> Parameters that control (.+)\n", LoriArguments.__doc__ or "")[1:]
     groups = {
         f"LoRI: {title}": set(re.findall(r"^        (\w+) \(`", body, re.MULTILINE))
         for title, body in zip(sections[::2], sections[1::2], strict=True)

@@ -83,7 +83,7 @@ def merge_lori_adapters(
     ```
     """
     output_dir = Path(output_dir)
-    settings = {"density": density, "seed": seed, "base_model": base_model}
+    settings: dict[str, Any] = {"density": density, "seed": seed, "base_model": base_model}
     with open_plan(adapters, method, **settings, token=token, allow_modified=allow_modified) as plan:
         weights = checked_weights(weights, len(plan.sources))
         check_output(output_dir, [*map(str, adapters)], overwrite=overwrite)
@@ -123,7 +123,7 @@ def _write_factors(
     plan: Plan, weights: Sequence[float], file: Path
 ) -> tuple[Projection, dict[str, str], list[Independence]]:
     """Merge all modules into a file. Returns the merged A, the tensors' hashes, how independent the A were."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, (rows, columns) in plan.shapes.items():
         shapes |= {tensor_name(path, "lora_A"): (plan.rank, columns), tensor_name(path, "lora_B"): (rows, plan.rank)}
     independence, taken, anything = IndependenceOfA(), Fingerprint(), False
