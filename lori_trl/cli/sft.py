@@ -178,6 +178,12 @@ def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[A
         raise ValueError(
             f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help` lists all. Correct it."
         )
+    _, args, *_ = configs
+    if not isinstance(args.model_init_kwargs, dict | None):
+        raise ValueError(
+            f"`model_init_kwargs={args.model_init_kwargs}` is text. Allowed is a mapping. Pass JSON, e.g. "
+            '`--model_init_kwargs \'{"attn_implementation": "sdpa"}\'`.'
+        )
     return configs
 
 
@@ -212,11 +218,6 @@ def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]
         )
     if not model_args.use_peft:
         raise ValueError("`use_peft=False` is no LoRI. A LoRI adapter is PEFT's. Leave `use_peft` out.")
-    if not isinstance(args.model_init_kwargs, dict | None):
-        raise ValueError(
-            f"`model_init_kwargs={args.model_init_kwargs}` is text. Allowed is a mapping. Pass JSON, e.g. "
-            '`--model_init_kwargs \'{"attn_implementation": "sdpa"}\'`.'
-        )
     given = {
         argument.lstrip("-").partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"
     }

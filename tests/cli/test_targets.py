@@ -53,6 +53,8 @@ def refused(place, call, capsys):
         "inspect c.safetensors --json c.safetensors",
         "inspect one --save one/masks",
         "inspect one --json /dev/null",
+        f"inspect one --json {'a' * 300}",
+        f"expand {'a' * 300} new",
         "eval one --tasks boolq --output_path one/adapter_config.json",
         "eval one --metrics loss --dataset_path rows.jsonl --output_path rows.jsonl",
         "eval one --metrics loss --dataset_path rows.jsonl --output_path math",
