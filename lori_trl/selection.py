@@ -1,4 +1,4 @@
-"""Exact selection of the largest entries over many tensors: pure tensor arithmetic, no sort, no concatenation.
+"""Exact selection of the largest entries over many tensors: pure tensor arithmetic, no sort, no whole concatenation.
 
 The bit pattern of a non-negative float32 grows with its value. So the K-th largest magnitude is found by counting bit
 patterns: one histogram of the upper 16 bits over all tensors says in which bin it lies, a second one of the lower 16
@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-_CHUNK = 1 << 18  # entries looked at in one go: bounds the temporaries to a few MB
+# Entries looked at in one go, of several tensors together. It bounds the temporaries to some 20 MB. Smaller ones mean
+# thousands of operations, each of which waits for all of its threads: on a busy machine, that is what takes the time.
+_CHUNK = 1 << 20
 _INFINITY = 0x7F80  # upper 16 bits of +inf; those of NaN lie above or are the same
 _NOTHING = 0x7FFFFFFF  # above every finite bit pattern
 
@@ -77,20 +79,17 @@ def select_largest(
         above, ties = kth - 1, 0  # all of them are taken: no counting
     else:
         above = kth
-    quotas = _tie_quotas(tensors, exclude, names, kth, ties, group) if group is not None and ties > 0 else {}
-    masks = {}
-    for name in names:
-        ties = quotas.get(name, ties)
-        mask = torch.empty(tensors[name].numel(), dtype=torch.bool, device=tensors[name].device)
-        for start, bits in _magnitude_bits(tensors[name], exclude.get(name)):
-            torch.gt(bits, above, out=mask[start : start + bits.numel()])
-            if ties > 0:
-                positions = (bits == kth).nonzero().flatten()[:ties]
-                mask[start + positions] = True
-                ties -= positions.numel()
-        masks[name] = mask.view(tensors[name].shape)
-        if name in sharded:
-            masks[name] = _gather_like(masks[name], sharded[name])
+    quotas = _tie_quotas(tensors, exclude, names, kth, ties, group) if ties > 0 else {}
+    masks = {name: torch.empty(tensors[name].shape, dtype=torch.bool, device=tensors[name].device) for name in names}
+    for pieces, bits in _magnitude_bits(tensors, exclude, names):
+        chosen = bits > above
+        for (name, start, end), piece, piece_bits in zip(pieces, *_split(pieces, chosen, bits), strict=True):
+            if quotas.get(name, 0) > 0:
+                positions = (piece_bits == kth).nonzero().flatten()[: quotas[name]]
+                piece[positions] = True
+                quotas[name] -= positions.numel()
+            masks[name].view(-1)[start:end] = piece
+    masks |= {name: _gather_like(masks[name], sharded[name]) for name in sharded}
     smallest = torch.tensor(kth if kth < _NOTHING else 0, dtype=torch.int32).view(torch.float32).item()
     return masks, smallest
 
@@ -104,9 +103,8 @@ def _kth_largest(
 ) -> tuple[int, int, int]:
     """Return the bit pattern of the K-th largest magnitude, and how many of its ties to take and to leave out."""
     upper = torch.zeros(1 << 15, dtype=torch.int64)
-    for name in names:
-        for _, bits in _magnitude_bits(tensors[name], exclude.get(name)):
-            upper += torch.bincount(bits >> 16, minlength=1 << 15).cpu()
+    for _, bits in _magnitude_bits(tensors, exclude, names):
+        upper += torch.bincount(bits >> 16, minlength=1 << 15).cpu()
     _sum_over_ranks(upper, group)
     if upper[_INFINITY:].any():
         broken = [name for name in names if not torch.isfinite(tensors[name]).all()]
@@ -118,9 +116,8 @@ def _kth_largest(
     high, above = _bin_of_kth(upper, min(k, int(upper.sum())))
 
     lower = torch.zeros(1 << 16, dtype=torch.int64)
-    for name in names:
-        for _, bits in _magnitude_bits(tensors[name], exclude.get(name)):
-            lower += torch.bincount(bits[(bits >> 16) == high] & 0xFFFF, minlength=1 << 16).cpu()
+    for _, bits in _magnitude_bits(tensors, exclude, names):
+        lower += torch.bincount(bits[(bits >> 16) == high] & 0xFFFF, minlength=1 << 16).cpu()
     _sum_over_ranks(lower, group)
     if high == 0:
         lower[0] = 0  # zeros are no candidates
@@ -138,18 +135,19 @@ def _tie_quotas(
     names: list[str],
     kth: int,
     ties: int,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
 ) -> dict[str, int]:
     """Share the ties out over (name, rank) in order: rank by rank is row by row, since tensors are sharded by rows."""
     counts = torch.tensor(
-        [sum(int((bits == kth).sum()) for _, bits in _magnitude_bits(tensors[n], exclude.get(n))) for n in names]
+        [sum(int((bits == kth).sum()) for _, bits in _magnitude_bits(tensors, exclude, [name])) for name in names]
     )
-    by_rank = torch.zeros(len(names), dist.get_world_size(group), dtype=torch.int64)
-    by_rank[:, dist.get_rank(group)] = counts
+    ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    by_rank = torch.zeros(len(names), ranks, dtype=torch.int64)
+    by_rank[:, rank] = counts
     _sum_over_ranks(by_rank, group)
     taken_before = by_rank.flatten().cumsum(0).view_as(by_rank) - by_rank
     quotas = torch.minimum(by_rank, (ties - taken_before).clamp(min=0))
-    return dict(zip(names, quotas[:, dist.get_rank(group)].tolist(), strict=True))
+    return dict(zip(names, quotas[:, rank].tolist(), strict=True))
 
 
 def _sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -182,11 +180,40 @@ def _bin_of_kth(histogram: Tensor, k: int) -> tuple[int, int]:
     return histogram.numel() - 1 - bins_above, int(from_top[bins_above - 1]) if bins_above else 0
 
 
-def _magnitude_bits(tensor: Tensor, excluded: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """Yield (start, bit patterns of |tensor| as int32) chunk by chunk; excluded entries read as 0."""
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        bits = flat[start : start + _CHUNK].float().view(torch.int32) & 0x7FFFFFFF
-        if excluded is not None:
-            bits.masked_fill_(excluded.reshape(-1)[start : start + _CHUNK].to(bits.device), 0)
-        yield start, bits
+Piece = tuple[str, int, int]  # a tensor's name, and from where to where it is in the chunk
+
+
+def _magnitude_bits(
+    tensors: Mapping[str, Tensor], exclude: Mapping[str, Tensor], names: list[str]
+) -> Iterator[tuple[list[Piece], Tensor]]:
+    """Yield (pieces, bit patterns of their magnitudes as int32) chunk by chunk; excluded entries read as 0."""
+    for pieces in _chunks(tensors, names):
+        parts = [tensors[name].detach().reshape(-1)[start:end].float() for name, start, end in pieces]
+        bits = torch.cat(parts).view(torch.int32).bitwise_and_(0x7FFFFFFF)
+        for (name, start, end), piece in zip(pieces, *_split(pieces, bits), strict=True):
+            if name in exclude:
+                piece.masked_fill_(exclude[name].reshape(-1)[start:end].to(bits.device), 0)
+        yield pieces, bits
+
+
+def _chunks(tensors: Mapping[str, Tensor], names: list[str]) -> Iterator[list[Piece]]:
+    """Put the entries of all tensors, in order, into chunks of at most `_CHUNK` on one device."""
+    chunk: list[Piece] = []
+    free, device = _CHUNK, None
+    for name in names:
+        numel = tensors[name].numel()
+        for start in range(0, numel, _CHUNK):
+            end = min(start + _CHUNK, numel)
+            if chunk and (end - start > free or tensors[name].device != device):
+                yield chunk
+                chunk, free = [], _CHUNK
+            chunk.append((name, start, end))
+            free, device = free - (end - start), tensors[name].device
+    if chunk:
+        yield chunk
+
+
+def _split(pieces: list[Piece], *chunks: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+    """Split chunks into views of their pieces."""
+    sizes = [end - start for _, start, end in pieces]
+    return tuple(chunk.split(sizes) for chunk in chunks)

@@ -54,8 +54,9 @@ def test_equals_a_sort_with_many_ties(sizes, levels, share, seed, dtype, exclude
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-42, 1e30])
 def test_equals_a_sort_across_chunks_and_magnitudes(scale):
     torch.manual_seed(0)
-    tensors = {name: torch.randn(700, 400) * scale for name in "cab"}  # more than one chunk each
-    k = 84_001
+    tensors = {name: torch.randn(700, 400) * scale for name in "cabd"}  # a chunk ends between two of them
+    tensors["bb"] = torch.randn(1200, 1000) * scale  # more than a chunk
+    k = 184_001
     assert_same(select_largest(tensors, k)[0], by_sorting(tensors, k))
 
 

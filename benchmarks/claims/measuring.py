@@ -26,7 +26,7 @@ def measure(cell: Cell, rows: Rows, folder: Folder) -> Figures:
     """Run a cell. Its files, if other cells need any, are then in its folder."""
     kinds: dict[type, Callable[[Any, Rows, Folder], Figures]] = {
         Base: lambda cell, rows, _: _losses(base_model(), rows, cell.task),
-        Train: lambda cell, rows, folder: _losses(train(cell, rows, folder), rows, cell.task),
+        Train: lambda cell, rows, folder: _losses(train(cell, rows, folder), rows, cell.task, cell.seed),
         Gradients: lambda cell, rows, folder: take_gradients(cell, rows, folder) or {},
         Overlaps: _overlaps,
         Merge: _merge,
@@ -36,10 +36,11 @@ def measure(cell: Cell, rows: Rows, folder: Folder) -> Figures:
     return kinds[type(cell)](cell, rows, folder)
 
 
-def _losses(model: PreTrainedModel, rows: Rows, task: str) -> Figures:
-    """Measure the loss on a task's dev and test rows, in nats a completion token."""
-    dev, test = (completion_loss(model, tokenizer(), split) for split in (rows.dev(task), rows.test(task)))
-    return {"dev_loss": dev.loss, "loss": test.loss, "loss_stderr": test.stderr}
+def _losses(model: PreTrainedModel, rows: Rows, task: str, seed: int | None = None) -> Figures:
+    """Measure the loss on a task's test rows, in nats a completion token; for seed 0 also on those to choose by."""
+    test = completion_loss(model, tokenizer(), rows.test(task))
+    figures = {"loss": test.loss, "loss_stderr": test.stderr}
+    return figures | ({"dev_loss": completion_loss(model, tokenizer(), rows.dev(task)).loss} if seed == 0 else {})
 
 
 def _overlaps(cell: Overlaps, rows: Rows, folder: Folder) -> Figures:
@@ -56,7 +57,7 @@ def _merge(cell: Merge, rows: Rows, folder: Folder) -> Figures:
     merged = folder(cell) / "merged"
     merge_lori_adapters(adapters, weights=[cell.weight] * len(adapters), method=cell.how, output_dir=merged)
     model = _with_adapter(merged)
-    return {adapter.task: _losses(model, rows, adapter.task) for adapter in cell.adapters}
+    return {adapter.task: _losses(model, rows, adapter.task, adapter.seed) for adapter in cell.adapters}
 
 
 def _held(cell: Held, rows: Rows, folder: Folder) -> Figures:
