@@ -12,7 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
@@ -272,6 +272,7 @@ class LoriTrainerMixin(AnyTrainer):
             prepared = super()._prepare_for_training(*args, **kwargs)
         for hook in mask_shards(self.weights, self.trained_masks):
             self.phase_end.callback(hook.remove)
+        fold_values(self.model, self.adapter_name)  # DeepSpeed may have loaded a checkpoint
         return prepared
 
     @contextmanager
@@ -581,24 +582,26 @@ class LoriTrainerMixin(AnyTrainer):
         self.calibration = record.calibration
         self.masks = self._adopt(LoriMasks.from_pretrained(folder, task=self.task_name))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._take_over_loaded_adapter(resume_from_checkpoint)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Let an engine's own checkpoint, which holds what is trained, hold the packed values."""
+        with values_in_state_dict(self.model, self.adapter_name):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        self._take_over_loaded_adapter()
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._take_over_loaded_adapter(self.state.best_model_checkpoint)
+        with values_in_state_dict(self.model, self.adapter_name):
+            super()._load_best_model()
+        self._take_over_loaded_adapter()
 
-    def _take_over_loaded_adapter(self, folder: str) -> None:
+    def _take_over_loaded_adapter(self) -> None:
         freeze_projections(self.model, self.adapter_name)
-        if self.is_deepspeed_enabled:  # it loads the values, for B is frozen beside them
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they load the values, and B without them
             fold_values(self.model, self.adapter_name)
-            return
-        if self.is_fsdp_enabled:  # it loads what is trained, and neither a frozen B nor the values
-            saved = load_peft_weights(folder, device="cpu")
-            for path, weight in self.weights.items():
-                assign(weight, saved[f"base_model.model.{path}.lora_B.weight"])
-        refresh_values(self.model, self.adapter_name)
+        else:
+            refresh_values(self.model, self.adapter_name)
 
 
 class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):

@@ -222,7 +222,7 @@ def test_faulty_recipes_fail_before_anything_is_loaded(tmp_path, capsys):
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "fsdp2_multinode", "zero2", "zero3"])
 def test_launch_files_by_name(name, monkeypatch, tmp_path):
     launched = {}
     launch = "accelerate.commands.launch.launch_command"
@@ -232,11 +232,26 @@ def test_launch_files_by_name(name, monkeypatch, tmp_path):
     assert launched["training_script"] == "lori_trl.cli"
     assert launched["training_script_args"] == ["sft", "--recipe", "quickstart.yaml"]
     kind = yaml.safe_load(open(launched["config_file"]))["distributed_type"]
-    assert kind == {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[name]
+    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert kind == kinds[name.removesuffix("_multinode")]
 
 
 def test_an_unknown_launch_file(capsys):
-    fails(["--accelerate_config", "tpu"], capsys, "neither a file nor a shipped", "single, ddp, fsdp2, zero3")
+    fails(["--accelerate_config", "tpu"], capsys, "neither a file nor a shipped", "ddp, fsdp2, fsdp2_multinode")
+
+
+@pytest.mark.parametrize(
+    ("engine", "base", "state", "extra"),
+    [
+        (["fsdp2", "--sparse_backend", "hook"], "2.008 │ a share of 1/8", "0.066 │ a share of 1/8", "mask"),
+        (["zero2", "--num_processes", "4"], "16.061 │ whole", "0.015 │ a share of 1/4", "positions"),
+    ],
+)
+def test_a_dry_run_says_what_each_device_holds(engine, base, state, extra, capsys):
+    assert sft(["--accelerate_config", *engine, "--recipe", "code_lori_s.yaml", "--dry-run"]) == 0
+    rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert base in rows["base weights"] and state in rows["adaptation: gradients, optimizer"]
+    assert f"adaptation: {extra}" in rows
 
 
 def test_help_shows_lori_s_own_options_first_in_groups():
