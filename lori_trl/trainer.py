@@ -12,7 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
@@ -24,12 +24,12 @@ from trl.trainer.utils import global_then_local_main_first
 from .adapter.facts import Calibration, Counts, TaskRecord
 from .adapter.record import LoriRecord, read_record
 from .adapter.write import save_lori_adapter
-from .card import CardFacts
-from .checkpoints import find_checkpoint
+from .card import CardFacts, hyperparameters
+from .checkpoints import begin_run, find_checkpoint, note_run
 from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
-from .dense import dense_parameters, set_back, show_bias_of_tied_head
+from .dense import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
 from .engines import check_engine
 from .hub.commit import make_repo
 from .hub.push import MEMORY, logged, push_in_background, push_lori_to_hub
@@ -116,6 +116,7 @@ class LoriTrainerMixin(AnyTrainer):
 
         self.phase = "adaptation"
         self.recipe: dict[str, Any] | None = None
+        self.run: str | None = None
         self.calibration: Calibration | None = None
         self.calibration_log: list[dict[str, Any]] = []
         self.adapter_name = self.model.active_adapters[0]
@@ -172,6 +173,7 @@ class LoriTrainerMixin(AnyTrainer):
             `RuntimeError`: the optimizer moved frozen entries.
         """
         phase, checkpoint = self._resume_phase(resume_from_checkpoint)
+        self._begin_run()
         check_engine(self.accelerator, self.args, calibrate=self.masks is None, initial_weights=self.initial_weights)
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
@@ -202,6 +204,7 @@ class LoriTrainerMixin(AnyTrainer):
                 f"`calibrate()` was called, but task {self.task_name!r} has its mask already. A task is calibrated "
                 "once. Go on with `train()`, or make a new trainer."
             )
+        self._begin_run()
         set_seed(self.args.seed)
         with self._calibration():
             with self._sparse_training(self.feasible):
@@ -269,6 +272,7 @@ class LoriTrainerMixin(AnyTrainer):
             prepared = super()._prepare_for_training(*args, **kwargs)
         for hook in mask_shards(self.weights, self.trained_masks):
             self.phase_end.callback(hook.remove)
+        fold_values(self.model, self.adapter_name)  # DeepSpeed may have loaded a checkpoint
         return prepared
 
     @contextmanager
@@ -417,10 +421,16 @@ class LoriTrainerMixin(AnyTrainer):
             threshold=None if masks is None else masks.threshold,
             projection=self.projection,
             calibration=self.calibration,
-            counts=Counts(lora_A + lora_B, lora_B, None if masks is None else masks.num_selected),
+            counts=Counts(
+                lora_A + lora_B,
+                lora_B,
+                None if masks is None else masks.num_selected,
+                dense_counts(self.model, self.adapter_name) or None,
+            ),
             selected={task: masks.num_selected for task, masks in self._all_masks().items()},
             earlier=self.earlier_tasks,
             training=self.card_facts.training,
+            run=self.run,
         )
 
     def _all_masks(self) -> dict[str, LoriMasks]:
@@ -541,6 +551,7 @@ class LoriTrainerMixin(AnyTrainer):
         else:
             folder = Path(resume_from_checkpoint)
         record = self._check_same_run(folder)
+        self.run = record.run
         if record.phase == "adaptation":
             self._resume_masks(folder, record)
         if folder != calibration_dir:
@@ -549,11 +560,21 @@ class LoriTrainerMixin(AnyTrainer):
             self._load_from_checkpoint(str(folder))  # as they were when the calibration began
         return None, None
 
+    def _begin_run(self) -> None:
+        """Give a run that begins an identity, and note in its folder which run goes on there."""
+        if not self.args.should_save:
+            return
+        output_dir = Path(self.args.output_dir)
+        if self.run is None:
+            self.run = begin_run(output_dir, Path(self.args.for_calibration().output_dir))
+        else:
+            note_run(output_dir, self.run)
+
     def _check_same_run(self, folder: Path) -> LoriRecord:
         """Return a checkpoint's record; raise if it is not of a run like this one."""
         earlier = read_record(folder)
-        run = {name: getattr(self.args, name) for name in ("disjoint_masks", "calibration_method")}
-        training = replace(self.card_facts.training, hyperparameters=run, world_size=self.args.world_size)
+        values = hyperparameters(self.args)
+        training = replace(self.card_facts.training, hyperparameters=values, world_size=self.args.world_size)
         replace(self.record, training=training).check_same_run(earlier, folder)
         return earlier
 
@@ -561,24 +582,26 @@ class LoriTrainerMixin(AnyTrainer):
         self.calibration = record.calibration
         self.masks = self._adopt(LoriMasks.from_pretrained(folder, task=self.task_name))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._take_over_loaded_adapter(resume_from_checkpoint)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Let an engine's own checkpoint, which holds what is trained, hold the packed values."""
+        with values_in_state_dict(self.model, self.adapter_name):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        self._take_over_loaded_adapter()
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._take_over_loaded_adapter(self.state.best_model_checkpoint)
+        with values_in_state_dict(self.model, self.adapter_name):
+            super()._load_best_model()
+        self._take_over_loaded_adapter()
 
-    def _take_over_loaded_adapter(self, folder: str) -> None:
+    def _take_over_loaded_adapter(self) -> None:
         freeze_projections(self.model, self.adapter_name)
-        if self.is_deepspeed_enabled:  # it loads the values, for B is frozen beside them
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they load the values, and B without them
             fold_values(self.model, self.adapter_name)
-            return
-        if self.is_fsdp_enabled:  # it loads what is trained, and neither a frozen B nor the values
-            saved = load_peft_weights(folder, device="cpu")
-            for path, weight in self.weights.items():
-                assign(weight, saved[f"base_model.model.{path}.lora_B.weight"])
-        refresh_values(self.model, self.adapter_name)
+        else:
+            refresh_values(self.model, self.adapter_name)
 
 
 class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):
