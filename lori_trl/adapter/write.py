@@ -72,7 +72,7 @@ def check_output(output_dir: str | Path, inputs: Iterable[str | Path] = (), *, o
     above = next(folder for folder in (target, *target.parents) if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"`output_dir={output_dir}` cannot be written: `{above}` is not writable. Pass a folder that is."
+            f"`output_dir={output_dir}` cannot be written: `{above}` is no writable folder. Pass another."
         )
     there = [name for name in (RECORD_NAME, ADAPTER_WEIGHTS, COMPACT_NAME) if (target / name).exists()]
     if there and not overwrite:

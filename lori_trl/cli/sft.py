@@ -178,6 +178,12 @@ def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[A
         raise ValueError(
             f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help` lists all. Correct it."
         )
+    _, args, *_ = configs
+    if not isinstance(args.model_init_kwargs, dict | None):
+        raise ValueError(
+            f"`model_init_kwargs={args.model_init_kwargs}` is text, and a mapping is needed. On the command line that "
+            'is JSON, e.g. `--model_init_kwargs \'{"attn_implementation": "sdpa"}\'`. Correct the call or the recipe.'
+        )
     return configs
 
 
@@ -212,11 +218,6 @@ def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]
         )
     if not model_args.use_peft:
         raise ValueError("`use_peft=False` is no LoRI. A LoRI adapter is PEFT's. Leave `use_peft` out.")
-    if not isinstance(args.model_init_kwargs, dict | None):
-        raise ValueError(
-            f"`model_init_kwargs={args.model_init_kwargs}` is text. Allowed is a mapping. Pass JSON, e.g. "
-            '`--model_init_kwargs \'{"attn_implementation": "sdpa"}\'`.'
-        )
     given = {
         argument.lstrip("-").partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"
     }
@@ -227,7 +228,7 @@ def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]
         if one in given and other not in given:  # one's own data in place of the recipe's
             setattr(script, other, None)
             recipe.pop(other, None)
-    for secret_or_ours in ("hub_token", "dry_run", "use_peft"):
+    for secret_or_ours in ("hub_token", "dry_run", "overwrite", "use_peft"):
         recipe.pop(secret_or_ours, None)
     script.recipe = str(file) if options.recipe is not None else None
     return script, args, model_args, recipe
@@ -267,6 +268,7 @@ def _build_trainer(script, args, model_args):
     from trl import get_peft_config, get_quantization_config
 
     from ..adapter.load import load_lori_adapter
+    from ..adapter.write import check_output
     from ..base_model import load_base_model
     from ..tasks import data_name, load_training_data
     from ..trainer import LoriSFTTrainer
@@ -281,6 +283,9 @@ def _build_trainer(script, args, model_args):
         )
     if args.task_name is None:
         args.task_name = data_name(script)
+    inputs = (model_args.model_name_or_path, script.adapter_name_or_path, args.mask_name_or_path)
+    resumed = args.resume_from_checkpoint is not None
+    check_output(args.output_dir, filter(None, inputs), overwrite=script.overwrite or resumed)
     _check_writable(args.output_dir)
     model_init_kwargs = {
         "revision": model_args.model_revision,
