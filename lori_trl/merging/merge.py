@@ -134,6 +134,7 @@ def _write_factors(
             if path in compared:
                 independence.add(factors)
             A, B = plan.merge(path, factors, weights)
+            _check_finite(path, A, B, weights)
             anything = anything or bool(B.any())
             behind.result()  # one module at a time waits for being written
             behind = pool.submit(_store, writer, taken, path, A, B)
@@ -148,6 +149,16 @@ def _write_factors(
     merged_A = Projection(None, None, str(taken))
     projection = next((each for each in known if each.fingerprint == merged_A.fingerprint), merged_A)
     return projection, writer.hashes, independence.report(plan.sources)
+
+
+def _check_finite(path: str, A: Tensor, B: Tensor, weights: Sequence[float]) -> None:
+    if A.sum().isfinite() and B.sum().isfinite():
+        return  # a sum of which one term is not finite is not either
+    if count := sum(tensor.numel() - int(tensor.isfinite().sum()) for tensor in (A, B)):
+        raise ValueError(
+            f"`weights={list(weights)}` give A or B of {path} {count:,} entries that are not finite. They must lie "
+            "within float32, up to 3.4e38. Pass smaller weights: the paper's are 0.3 to 0.5."
+        )
 
 
 def _store(writer: SafetensorsWriter, taken: Fingerprint, path: str, A: Tensor, B: Tensor) -> None:

@@ -51,3 +51,14 @@ def copy_with_base(adapter: Path, folder: Path, base: str) -> Path:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
     return folder
+
+
+def test_a_base_from_the_hubs_cache_is_the_base_of_its_name(plain_adapter, tmp_path, caplog):
+    """What `lori merge` takes for one base, `lori eval` does too."""
+    cached = str(tmp_path / "models--me--tiny" / "snapshots" / "0a1b2c")
+    adapters = [
+        str(copy_with_base(plain_adapter, tmp_path / name, base))
+        for name, base in (("cached", cached), ("named", "me/tiny"), ("copied", "/models/tiny"))
+    ]
+    assert find_base_model(None, adapters) == "me/tiny"
+    assert find_base_model("me/tiny", adapters) == "me/tiny" and not caplog.records

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from hub_server import HubServer, client_of
-from merging.adapters import SHAPES, assert_close, deltas, write_adapter
+from merging.adapters import SHAPES, assert_close, deltas, refuse, write_adapter
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -20,6 +20,7 @@ from lori_trl.compact import expand, export_compact
 from lori_trl.hub.commit import push_files
 from lori_trl.hub.push import adapter_files
 from lori_trl.layers import module_path
+from lori_trl.merging import METHODS
 from lori_trl.projections import Projection, fingerprint
 
 
@@ -149,6 +150,14 @@ def test_large_finite_entries_are_no_fault(tmp_path):
             tensor.fill_(1e38)
 
     merge_lori_adapters([write_adapter(tmp_path / "a", change=change)], 1.0, output_dir=tmp_path / "merged")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_result_that_is_not_finite_is_refused_and_nothing_written(tmp_path, method):
+    adapters = [write_adapter(tmp_path / str(seed), seed) for seed in range(2)]
+    density = 0.5 if method in ("magnitude", "ties", "dare") else None
+    what = "`weights=.1e.300, 1e.300.` give A or B of model.layers.0.mlp.up_proj .* that are not finite"
+    refuse(what, adapters, tmp_path / "merged", weights=[1e300, 1e300], method=method, density=density)
 
 
 def test_an_input_is_not_written_over(tmp_path):
