@@ -33,7 +33,7 @@ _NOT_THE_MODELS = {"majority_baseline"}  # results to compare with: in the card'
 _HYPERPARAMETERS = """
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio num_train_epochs max_steps
     per_device_train_batch_size gradient_accumulation_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
-    max_grad_norm label_smoothing_factor neftune_noise_alpha seed data_seed bf16 fp16 gradient_checkpointing
+    max_grad_norm label_smoothing_factor neftune_noise_alpha seed data_seed bf16 fp16 activation_checkpointing
     max_length packing completion_only_loss assistant_only_loss loss_type average_tokens_across_devices
     sparsity mask_granularity disjoint_masks calibration_method calibration_learning_rate
     calibration_num_train_epochs calibration_max_steps calibration_fraction calibration_lr_scheduler_type
