@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,6 +17,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
@@ -229,6 +232,8 @@ class LoriTrainerMixin(AnyTrainer):
         self.masks = self._select(saliency, self.args.sparsity, self.task_name)
         folder = self.args.for_calibration().output_dir
         self.save_model(folder, _internal_call=True)
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
         for sparsity in self.args.calibration_sparsities or ():
             more = self._select(saliency, sparsity, f"{self.task_name}-{sparsity}")
             if self.args.should_save:
@@ -556,6 +561,8 @@ class LoriTrainerMixin(AnyTrainer):
             self._resume_masks(folder, record)
         if folder != calibration_dir:
             return record.phase, str(folder)
+        if (state := folder / TRAINER_STATE_NAME).is_file():
+            self.calibration_log = TrainerState.load_from_json(str(state)).log_history
         if dense_parameters(self.model, self.adapter_name):
             self._load_from_checkpoint(str(folder))  # as they were when the calibration began
         return None, None

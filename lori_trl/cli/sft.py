@@ -38,10 +38,10 @@ _LAUNCH_OPTIONS = (
 def sft(arguments: list[str] | None = None) -> int:
     """Run `lori-sft`. Returns the exit code: 0; 2 for a wrong call; a failed run raises."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--accelerate_config" in arguments:
-        return _launch(arguments)
     show_logs_as_text()
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
+    if "--accelerate_config" in arguments:
+        return _launch(arguments)
     with bad_input("lori-sft"):
         parser = sft_parser()
         script, args, model_args, recipe = _parse(parser, arguments)
