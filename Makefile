@@ -19,6 +19,7 @@ test-distributed: .venv/deepspeed
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

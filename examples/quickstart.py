@@ -75,7 +75,7 @@ def main(output_dir: str = "quickstart-lori") -> None:
     console = Console()
     model_name = smollm2()
     command = ["lori-sft", "--recipe", "quickstart.yaml", "--model_name_or_path", model_name]
-    command += ["--output_dir", output_dir]
+    command += ["--output_dir", output_dir, "--overwrite"]
     console.print(f"[bold]$ {' '.join(command)}", soft_wrap=True)
     subprocess.run([str(Path(sys.executable).with_name(command[0])), *command[1:]], check=True)
 

@@ -12,18 +12,20 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from trl.data_utils import is_conversational
 
-from .adapter.facts import BaseModel, Losses, Training, TrainingData
+from .adapter.facts import BaseModel, Losses, Scalar, Training, TrainingData
 from .adapter.layout import EVAL_RESULTS_NAME, PICTURE_NAME
 from .adapter.record import LoriRecord
 from .adapter.typed import plain
 from .masks import LoriMasks
 from .recipes import shipped_folder
+from .rows import fingerprint_rows
 
 GENERATED = "<!-- Written by lori_trl. Delete this line to keep changes of your own. -->"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_OF_ADAPTERS = re.compile(r"\.(lora_|modules_to_save\.|trainable_tokens_)")
 _MAX_LOSSES = 20  # rows of the card's table
 _NOT_THE_MODELS = {"majority_baseline"}  # results to compare with: in the card's table, not in its model-index
 
@@ -31,10 +33,11 @@ _NOT_THE_MODELS = {"majority_baseline"}  # results to compare with: in the card'
 _HYPERPARAMETERS = """
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio num_train_epochs max_steps
     per_device_train_batch_size gradient_accumulation_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
-    max_grad_norm label_smoothing_factor neftune_noise_alpha seed data_seed bf16 fp16 gradient_checkpointing
+    max_grad_norm label_smoothing_factor neftune_noise_alpha seed data_seed bf16 fp16 activation_checkpointing
     max_length packing completion_only_loss assistant_only_loss loss_type average_tokens_across_devices
     sparsity mask_granularity disjoint_masks calibration_method calibration_learning_rate
-    calibration_num_train_epochs calibration_max_steps calibration_fraction projection_init sparse_backend
+    calibration_num_train_epochs calibration_max_steps calibration_fraction calibration_lr_scheduler_type
+    calibration_warmup_steps projection_init sparse_backend
 """.split()
 
 
@@ -59,21 +62,16 @@ class CardFacts(TrainerCallback):
         )
 
     def on_train_begin(self, args, state, control, **kwargs):
-        defaults = {field.name: field.default for field in fields(args) if field.default is not MISSING}
-        values = {name: vars(args)[name] for name in _HYPERPARAMETERS if name in vars(args)}
         self.training = replace(
             self.training,
-            hyperparameters={
-                name: value.value if hasattr(value, "value") else value
-                for name, value in values.items()
-                if value != defaults.get(name) and isinstance(value, (bool, int, float, str))
-            },
+            hyperparameters=hyperparameters(args),
             world_size=args.world_size,
             device=_device_name(args.device),
         )
         base_model = self.training.base_model
-        if base_model.id is not None and self.training.license is None and state.is_world_process_zero:
-            self.training = replace(self.training, license=_license_of(base_model.id))
+        base_id = base_model.id if base_model is not None else None
+        if base_id is not None and self.training.license is None and state.is_world_process_zero:
+            self.training = replace(self.training, license=_license_of(base_id))
 
     def on_log(self, args, state, control, logs, **kwargs):
         if any(name.startswith("calibration_") for name in logs):
@@ -87,8 +85,20 @@ class CardFacts(TrainerCallback):
 
     def name_dataset(self, dataset_name: str | None) -> None:
         """Note the data set's Hub name, as TRL's `push_to_hub(dataset_name=...)` gives it."""
-        if _hub_id(dataset_name) is not None:
-            self.training = replace(self.training, dataset=replace(self.training.dataset, id=dataset_name))
+        dataset = self.training.dataset
+        if dataset is not None and _hub_id(dataset_name) is not None:
+            self.training = replace(self.training, dataset=replace(dataset, id=dataset_name))
+
+
+def hyperparameters(args: TrainingArguments) -> dict[str, Scalar]:
+    """Return what of the arguments decides the outcome of a run and differs from its default."""
+    defaults = {field.name: field.default for field in fields(args) if field.default is not MISSING}
+    values = {name: vars(args)[name] for name in _HYPERPARAMETERS if name in vars(args)}
+    return {
+        name: value.value if hasattr(value, "value") else value
+        for name, value in values.items()
+        if value != defaults.get(name) and isinstance(value, (bool, int, float, str))
+    }
 
 
 def read_or_render_card(existing: Path, record: LoriRecord, *arguments: Any, **keywords: Any) -> str:
@@ -212,7 +222,7 @@ def _base_model_facts(model: PreTrainedModel) -> BaseModel:
         id=_hub_id(name),
         name=Path(name).name or None,  # of a local folder, not where it lies
         architecture=type(model).__name__,
-        parameters=sum(weight.numel() for path, weight in model.named_parameters() if ".lora_" not in path),
+        parameters=sum(weight.numel() for path, weight in model.named_parameters() if not _OF_ADAPTERS.search(path)),
     )
 
 
@@ -223,6 +233,7 @@ def _dataset_facts(rows: Dataset | IterableDataset) -> TrainingData:
         id=next((source[1] for source in sources if source), None),
         rows=len(rows) if known else None,
         conversational=is_conversational(rows[0]) if known and len(rows) else False,
+        fingerprint=fingerprint_rows(rows),
     )
 
 

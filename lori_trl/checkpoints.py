@@ -1,5 +1,6 @@
-"""Where a run can be resumed."""
+"""Where a run can be resumed, and which run a folder holds."""
 
+import secrets
 from pathlib import Path
 
 from accelerate.logging import get_logger
@@ -9,13 +10,42 @@ from transformers.trainer_callback import TrainerState
 from .adapter.layout import ADAPTER_WEIGHTS, masks_name
 from .adapter.record import read_record
 from .adapter.safetensors import opened
+from .files import replacing
 
 logger = get_logger(__name__)
 
 
+RUN_NAME = "lori_run.txt"  # the identity of the run that began last
+
+
+def begin_run(output_dir: Path, calibration_dir: Path) -> str:
+    """
+    Note in a run's folder that a new one begins there. If an earlier one's checkpoints are there, this is told.
+
+    Returns:
+        `str`: the run's identity, 16 hexadecimal digits.
+    """
+    if any(output_dir.glob("checkpoint-*")) or any(calibration_dir.glob("checkpoint-*")):
+        logger.warning(
+            f"`output_dir={output_dir}` holds checkpoints of another run. This one begins anew, and will replace "
+            "those of the same step. To go on with the other, pass `resume_from_checkpoint=True`; to keep it, pass "
+            "another `output_dir`."
+        )
+    run = secrets.token_hex(8)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    note_run(output_dir, run)
+    return run
+
+
+def note_run(output_dir: Path, run: str) -> None:
+    """Note which run goes on in a folder."""
+    with replacing(output_dir / RUN_NAME) as file:
+        file.write_text(f"{run}\n", encoding="utf-8")
+
+
 def find_checkpoint(output_dir: Path, calibration_dir: Path, task: str) -> Path:
     """
-    Find the last place where a run can be resumed.
+    Find the last place where the run that began last can be resumed.
 
     Args:
         output_dir (`Path`): the run's folder.
@@ -29,25 +59,35 @@ def find_checkpoint(output_dir: Path, calibration_dir: Path, task: str) -> Path:
     Raises:
         `ValueError`: there is none.
     """
-    if checkpoint := _last_complete_checkpoint(output_dir):
+    run = (output_dir / RUN_NAME).read_text(encoding="utf-8").strip() if (output_dir / RUN_NAME).is_file() else None
+    if checkpoint := _last_complete_checkpoint(output_dir, run):
         return checkpoint
-    if (calibration_dir / masks_name(task)).is_file():
+    if (calibration_dir / masks_name(task)).is_file() and run in (None, read_record(calibration_dir).run):
         return calibration_dir  # killed between the calibration's end and the first checkpoint
-    if checkpoint := _last_complete_checkpoint(calibration_dir):
+    if checkpoint := _last_complete_checkpoint(calibration_dir, run):
         return checkpoint
+    if other := _last_complete_checkpoint(output_dir, None) or _last_complete_checkpoint(calibration_dir, None):
+        raise ValueError(
+            f"`resume_from_checkpoint=True`, but the run that began last in `output_dir={output_dir}` left no "
+            f"complete checkpoint; `{other}` is of an earlier one. Allowed is a checkpoint of one's choice. Pass that "
+            "path to go on with the earlier run, or leave `resume_from_checkpoint` unset to start anew."
+        )
     raise ValueError(
         f"`resume_from_checkpoint=True`, but `output_dir={output_dir}` holds no complete checkpoint. Allowed is a "
         "folder that an earlier run saved to. Leave it unset to start anew."
     )
 
 
-def _last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the last checkpoint of a folder that was written to its end; the Trainer's state is written last."""
+def _last_complete_checkpoint(folder: Path, run: str | None) -> Path | None:
+    """
+    Return the last checkpoint of a run, or of any, that was written to its end; the Trainer's state is written last.
+    """
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for checkpoint in sorted(checkpoints, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         try:
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            read_record(checkpoint)
+            if run not in (None, read_record(checkpoint).run):
+                continue
             with opened(checkpoint / ADAPTER_WEIGHTS):
                 return checkpoint
         except (OSError, ValueError) as error:

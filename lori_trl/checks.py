@@ -88,8 +88,9 @@ def check_trained(
     dense = dense_parameters(model, adapter_name)
     if dense and args.disjoint_masks:
         raise ValueError(
-            f"`disjoint_masks=True`, but {len(dense)} parameters besides B are trained, e.g. {next(iter(dense))}. Every "
-            "task would change them for the others. Allowed is B alone. Leave `modules_to_save` and `trainable_token_indices` out of the `LoraConfig`, or `disjoint_masks` unset."
+            f"`disjoint_masks=True`, but {len(dense)} parameters besides B are trained, e.g. {next(iter(dense))}. "
+            "Every task would change them for the others. Allowed is B alone. Leave `modules_to_save` and "
+            "`trainable_token_indices` out of the `LoraConfig`, or `disjoint_masks` unset."
         )
     if args.weight_decay and not dense:
         logger.warning(

@@ -231,8 +231,8 @@ def _record_of_tasks(adapter: AdapterFolder) -> LoriRecord:
 
 
 def _check_own(task: str, masks: Mapping[str, LoriMasks]) -> None:
-    shared = {name: (masks[task] & other).num_selected for name, other in masks.items() if name != task}
-    shared = [f"{count:,} with {name}" for name, count in shared.items() if count]
+    counts = {name: (masks[task] & other).num_selected for name, other in masks.items() if name != task}
+    shared = [f"{count:,} with {name}" for name, count in counts.items() if count]
     if shared:
         raise ValueError(
             f"`task={task!r}` shares entries of B: {', '.join(shared)}. Their values come from both tasks and cannot "

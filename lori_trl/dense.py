@@ -7,6 +7,7 @@ from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
+from .layers import module_path
 from .sharding import assign, gather
 from .sparse import VALUES
 
@@ -36,6 +37,15 @@ def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parame
             "`requires_grad_(False)`."
         )
     return dense
+
+
+def dense_counts(model: PeftModel, adapter_name: str) -> dict[str, int]:
+    """Count what is trained besides B: name in the base model -> entries."""
+    counts = {}
+    for name, parameter in dense_parameters(model, adapter_name).items():
+        name = name.removesuffix(f".{adapter_name}").replace(f".modules_to_save.{adapter_name}", "")
+        counts[module_path(name.replace(".token_adapter.trainable_tokens_delta", ""))] = parameter.numel()
+    return counts
 
 
 def show_bias_of_tied_head(model: PeftModel) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .adapter.authors import read_authors_masks
 from .adapter.compact import is_compact, read_compact_masks
-from .adapter.layout import check_task_name, choose, masks_name
+from .adapter.layout import check_task_name, choose
 from .adapter.mask_files import MasksMetadata, find_masks, pick_task, read_masks, write_masks
 from .hub.commit import push_files
 from .hub.download import fetch_from_hub, is_repo_id
@@ -121,7 +121,8 @@ class LoriMasks(Mapping):
                 "for 'model'."
             )
         saliency = {module_path(name): tensor for name, tensor in saliency.items()}
-        masks, thresholds = {}, []
+        masks: dict[str, Tensor] = {}
+        thresholds = []
         for paths in pools(saliency, granularity).values():
             pool = {path: saliency[path] for path in paths}
             k = num_to_select(sparsity, sum(tensor.numel() for tensor in pool.values()))
@@ -179,7 +180,7 @@ class LoriMasks(Mapping):
             for path in self
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def overlap(self, other: "LoriMasks") -> float:
         """
@@ -296,7 +297,7 @@ class LoriMasks(Mapping):
         with tempfile.TemporaryDirectory() as stage:
             file = self.save_pretrained(stage)
             kwargs.setdefault("commit_message", f"LoRI masks: {self.task}")
-            return push_files({masks_name(self.task): file}, repo_id, token=token, **kwargs)
+            return push_files({file.relative_to(stage).as_posix(): file}, repo_id, token=token, **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -130,7 +130,7 @@ class Fingerprint:
         """
         tensor = tensor.detach().float().cpu().contiguous()
         self.digest.update(f"{path} {tuple(tensor.shape)}\n".encode())
-        self.digest.update(tensor.numpy().astype("<f4", copy=False))
+        self.digest.update(tensor.numpy().astype("<f4", copy=False).data)
 
     def __str__(self) -> str:
         return f"sha256:{self.digest.hexdigest()}"

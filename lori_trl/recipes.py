@@ -118,7 +118,8 @@ def foreign_code(recipe: Mapping[str, Any]) -> list[str]:
     Returns:
         `list[str]`: `key=value`, and what it does.
     """
-    settings = {**recipe, **(recipe.get("model_init_kwargs") or {})}
+    of_model = recipe.get("model_init_kwargs")
+    settings = {**recipe, **(of_model if isinstance(of_model, dict) else {})}
     reasons = []
     if settings.get("trust_remote_code"):
         reasons.append("trust_remote_code=True: Python files of the base model's repository are run")
@@ -220,6 +221,8 @@ def _converted(value: Any, action: argparse.Action, hint: Any, *, is_mapping: bo
         if not all(isinstance(key, str) for key in value):
             raise ValueError("the keys of a mapping must be text")
         return value
+    if is_mapping and isinstance(value, str) and value.lstrip().startswith("{"):
+        raise ValueError("a mapping as text: leave the quotes out")
     several = action.nargs in ("+", "*")
     if not isinstance(value, list):
         return [_converted_item(value, action)] if several else _converted_item(value, action)

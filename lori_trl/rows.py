@@ -22,10 +22,15 @@ def name_of_data(rows: Dataset | IterableDataset) -> str:
     name = rows.info.dataset_name
     if name is not None and name not in _FILE_BUILDERS:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:96]
-    first_rows = json.dumps(list(islice(rows, 100)), sort_keys=True, default=str)
-    name = f"data-{hashlib.sha256(first_rows.encode()).hexdigest()[:8]}"
+    name = f"data-{fingerprint_rows(rows)[:8]}"
     logger.warning(f"`task_name` is not given and the data set has no name: the task is called {name!r}.")
     return name
+
+
+def fingerprint_rows(rows: Dataset | IterableDataset) -> str:
+    """Return SHA-256 of the first 100 rows, in hexadecimal. Of images and the like only their kind counts."""
+    first_rows = json.dumps(list(islice(rows, 100)), sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(first_rows.encode()).hexdigest()
 
 
 def check_not_empty(rows: Dataset | IterableDataset | None) -> None:

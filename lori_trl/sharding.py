@@ -7,6 +7,7 @@ B through these functions need not know which it is; where a matrix is sharded, 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ def full_shape(weight: nn.Parameter) -> torch.Size:
 
 
 @torch.no_grad()
-def gather(weight: nn.Parameter) -> Tensor:
+def gather(weight: Tensor) -> Tensor:
     """Return a copy of the whole parameter, on its device."""
     if isinstance(weight, DTensor):
         return weight.full_tensor()
@@ -116,12 +117,12 @@ def _shard_like(whole: Tensor, sharded: DTensor) -> DTensor:
     return distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def _zero_outside(mask: Tensor) -> Callable[[DTensor], None]:
+def _zero_outside(mask: Tensor) -> Callable[[Any], Any]:
     outside = ~mask
     return lambda shard: shard.grad.to_local().masked_fill_(outside, 0)
 
 
-def _gathered(weight: nn.Parameter, modified_by: int | None = None) -> AbstractContextManager:
+def _gathered(weight: Tensor, modified_by: int | None = None) -> AbstractContextManager:
     if not hasattr(weight, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters

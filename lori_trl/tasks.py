@@ -127,6 +127,8 @@ class LoriScriptArguments(ScriptArguments):
             A YAML file, or the name of a shipped recipe. The command line goes over it.
         dry_run (`bool`, *optional*, defaults to `False`):
             Build the model without weights, print the counts and stop.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace an adapter that is in `output_dir`. A run that is resumed does so anyway.
         dataset_path (`str`, *optional*):
             A .jsonl or .json file, or a folder of such files named after their splits. In a recipe, relative paths
             are also looked up beside the recipe.
@@ -142,6 +144,7 @@ class LoriScriptArguments(ScriptArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Build the model without weights, print the counts and stop."}
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an adapter that is in `output_dir`."})
     dataset_path: str | None = field(
         default=None,
         metadata={"help": "A .jsonl or .json file, or a folder of such files named after their splits."},

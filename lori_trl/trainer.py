@@ -2,20 +2,23 @@
 
 import copy
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
@@ -24,12 +27,12 @@ from trl.trainer.utils import global_then_local_main_first
 from .adapter.facts import Calibration, Counts, TaskRecord
 from .adapter.record import LoriRecord, read_record
 from .adapter.write import save_lori_adapter
-from .card import CardFacts
-from .checkpoints import find_checkpoint
+from .card import CardFacts, hyperparameters
+from .checkpoints import begin_run, find_checkpoint, note_run
 from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
-from .dense import dense_parameters, set_back, show_bias_of_tied_head
+from .dense import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
 from .engines import check_engine
 from .hub.commit import make_repo
 from .hub.push import MEMORY, logged, push_in_background, push_lori_to_hub
@@ -60,7 +63,13 @@ _STATE_OF_A_PHASE = {
 }
 
 
-class LoriTrainerMixin:
+if TYPE_CHECKING:  # what the mixin is mixed into
+    from transformers import Trainer as AnyTrainer
+else:
+    AnyTrainer = object
+
+
+class LoriTrainerMixin(AnyTrainer):
     """
     Train LoRI adapters with any TRL trainer: `class LoriDPOTrainer(LoriTrainerMixin, DPOTrainer)`.
 
@@ -86,6 +95,11 @@ class LoriTrainerMixin:
     Source: paper section 2.1 and Algorithm 1.
     """
 
+    args: LoriArguments
+    model_wrapped: Any
+    optimizer: Any
+    optimizer_cls_and_kwargs: Any
+    train_dataset: Any
     config_class: type[LoriArguments] | None = None  # of the arguments, where none are passed
 
     def __init__(self, model: str | PreTrainedModel | PeftModel, *positional: Any, **named: Any):
@@ -105,6 +119,7 @@ class LoriTrainerMixin:
 
         self.phase = "adaptation"
         self.recipe: dict[str, Any] | None = None
+        self.run: str | None = None
         self.calibration: Calibration | None = None
         self.calibration_log: list[dict[str, Any]] = []
         self.adapter_name = self.model.active_adapters[0]
@@ -161,6 +176,7 @@ class LoriTrainerMixin:
             `RuntimeError`: the optimizer moved frozen entries.
         """
         phase, checkpoint = self._resume_phase(resume_from_checkpoint)
+        self._begin_run()
         check_engine(self.accelerator, self.args, calibrate=self.masks is None, initial_weights=self.initial_weights)
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
@@ -191,6 +207,7 @@ class LoriTrainerMixin:
                 f"`calibrate()` was called, but task {self.task_name!r} has its mask already. A task is calibrated "
                 "once. Go on with `train()`, or make a new trainer."
             )
+        self._begin_run()
         set_seed(self.args.seed)
         with self._calibration():
             with self._sparse_training(self.feasible):
@@ -215,6 +232,8 @@ class LoriTrainerMixin:
         self.masks = self._select(saliency, self.args.sparsity, self.task_name)
         folder = self.args.for_calibration().output_dir
         self.save_model(folder, _internal_call=True)
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
         for sparsity in self.args.calibration_sparsities or ():
             more = self._select(saliency, sparsity, f"{self.task_name}-{sparsity}")
             if self.args.should_save:
@@ -247,7 +266,7 @@ class LoriTrainerMixin:
         if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
             self.model_wrapped.destroy()  # an engine is made for one optimizer; what ZeRO-3 has sharded stays sharded
         self.model_wrapped, self.trained_masks = self.model, masks
-        vars(self).update(copy.deepcopy(self._fresh_state))
+        self.__dict__.update(copy.deepcopy(self._fresh_state))
         with sparse_training(self.model, self.adapter_name, masks, self.args.sparse_backend), ExitStack() as stack:
             self.phase_end = stack
             yield
@@ -258,6 +277,7 @@ class LoriTrainerMixin:
             prepared = super()._prepare_for_training(*args, **kwargs)
         for hook in mask_shards(self.weights, self.trained_masks):
             self.phase_end.callback(hook.remove)
+        fold_values(self.model, self.adapter_name)  # DeepSpeed may have loaded a checkpoint
         return prepared
 
     @contextmanager
@@ -300,7 +320,7 @@ class LoriTrainerMixin:
         moved = [
             path
             for path, weight in self.weights.items()
-            if gather(change(weight, self.initial_weights[path])).cpu()[~self.masks[path]].any()
+            if gather(change(weight, self.initial_weights[path])).cpu()[~self.masks[path]].any()  # type: ignore[index]
         ]
         if moved or self._fingerprint() != self.projection.fingerprint:
             raise RuntimeError(
@@ -406,10 +426,16 @@ class LoriTrainerMixin:
             threshold=None if masks is None else masks.threshold,
             projection=self.projection,
             calibration=self.calibration,
-            counts=Counts(lora_A + lora_B, lora_B, None if masks is None else masks.num_selected),
+            counts=Counts(
+                lora_A + lora_B,
+                lora_B,
+                None if masks is None else masks.num_selected,
+                dense_counts(self.model, self.adapter_name) or None,
+            ),
             selected={task: masks.num_selected for task, masks in self._all_masks().items()},
             earlier=self.earlier_tasks,
             training=self.card_facts.training,
+            run=self.run,
         )
 
     def _all_masks(self) -> dict[str, LoriMasks]:
@@ -530,19 +556,32 @@ class LoriTrainerMixin:
         else:
             folder = Path(resume_from_checkpoint)
         record = self._check_same_run(folder)
+        self.run = record.run
         if record.phase == "adaptation":
             self._resume_masks(folder, record)
         if folder != calibration_dir:
             return record.phase, str(folder)
+        if (state := folder / TRAINER_STATE_NAME).is_file():
+            self.calibration_log = TrainerState.load_from_json(str(state)).log_history
         if dense_parameters(self.model, self.adapter_name):
             self._load_from_checkpoint(str(folder))  # as they were when the calibration began
         return None, None
 
+    def _begin_run(self) -> None:
+        """Give a run that begins an identity, and note in its folder which run goes on there."""
+        if not self.args.should_save:
+            return
+        output_dir = Path(self.args.output_dir)
+        if self.run is None:
+            self.run = begin_run(output_dir, Path(self.args.for_calibration().output_dir))
+        else:
+            note_run(output_dir, self.run)
+
     def _check_same_run(self, folder: Path) -> LoriRecord:
         """Return a checkpoint's record; raise if it is not of a run like this one."""
         earlier = read_record(folder)
-        run = {name: getattr(self.args, name) for name in ("disjoint_masks", "calibration_method")}
-        training = replace(self.card_facts.training, hyperparameters=run, world_size=self.args.world_size)
+        values = hyperparameters(self.args)
+        training = replace(self.card_facts.training, hyperparameters=values, world_size=self.args.world_size)
         replace(self.record, training=training).check_same_run(earlier, folder)
         return earlier
 
@@ -550,24 +589,26 @@ class LoriTrainerMixin:
         self.calibration = record.calibration
         self.masks = self._adopt(LoriMasks.from_pretrained(folder, task=self.task_name))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._take_over_loaded_adapter(resume_from_checkpoint)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Let an engine's own checkpoint, which holds what is trained, hold the packed values."""
+        with values_in_state_dict(self.model, self.adapter_name):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        self._take_over_loaded_adapter()
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._take_over_loaded_adapter(self.state.best_model_checkpoint)
+        with values_in_state_dict(self.model, self.adapter_name):
+            super()._load_best_model()
+        self._take_over_loaded_adapter()
 
-    def _take_over_loaded_adapter(self, folder: str) -> None:
+    def _take_over_loaded_adapter(self) -> None:
         freeze_projections(self.model, self.adapter_name)
-        if self.is_deepspeed_enabled:  # it loads the values, for B is frozen beside them
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they load the values, and B without them
             fold_values(self.model, self.adapter_name)
-            return
-        if self.is_fsdp_enabled:  # it loads what is trained, and neither a frozen B nor the values
-            saved = load_peft_weights(folder, device="cpu")
-            for path, weight in self.weights.items():
-                assign(weight, saved[f"base_model.model.{path}.lora_B.weight"])
-        refresh_values(self.model, self.adapter_name)
+        else:
+            refresh_values(self.model, self.adapter_name)
 
 
 class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):

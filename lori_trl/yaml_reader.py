@@ -53,7 +53,7 @@ def read_mapping(file: Path) -> tuple[dict[Any, Any], dict[str, list[int]]]:
         _check_events(text)
         loader = _Loader(text)
         node = loader.get_single_node()
-        mapping = loader.construct_document(node) if node is not None else None
+        mapping: Any = loader.construct_document(node) if node is not None else None
     except UnicodeDecodeError as error:
         raise _refusal(file, f"byte {error.start} is not UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number without digits, such as 0x_
@@ -80,7 +80,7 @@ def _check_events(text: str) -> None:
 
 
 def _not_allowed(name: str, at: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=f"{name} is not allowed", problem_mark=at.start_mark)
+    return yaml.MarkedYAMLError(problem=f"{name} is not allowed", problem_mark=at.start_mark)  # type: ignore[arg-type]
 
 
 def _place(error: Exception) -> str:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from tiny import lora_config, make_llama, make_rows, make_tokenizer  # noqa: F401
+from tiny import make_llama, make_rows, make_tokenizer
 from transformers import LlamaForCausalLM
 
 torch.set_num_threads(1)  # tiny matrices are slower on more

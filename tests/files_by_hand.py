@@ -38,16 +38,28 @@ def change_tensors(folder: Path, change: Callable[[dict], None]) -> None:
     change_record(folder, lambda values: values.update(tensors=hashes))
 
 
-def change_compact(file: Path, change: Callable[[dict, dict], object], fits: bool = True) -> None:
-    """Change a compact file's metadata, in place or to what `change` returns, and its tensors."""
+def change_compact(file: Path, change: Callable[[dict, dict], object]) -> None:
+    """Change a compact file's metadata and tensors, in place."""
+    metadata, tensors = _read_compact(file)
+    change(metadata, tensors)
+    _write_compact(file, metadata, tensors, fits=True)
+
+
+def mutate_compact(file: Path, mutate: Callable[[dict], object], fits: bool) -> None:
+    """Put what `mutate` returns in the place of a compact file's metadata; its checksums fit or are the old ones."""
+    metadata, tensors = _read_compact(file)
+    _write_compact(file, mutate(metadata), tensors, fits)
+
+
+def _read_compact(file: Path) -> tuple[dict, dict]:
     with safe_open(file, framework="pt") as opened:
-        metadata = json.loads(opened.metadata()["lori_compact"])
-    tensors = load_file(file)
-    changed = change(metadata, tensors)
-    metadata = metadata if changed is None else changed
-    if fits and isinstance(metadata, dict) and isinstance(metadata.get("lori_config"), dict):
-        metadata["lori_config"] = seal(metadata["lori_config"])
+        return json.loads(opened.metadata()["lori_compact"]), load_file(file)
+
+
+def _write_compact(file: Path, metadata: object, tensors: dict, fits: bool) -> None:
     if fits and isinstance(metadata, dict):
+        if isinstance(metadata.get("lori_config"), dict):
+            metadata["lori_config"] = seal(metadata["lori_config"])
         metadata.pop("sha256", None)
         digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
         for name in sorted(tensors):
@@ -56,12 +68,12 @@ def change_compact(file: Path, change: Callable[[dict, dict], object], fits: boo
     save_file(tensors, file, metadata={"lori_compact": json.dumps(metadata)})
 
 
-def change_masks(file: Path, change: Callable[[dict], object], fits: bool = True) -> None:
-    """Change a mask file's metadata to what `change` returns."""
+def mutate_masks(file: Path, mutate: Callable[[dict], object], fits: bool) -> None:
+    """Put what `mutate` returns in the place of a mask file's metadata; its checksum fits or is the old one."""
     with safe_open(file, framework="pt") as opened:
         values = json.loads(opened.metadata()["lori_masks"])
     packed = load_file(file)
-    values = change(values)
+    values = mutate(values)
     if fits and isinstance(values, dict):
         values.pop("sha256", None)
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())

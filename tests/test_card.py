@@ -221,6 +221,7 @@ def test_a_run_writes_its_own_card(tmp_path):
         "architecture": "LlamaForCausalLM",
         "parameters": 24992,
     }
+    assert len(facts["dataset"].pop("fingerprint")) == 64
     assert facts["dataset"] == {"id": None, "rows": 32, "conversational": False}
     assert facts["tags"] == ["sft"]
     assert facts["steps"] == 4

@@ -37,3 +37,4 @@ def test_the_wheel_lists_its_recipes(tmp_path):
     task_files = {file.relative_to(ROOT) for file in (ROOT / "lori_trl" / "evaluation" / "tasks").rglob("*.*l")}
     assert len(task_files) == 23 and all((target / file).is_file() for file in task_files)
     assert (target / "lori_trl" / "inspection" / "page.html.jinja").is_file()
+    assert (target / "lori_trl" / "py.typed").is_file()

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import lora_config
 from peft import get_peft_model
+from tiny import lora_config
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lori_trl.projections import fingerprint, projections

@@ -5,8 +5,8 @@ import io
 
 import pytest
 import torch
-from conftest import lora_config
 from peft import get_peft_model, get_peft_model_state_dict
+from tiny import lora_config
 from torch import nn
 from transformers import LlamaForCausalLM
 

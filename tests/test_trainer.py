@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lora_config
 from files_by_hand import change_record
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny import lora_config
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig

@@ -118,7 +118,7 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
     B = dict(sorted((module_path(name), state.pop(name)) for name in sorted(state) if ".lora_B." in name))
     A = {module_path(name): tensor for name, tensor in state.items() if ".lora_A." in name}
     projection = contents.record.projection
-    drawn = projection.seed is not None and fingerprint(_draw(projection, A)) == fingerprint(A)
+    drawn = fingerprint(_draw(projection, A)) == fingerprint(A)
     if drawn:
         state = {name: tensor for name, tensor in state.items() if ".lora_A." not in name}
     positions = {f"task.{task}": [_where(masks[path]) for path in B] for task, (masks, _) in contents.masks.items()}
@@ -277,8 +277,11 @@ def _round(values: Sequence[Tensor], dtype: torch.dtype | None) -> dict[str, Ten
 
 
 def _draw(projection: Projection, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    seed, init = projection.seed, projection.init
+    if seed is None or init is None:
+        return {}
     return {
-        path: draw_projection(path, *weight.shape, seed=projection.seed, init=projection.init).to(weight.dtype)
+        path: draw_projection(path, *weight.shape, seed=seed, init=init).to(weight.dtype)
         for path, weight in like.items()
     }
 

@@ -39,11 +39,13 @@ class Counts:
         lora (`int`): what LoRA would train, A and B.
         lora_B (`int`): all of B.
         selected (`int` or `None`): what the newest task's mask selects; unknown before that and for a merge.
+        dense (`dict[str, int]`, *optional*): what is trained besides B, without a mask: name -> its entries.
     """
 
     lora: int
     lora_B: int
     selected: int | None
+    dense: dict[str, int] | None = left_out()
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,13 @@ class TrainingData:
         id (`str` or `None`): the data set's Hub name.
         rows (`int` or `None`): how many; unknown for a stream.
         conversational (`bool`): whether they are conversations.
+        fingerprint (`str`, *optional*): SHA-256 of the first 100 of them.
     """
 
     id: str | None
     rows: int | None
     conversational: bool
+    fingerprint: str | None = left_out()
 
 
 @dataclass(frozen=True)

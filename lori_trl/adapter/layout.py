@@ -96,13 +96,14 @@ def choose(names: Iterable[str], *, weights: bool = True) -> list[str]:
     return [*record, *masks, *(PEFT_FILES if weights else ())]
 
 
-def check_task_name(task: Any) -> None:
-    """Raise `ValueError` unless a task's name can be a file's name everywhere."""
+def check_task_name(task: Any) -> str:
+    """Return a task's name; raise `ValueError` unless it can be a file's name everywhere."""
     if not isinstance(task, str) or not re.fullmatch(_TASK_NAME, task):
         raise ValueError(
             f"`task_name={task!r}` cannot name a file. Up to 96 letters, digits, '.', '_' and '-' are allowed, the "
             "first a letter or digit. Pass e.g. `task_name='code'`."
         )
+    return task
 
 
 def task_name_of(name: str, otherwise: str) -> str:

@@ -72,8 +72,7 @@ def write_masks(folder: str | Path, entries: Mapping[str, Tensor], metadata: Mas
     Raises:
         `ValueError`: the task is unset or no valid name.
     """
-    check_task_name(metadata.task)
-    file = Path(folder, masks_name(metadata.task))
+    file = Path(folder, masks_name(check_task_name(metadata.task)))
     file.parent.mkdir(parents=True, exist_ok=True)
     packed = {
         path: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None, bitorder="little"))

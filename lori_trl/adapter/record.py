@@ -16,6 +16,17 @@ from .layout import MAX_JSON_BYTES, RECORD_NAME, RECORD_VERSION, check_task_name
 from .typed import left_out, plain, typed
 
 PHASES = ("calibration", "adaptation")
+# Hyperparameters that a run which is resumed must have in common with the one that began.
+_DECIDES_THE_MASK = (
+    "disjoint_masks",
+    "calibration_method",
+    "calibration_learning_rate",
+    "calibration_num_train_epochs",
+    "calibration_max_steps",
+    "calibration_fraction",
+    "calibration_lr_scheduler_type",
+    "calibration_warmup_steps",
+)
 VARIANTS = ("LoRI-D", "LoRI-S", "merged")
 
 _NO_SETTINGS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")  # of an adapter_config.json
@@ -42,6 +53,7 @@ class LoriRecord:
         tasks (`tuple[TaskRecord, ...]`): those with masks, oldest first.
         training ([`Training`] or `None`): the newest task's run.
         versions (`dict[str, str]`): package -> version.
+        run (`str`, *optional*): the run's identity, drawn when it began; the same where it was resumed.
         merge ([`Merge`], *optional*): how the adapter was merged.
         adapter_config (`str`, *optional*): SHA-256 of PEFT's settings, see [`hash_settings`]; from format 2 on.
         tensors (`dict[str, str]`, *optional*): name -> SHA-256 of every saved tensor; from format 2 on.
@@ -60,6 +72,7 @@ class LoriRecord:
     tasks: tuple[TaskRecord, ...]
     training: Training | None = None
     versions: dict[str, str]
+    run: str | None = left_out()
     merge: Merge | None = left_out()
     adapter_config: str | None = left_out()
     tensors: dict[str, str] | None = left_out()
@@ -79,6 +92,7 @@ class LoriRecord:
         selected: Mapping[str, int],
         earlier: Iterable[TaskRecord],
         training: Training,
+        run: str | None,
     ) -> "LoriRecord":
         """
         Describe a run as it stands.
@@ -86,7 +100,8 @@ class LoriRecord:
         Args:
             selected (`Mapping[str, int]`): task -> entries that its mask selects, oldest first.
             earlier (`Iterable[TaskRecord]`): what is on record of earlier tasks.
-            task, phase, sparsity, granularity, threshold, projection, calibration, counts, training: as above.
+            task, phase, sparsity, granularity, threshold, projection, calibration, counts, training, run: as
+                above.
         """
         on_record = {record.task: record for record in earlier}
         return cls(
@@ -101,6 +116,7 @@ class LoriRecord:
             counts=counts,
             tasks=tuple(on_record.get(name, TaskRecord(name, count)) for name, count in selected.items()),
             training=training,
+            run=run,
             versions=versions_of("lori_trl", "trl", "peft", "transformers", "torch"),
         )
 
@@ -200,11 +216,11 @@ class LoriRecord:
         """
         for name, own in self._identity().items():
             other = earlier._identity()[name]
-            if own != other:
+            if own != other and not (name == "data" and other is None):  # older records have none
                 raise ValueError(
                     f"`{folder}` was trained with {name} {other}, this run has {own}. A run resumes with the base "
-                    "model, task, seed, sparsity and number of processes that it began with. Correct these, or start "
-                    "anew in another `output_dir`."
+                    "model, task, data, seed, sparsity, calibration and number of processes that it began with. "
+                    "Correct these, or start anew in another `output_dir`."
                 )
 
     def _identity(self) -> dict[str, Any]:
@@ -215,9 +231,9 @@ class LoriRecord:
             "projection": self.projection,
             "sparsity": self.sparsity,
             "granularity": self.granularity,
-            "disjoint_masks": (run.hyperparameters or {}).get("disjoint_masks", False),
-            "calibration_method": (run.hyperparameters or {}).get("calibration_method", "train"),
+            "data": None if run.dataset is None else run.dataset.fingerprint,
             "num_processes": run.world_size,
+            **{name: (run.hyperparameters or {}).get(name, "its default") for name in _DECIDES_THE_MASK},
         }
 
     def check(self) -> None:

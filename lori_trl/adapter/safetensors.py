@@ -55,7 +55,7 @@ def hash_tensor(*blocks: Tensor) -> str:
     shape = (sum(block.shape[0] for block in blocks), *blocks[0].shape[1:]) if len(blocks) > 1 else blocks[0].shape
     digest = hashlib.sha256(f"{str(blocks[0].dtype).removeprefix('torch.')} {tuple(shape)}\n".encode())
     for block in blocks:
-        digest.update(block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -115,7 +115,7 @@ class SafetensorsWriter:
         blocks = tuple(block.to(torch.float32).contiguous() for block in blocks)
         self.file.seek(self.offsets[name])
         for block in blocks:
-            self.file.write(block.numpy())
+            self.file.write(block.numpy().data)
         self.hashes[name] = hash_tensor(*blocks)
 
     def __enter__(self) -> "SafetensorsWriter":

@@ -72,7 +72,7 @@ def check_output(output_dir: str | Path, inputs: Iterable[str | Path] = (), *, o
     above = next(folder for folder in (target, *target.parents) if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"`output_dir={output_dir}` cannot be written: `{above}` is not writable. Pass a folder that is."
+            f"`output_dir={output_dir}` cannot be written: `{above}` is no writable folder. Pass another."
         )
     there = [name for name in (RECORD_NAME, ADAPTER_WEIGHTS, COMPACT_NAME) if (target / name).exists()]
     if there and not overwrite:
@@ -171,7 +171,8 @@ def save_lori_adapter(
         (stage / CARD_NAME).unlink(missing_ok=True)  # PEFT's, which names local paths
         for task_masks in masks.values():
             task_masks.save_pretrained(stage)
-        complete(stage, record, next(reversed(masks.values()), None), recipe=recipe, beside=folder)
+        newest = [*masks.values()][-1] if masks else None
+        complete(stage, record, newest, recipe=recipe, beside=folder)
 
 
 def complete(

@@ -1,6 +1,7 @@
 """The command line: `lori` with one file a verb, and `lori-sft`. All that prints is here."""
 
 import argparse
+import os
 import sys
 
 from . import eval, expand, export, inspect, merge, push, recipes, tasks
@@ -36,9 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
         verb.add_parser(commands)
     options = parser.parse_args(arguments)
     with bad_input("lori"):
+        _check_one_process(options.command)
         try:
             options.func(options)
         except RuntimeError as error:  # the call was right, the Hub was not
             show(f"lori: {error}", error=True)
             return 1
     return 0
+
+
+def _check_one_process(command: str) -> None:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ValueError(
+            f"`lori {command}` was started in {processes} processes, each of which would do all of the work and write "
+            "the same files. Only `lori sft` shares its work out. Start it once, without `accelerate launch`."
+        )

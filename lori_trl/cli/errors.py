@@ -13,5 +13,14 @@ def bad_input(program: str, errors: tuple[type[Exception], ...] = (ValueError, T
         yield
     except errors as error:
         if os.environ.get("RANK", "0") == "0":
-            show(f"{program}: {error}", error=True)
+            show(f"{program}: {_message(error)}", error=True)
         raise SystemExit(2) from None
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:  # the system's own, and no sentence
+        return (
+            f"`{error.filename}`: {error.strerror}. A name that the system can open is needed. Correct it, or the "
+            "rights to it."
+        )
+    return str(error)

@@ -15,11 +15,12 @@ def add_parser(commands) -> None:
     )
     expand.add_argument("file", type=Path, help="the compact file")
     expand.add_argument("folder", type=Path, help="where to")
+    expand.add_argument("--overwrite", action="store_true", help="replace an adapter that is in the folder")
     expand.set_defaults(func=run)
 
 
 def run(options: argparse.Namespace) -> None:
     from ..compact import expand
 
-    expand(options.file, options.folder)
+    expand(options.file, options.folder, overwrite=options.overwrite)
     show(f"{options.folder}: the plain PEFT adapter")

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..recipes import find_recipe, validate_recipe
 from .options import add_allow_modified
@@ -26,6 +26,7 @@ def add_parser(commands) -> None:
     _add_arguments(merge)
     merge.add_argument("--recipe", help="a YAML file or a shipped recipe's name; options go over it")
     add_allow_modified(merge)
+    merge.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --output_dir")
     merge.set_defaults(func=run)
 
 
@@ -74,7 +75,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from ..adapter.record import read_record
+    from ..adapter.record import Merge, read_record
+    from ..adapter.write import check_output
     from ..merging import merge_lori_adapters
 
     settings = {}
@@ -88,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
         settings["weights"] = weights[0]
     adapters = settings.pop("adapters", [])
     strategy, heldout, grid = (settings.pop(key, None) for key in ("search", "heldout", "grid"))
+    check_output(settings.setdefault("output_dir", "merged-lori"), adapters, overwrite=options.overwrite)
     if strategy is not None:
         settings |= _search(adapters, strategy, heldout, grid, settings)
     elif heldout is not None or grid is not None:
@@ -95,12 +98,15 @@ def run(options: argparse.Namespace) -> None:
             f"`--heldout {heldout}`, `--grid {grid}` without `--search`. They are for the search for weights. Add "
             "`--search shared`, or leave them out."
         )
-    folder = merge_lori_adapters(adapters, **settings, allow_modified=options.allow_modified)
+    folder = merge_lori_adapters(
+        adapters, **settings, overwrite=options.overwrite, allow_modified=options.allow_modified
+    )
     record = read_record(folder)
-    table = Table(title=f"merged by {record.merge.method}: {record.task}")
+    merge = cast(Merge, record.merge)  # a merged adapter's record has it
+    table = Table(title=f"merged by {merge.method}: {record.task}")
     for column in ("adapter", "task", "weight", "rank"):
         table.add_column(column, justify="right" if column in ("weight", "rank") else "left")
-    for adapter in record.merge.adapters:
+    for adapter in merge.adapters:
         table.add_row(adapter.source, adapter.task, f"{adapter.weight:g}", str(adapter.rank))
     show(table)
     show(f"saved to {folder}")

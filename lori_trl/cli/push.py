@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> None:
         include=options.include,
         allow_modified=options.allow_modified,
     )
-    show(commit.pr_url or commit.commit_url)
+    if commit is not None:
+        show(commit.pr_url or commit.commit_url)
 
 
 def _check_repo(repo: str) -> None:

@@ -17,22 +17,31 @@ from .errors import bad_input
 from .terminal import show, show_logs_as_text
 
 _EXAMPLE = """
-several processes: --accelerate_config single | ddp | fsdp2 | zero3 | FILE, and --num_processes N
+several processes: --accelerate_config single | ddp | fsdp2 | fsdp2_multinode | zero2 | zero3 | FILE, and
+--num_processes N; with --dry-run it says what is sharded and what each device holds
 
 example:
   lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8
   lori-sft --accelerate_config ddp --num_processes 8 --recipe code_lori_s.yaml --output_dir code-lori-s
 """
-_LAUNCH_FILES = {"single": "single_gpu", "ddp": "multi_gpu", "fsdp2": "fsdp2", "zero3": "zero3"}  # TRL's names
+# Options of `accelerate launch` that differ from run to run, and so stand beside a launch file.
+_LAUNCH_OPTIONS = (
+    "num_processes",
+    "num_machines",
+    "machine_rank",
+    "main_process_ip",
+    "main_process_port",
+    "mixed_precision",
+)
 
 
 def sft(arguments: list[str] | None = None) -> int:
     """Run `lori-sft`. Returns the exit code: 0; 2 for a wrong call; a failed run raises."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--accelerate_config" in arguments:
-        return _launch(arguments)
     show_logs_as_text()
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
+    if "--accelerate_config" in arguments:
+        return _launch(arguments)
     with bad_input("lori-sft"):
         parser = sft_parser()
         script, args, model_args, recipe = _parse(parser, arguments)
@@ -60,24 +69,27 @@ def sft(arguments: list[str] | None = None) -> int:
 
 
 def _launch(arguments: list[str]) -> int:
-    """Start `lori-sft` on several processes, with one of the launch files that TRL ships or a file of one's own."""
+    """Start `lori-sft` on several processes, or say what each of them would hold."""
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    from ..launch import Engine, find_launch_file
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--accelerate_config")
-    finder.add_argument("--num_processes")
+    for name in _LAUNCH_OPTIONS:
+        finder.add_argument(f"--{name}")
     options, rest = finder.parse_known_args(arguments)
     with bad_input("lori-sft"):
-        name = _LAUNCH_FILES.get(options.accelerate_config, options.accelerate_config)
-        if not Path(name).is_file() and name not in _LAUNCH_FILES.values():
-            raise FileNotFoundError(
-                f"`--accelerate_config {name}` is neither a file nor a shipped launch file. Shipped are "
-                f"{', '.join(_LAUNCH_FILES)}. Pass one of these, or a file that `accelerate config` wrote."
-            )
-    launch = resolve_accelerate_config_argument(["--accelerate_config", name])
-    if options.num_processes is not None:
-        launch += ["--num_processes", options.num_processes]
+        file = find_launch_file(options.accelerate_config)
+        if {"--dry-run", "--dry_run"} & set(rest):
+            devices = None if options.num_processes is None else int(options.num_processes)
+            script, args, model_args, _ = _parse(sft_parser(), rest)
+            _dry_run(script, args, model_args, Engine.from_launch_file(file, devices))
+            return 0
+    launch = ["--config_file", str(file)]
+    for name in _LAUNCH_OPTIONS:
+        if getattr(options, name) is not None:
+            launch += [f"--{name}", getattr(options, name)]
     launch_command(launch_command_parser().parse_args([*launch, "--module", "lori_trl.cli", "sft", *rest]))
     return 0
 
@@ -122,7 +134,7 @@ def _help_groups(actions: list[argparse.Action]) -> dict[str, list[argparse.Acti
     from ..config import LoriArguments
     from ..tasks import LoriScriptArguments
 
-    sections = re.split(r"> Parameters that control (.+)\n", LoriArguments.__doc__)[1:]
+    sections = re.split(r"> Parameters that control (.+)\n", LoriArguments.__doc__ or "")[1:]
     groups = {
         f"LoRI: {title}": set(re.findall(r"^        (\w+) \(`", body, re.MULTILINE))
         for title, body in zip(sections[::2], sections[1::2], strict=True)
@@ -166,6 +178,12 @@ def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[A
         raise ValueError(
             f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help` lists all. Correct it."
         )
+    _, args, *_ = configs
+    if not isinstance(args.model_init_kwargs, dict | None):
+        raise ValueError(
+            f"`model_init_kwargs={args.model_init_kwargs}` is text, and a mapping is needed. On the command line that "
+            'is JSON, e.g. `--model_init_kwargs \'{"attn_implementation": "sdpa"}\'`. Correct the call or the recipe.'
+        )
     return configs
 
 
@@ -200,11 +218,6 @@ def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]
         )
     if not model_args.use_peft:
         raise ValueError("`use_peft=False` is no LoRI. A LoRI adapter is PEFT's. Leave `use_peft` out.")
-    if not isinstance(args.model_init_kwargs, dict | None):
-        raise ValueError(
-            f"`model_init_kwargs={args.model_init_kwargs}` is text. Allowed is a mapping. Pass JSON, e.g. "
-            '`--model_init_kwargs \'{"attn_implementation": "sdpa"}\'`.'
-        )
     given = {
         argument.lstrip("-").partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"
     }
@@ -215,13 +228,13 @@ def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]
         if one in given and other not in given:  # one's own data in place of the recipe's
             setattr(script, other, None)
             recipe.pop(other, None)
-    for secret_or_ours in ("hub_token", "dry_run", "use_peft"):
+    for secret_or_ours in ("hub_token", "dry_run", "overwrite", "use_peft"):
         recipe.pop(secret_or_ours, None)
     script.recipe = str(file) if options.recipe is not None else None
     return script, args, model_args, recipe
 
 
-def _dry_run(script, args, model_args) -> None:
+def _dry_run(script, args, model_args, engine=None) -> None:
     from peft import PeftConfig
     from transformers import AutoConfig
     from trl import get_peft_config
@@ -235,7 +248,11 @@ def _dry_run(script, args, model_args) -> None:
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
     counts = count_parameters(config, peft_config, args.sparsity)
-    show(counts.table(), counts.memory_table(_bytes_of_base(model_args)))
+    base_bytes = _bytes_of_base(model_args)
+    if engine is None:
+        show(counts.table(), counts.memory_table(base_bytes))
+    else:
+        show(counts.table(), engine.table(counts, base_bytes, args.sparse_backend))
 
 
 def _bytes_of_base(model_args) -> float:
@@ -251,6 +268,7 @@ def _build_trainer(script, args, model_args):
     from trl import get_peft_config, get_quantization_config
 
     from ..adapter.load import load_lori_adapter
+    from ..adapter.write import check_output
     from ..base_model import load_base_model
     from ..tasks import data_name, load_training_data
     from ..trainer import LoriSFTTrainer
@@ -265,6 +283,9 @@ def _build_trainer(script, args, model_args):
         )
     if args.task_name is None:
         args.task_name = data_name(script)
+    inputs = (model_args.model_name_or_path, script.adapter_name_or_path, args.mask_name_or_path)
+    resumed = args.resume_from_checkpoint is not None
+    check_output(args.output_dir, filter(None, inputs), overwrite=script.overwrite or resumed)
     _check_writable(args.output_dir)
     model_init_kwargs = {
         "revision": model_args.model_revision,

@@ -14,12 +14,22 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import HFValidationError, httpx, validate_repo_id
 
 from ..files import replacing
-from .download import WAITS, describe, hash_file, is_same, is_transient, patiently
+from .download import (
+    WAITS,
+    describe,
+    hash_file,
+    is_same,
+    is_transient,
+    limited_silence,
+    look_at,
+    patiently,
+)
 
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{16,}")
 _FAILURES = (HfHubHTTPError, httpx.HTTPError, RuntimeError, ValueError)  # what the client raises when a push fails
 
 
+@limited_silence()
 def make_repo(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
     """
     Make a model repository unless it is there.
@@ -35,6 +45,7 @@ def make_repo(repo_id: str, *, private: bool | None = None, token: str | None = 
         raise _explained(repo_id, token, error, "There is no repository yet.") from None
 
 
+@limited_silence()
 def push_files(
     files: Mapping[str, Path],
     repo_id: str,
@@ -225,7 +236,7 @@ def _make(api: HfApi, repo_id: str, private: bool | None) -> str:
 
     def make() -> None:
         try:  # look first: it may be there, also when an earlier attempt to make it seemed to fail
-            found = api.model_info(repo_id)
+            found = look_at(api, repo_id)
         except RepositoryNotFoundError:
             api.create_repo(repo_id, private=private, exist_ok=True)
         else:
@@ -243,12 +254,12 @@ def _look(api: HfApi, repo_id: str, revision: str | None) -> _Head:
     """Look at a branch, after making it if it is missing."""
 
     def look():
-        return api.model_info(repo_id, revision=revision, files_metadata=True)
+        return look_at(api, repo_id, revision)
 
     try:
         info = patiently(look)
     except RevisionNotFoundError:
-        if revision.startswith("refs/"):
+        if revision is None or revision.startswith("refs/"):
             raise
         patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         info = patiently(look)

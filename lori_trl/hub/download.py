@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -20,15 +21,28 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import httpx
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.utils import get_session, httpx
 
 logger = logging.getLogger(__name__)
 
 WAITS = (1, 2, 4)  # seconds between the attempts of a request that the Hub could not answer
+# Seconds that a server may say nothing until a request has failed; the client would wait for ever.
+SILENCE = 120.0
 MAX_JSON_BYTES = 10_000_000  # an adapter's JSON has some kB; a parser would build gigabytes from 100 MB
 
 Answer = TypeVar("Answer")
+
+
+@contextmanager
+def limited_silence() -> Iterator[None]:
+    """Give up, while the context lasts, on a server that accepts a request and says nothing for `SILENCE` seconds."""
+    session = get_session()
+    before, session.timeout = session.timeout, httpx.Timeout(SILENCE)
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def is_repo_id(name: str | os.PathLike) -> bool:
@@ -66,7 +80,7 @@ def fetch_from_hub(
         `ValueError`: a file is not what the Hub says it is, or has a name or size that no adapter's file has.
     """
     try:
-        info = patiently(lambda: HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True))
+        info = patiently(lambda: look_at(HfApi(token=token), repo_id, revision))
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, ValueError) as error:
         if isinstance(error, OfflineModeIsEnabled) or is_transient(error):
             return _fetch_from_cache(repo_id, choose, revision, error)
@@ -80,6 +94,11 @@ def fetch_from_hub(
     for name in chosen[1:]:
         _fetch(repo_id, files[name], info.sha, token, info.sha)
     return folder
+
+
+def look_at(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
+    """Ask for a model repository's head and files. Raises what the client does."""
+    return api.model_info(repo_id, revision=revision, files_metadata=True, timeout=SILENCE)
 
 
 def hash_file(file: Path, *, lfs: bool) -> str:

@@ -1,20 +1,26 @@
 """An adapter up to the Hub: its files, and no others, in one commit."""
 
+import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import CommitInfo, HfApi
 from transformers import Trainer
 
 from ..adapter.compact import write_compact
-from ..adapter.folder import AdapterFolder
+from ..adapter.folder import AdapterFolder, base_name
 from ..adapter.layout import (
+    ADAPTER_CONFIG,
     CARD_NAME,
     COMPACT_NAME,
     EVAL_RESULTS_NAME,
@@ -32,6 +38,7 @@ from .commit import push_files, refuse_tokens
 logger = logging.getLogger(__name__)
 
 FORMS = ("peft", "compact")
+_LOCAL_PATH = re.compile(r"~?/|\.\.?/|[A-Za-z]:[\\/]")
 MEMORY = Path(".cache", "lori_trl", "pushed.json")  # in the adapter's folder: which commits are its own
 
 
@@ -146,8 +153,8 @@ def adapter_files(
     """
     Yield what a push of an adapter's folder consists of: name in the repository -> file.
 
-    All of it is read and checked first. The card is written anew, with the repository's name and the evaluation
-    results, unless it was edited by hand.
+    All of it is read and checked first. Of local paths, the last part goes up. The card is written anew, with the
+    repository's name and the evaluation results, unless it was edited by hand.
 
     Raises:
         `FileNotFoundError`: a file is missing.
@@ -174,11 +181,40 @@ def adapter_files(
     adapter.verify()
     with tempfile.TemporaryDirectory() as stage:
         files = {name: folder / name for name in [*(needed if "peft" in include else needed[:1]), *optional]}
+        public = _without_local_paths(adapter)
+        for name in public.keys() & files.keys():
+            files[name] = Path(stage, name)
+            files[name].write_text(public[name], encoding="utf-8")
         if "compact" in include:
             files[COMPACT_NAME] = Path(stage, COMPACT_NAME)
-            write_compact(files[COMPACT_NAME], adapter.contents())
-        place = {"repo_id": repo_id, "forms": tuple(include)}
+            config = json.loads(public[ADAPTER_CONFIG]) if ADAPTER_CONFIG in public else adapter.config
+            contents = adapter.contents()
+            recipe = public.get(RECIPE_NAME, contents.recipe)
+            write_compact(files[COMPACT_NAME], replace(contents, adapter_config=config, recipe=recipe))
         newest = next(reversed(adapter.masks.values()), None)
+        place = {"repo_id": repo_id, "forms": tuple(include)}
         files[CARD_NAME] = write_card(folder, record, newest, beside=folder, target=stage, **place)
         refuse_tokens(files)
         yield dict(sorted(files.items()))
+
+
+def _without_local_paths(adapter: AdapterFolder) -> dict[str, str]:
+    """Return the files that name places of this machine, with the last part of these instead: name -> text."""
+    texts = {}
+    base = adapter.config.get("base_model_name_or_path")
+    if base and base != adapter.base:
+        texts[ADAPTER_CONFIG] = json.dumps({**adapter.config, "base_model_name_or_path": adapter.base}, indent=2)
+    if (adapter.folder / RECIPE_NAME).is_file():
+        recipe = yaml.safe_load((adapter.folder / RECIPE_NAME).read_text(encoding="utf-8"))
+        if (public := _names_for_paths(recipe)) != recipe:
+            texts[RECIPE_NAME] = yaml.safe_dump(public, sort_keys=False)
+    return texts
+
+
+def _names_for_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _names_for_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_names_for_paths(each) for each in value]
+    is_local = isinstance(value, str) and (_LOCAL_PATH.match(value) or ("/" in value and Path(value).exists()))
+    return base_name(value) if is_local else value

@@ -79,8 +79,8 @@ def inspect_adapters(
             own = {task.label: task.add(path, *factors[task.adapter.name]) for task in tasks if path in task}
             for pair in pairs:
                 pair.add(path, own, factors)
-            for pair in projection_pairs:
-                pair.add(path, factors)
+            for two in projection_pairs:
+                two.add(path, factors)
         finished = [pair.finish() for pair in pairs]
         return Inspection(
             [adapter.statistics([task.label for task in tasks if task.adapter is adapter]) for adapter in opened],
@@ -221,7 +221,7 @@ class _Pair:
         inner = _inner(A, own[first.label], other_A, own[second.label])
         self.inner[layer] = self.inner.get(layer, 0.0) + inner
         if "overlap" not in self.undefined:
-            masks = first.mask[path], second.mask[path]
+            masks = [task.mask[path] for task in self.tasks if task.mask is not None]
             counts = [int(mask.count_nonzero()) for mask in masks]
             self.both += int((masks[0] & masks[1]).count_nonzero())
             self.selected = [sum(two) for two in zip(self.selected, counts, strict=True)]
@@ -295,7 +295,7 @@ def _place(path: str) -> Place:
 
 def _names(adapters: Sequence[str | Path]) -> list[str]:
     """Name adapters by the last part of their paths, or by as many parts as tell them apart."""
-    parts = [(source,) if is_repo_id(source) else Path(source).resolve().parts for source in adapters]
+    parts = [(str(source),) if is_repo_id(source) else Path(source).resolve().parts for source in adapters]
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

@@ -83,7 +83,7 @@ def merge_lori_adapters(
     ```
     """
     output_dir = Path(output_dir)
-    settings = {"density": density, "seed": seed, "base_model": base_model}
+    settings: dict[str, Any] = {"density": density, "seed": seed, "base_model": base_model}
     with open_plan(adapters, method, **settings, token=token, allow_modified=allow_modified) as plan:
         weights = checked_weights(weights, len(plan.sources))
         check_output(output_dir, [*map(str, adapters)], overwrite=overwrite)
@@ -123,7 +123,7 @@ def _write_factors(
     plan: Plan, weights: Sequence[float], file: Path
 ) -> tuple[Projection, dict[str, str], list[Independence]]:
     """Merge all modules into a file. Returns the merged A, the tensors' hashes, how independent the A were."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, (rows, columns) in plan.shapes.items():
         shapes |= {tensor_name(path, "lora_A"): (plan.rank, columns), tensor_name(path, "lora_B"): (rows, plan.rank)}
     independence, taken, anything = IndependenceOfA(), Fingerprint(), False
@@ -134,6 +134,7 @@ def _write_factors(
             if path in compared:
                 independence.add(factors)
             A, B = plan.merge(path, factors, weights)
+            _check_finite(path, A, B, weights)
             anything = anything or bool(B.any())
             behind.result()  # one module at a time waits for being written
             behind = pool.submit(_store, writer, taken, path, A, B)
@@ -148,6 +149,16 @@ def _write_factors(
     merged_A = Projection(None, None, str(taken))
     projection = next((each for each in known if each.fingerprint == merged_A.fingerprint), merged_A)
     return projection, writer.hashes, independence.report(plan.sources)
+
+
+def _check_finite(path: str, A: Tensor, B: Tensor, weights: Sequence[float]) -> None:
+    if A.sum().isfinite() and B.sum().isfinite():
+        return  # a sum of which one term is not finite is not either
+    if count := sum(tensor.numel() - int(tensor.isfinite().sum()) for tensor in (A, B)):
+        raise ValueError(
+            f"`weights={list(weights)}` give A or B of {path} {count:,} entries that are not finite. They must lie "
+            "within float32, up to 3.4e38. Pass smaller weights: the paper's are 0.3 to 0.5."
+        )
 
 
 def _store(writer: SafetensorsWriter, taken: Fingerprint, path: str, A: Tensor, B: Tensor) -> None:

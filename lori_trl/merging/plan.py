@@ -60,7 +60,7 @@ class Plan:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Module path -> (out_features, in_features)."""
-        shapes = {}
+        shapes: dict[str, tuple[int, int]] = {}
         for source in self.sources:
             shapes |= {path: (rows, columns) for path, (rows, _, columns) in source.shapes.items()}
         return shapes
@@ -89,6 +89,7 @@ class Plan:
         """
         order, states = sorted(self.paths, key=_model_order), {}
         init = self.sources[0].config.get("init_lora_weights", True)
+        density = 1.0 if self.density is None else self.density
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             for path in order:
@@ -103,8 +104,8 @@ class Plan:
                 states[path] = torch.get_rng_state()
                 shapes = [source.shapes[path] for source in self.sources if path in source.shapes]
                 drawn = [(rank, columns) for _, rank, columns in shapes] + [(rows, rank) for rows, rank, _ in shapes]
-                for shape in drawn if self.density < 1 else []:
-                    torch.bernoulli(torch.full(shape, self.density))
+                for shape in drawn if density < 1 else []:
+                    torch.bernoulli(torch.full(shape, density))
         return states
 
     def merge(
@@ -171,7 +172,7 @@ class Plan:
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
-            target_modules=sorted({name for target in targets for name in target}) if by_name else self.paths,
+            target_modules=sorted({name for target in targets for name in target or ()}) if by_name else self.paths,
             base_model_name_or_path=self.base,
             task_type=common_value([config.get("task_type") for config in configs]),
             lora_dropout=common_value([config.get("lora_dropout", 0.0) for config in configs], 0.0),

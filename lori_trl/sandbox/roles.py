@@ -34,6 +34,8 @@ def supervise() -> None:
         prctl(PR_SET_DUMPABLE, 0)
         prctl(PR_SET_CHILD_SUBREAPER, 1)
     job = receive(0)
+    if job is None:
+        return  # the caller is gone
     request_pipe, reply_pipe, verdict_pipe = os.pipe(), os.pipe(), os.pipe()
     # The judge comes first and reads the tests itself: no copy of them is in the memory that the candidate inherits.
     judge = os.fork()
@@ -218,6 +220,8 @@ def _judge(job: dict, fault: str | None, tests: int, requests: int, replies: int
         send(verdicts, {"error": fault})
         return
     problem = receive(tests)
+    if problem is None:
+        return  # the caller is gone
     send(verdicts, {"started": True})
     passed, reason = _run_tests(problem, requests, replies)
     send(verdicts, {"passed": passed, "reason": reason})
@@ -235,7 +239,7 @@ def _run_tests(problem: dict, requests: int, replies: int) -> tuple[bool, str]:
 
     try:
         _ask({}, requests, replies)
-        namespace = {"__name__": "tests"}
+        namespace: dict = {"__name__": "tests"}
         exec(_compile(problem["prompt"]), namespace)
         namespace[problem["entry_point"]] = candidate
         exec(compile(problem["test"], "<test>", "exec", dont_inherit=True), namespace)

@@ -232,7 +232,9 @@ def _run(
     status, answer, errors = _supervise(job_frame + problem_frame, timeout + 2 * SETUP_SECONDS)
     if status < 0:
         return Outcome(False, f"failed: the supervisor was ended by signal {-status}")
-    verdict = json.loads(answer) if answer else {"error": errors.decode(errors="replace").strip().rpartition("\n")[2]}
+    verdict: dict = (
+        json.loads(answer) if answer else {"error": errors.decode(errors="replace").strip().rpartition("\n")[2]}
+    )
     if "error" in verdict:
         raise RuntimeError(f"The sandbox could not be set up, so nothing was run: {verdict['error']}")
     # The reason may hold the program's own words.

@@ -55,7 +55,7 @@ def receive(fd: int) -> dict | None:
 
 
 KINDS = {"list": list, "dict": dict, "set": set, "bytearray": bytearray, "deque": collections.deque}
-KEYS_VIEWS = (type({}.keys()), type({}.items()))
+KEYS_VIEWS: tuple = (type({}.keys()), type({}.items()))
 
 
 def pack(values: list, objects: list) -> dict:
@@ -128,7 +128,7 @@ def unpack(data: dict, objects: list) -> list:
 
         return Fraction(*map(value, pair))
 
-    make = {
+    make: dict = {
         "int": lambda content: int(content, 16),
         "float": float,
         "complex": lambda content: complex(*map(value, content)),

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from files_by_hand import change_compact, change_masks, change_record, seal  # noqa: E402
+from files_by_hand import change_record, mutate_compact, mutate_masks, seal  # noqa: E402
 from tiny import make_llama, trained_adapter  # noqa: E402
 
 from lori_trl import LoriMasks, load_lori_adapter  # noqa: E402
@@ -148,9 +148,9 @@ def mutate_metadata(root: Path, cases: int, seed: int = 0) -> Iterator[tuple[str
                 fits = fits and isinstance(value, dict)
                 file.write_text(json.dumps(seal(value) if fits else value))
             elif name == "masks":
-                change_masks(file, lambda values: mutate(values, draw), fits)
+                mutate_masks(file, lambda values: mutate(values, draw), fits)
             else:
-                change_compact(file, lambda values, tensors: mutate(values, draw), fits)
+                mutate_compact(file, lambda values: mutate(values, draw), fits)
             for reader, read in readers.items():
                 yield f"{name}, {'fitting' if fits else 'old'} checksum", reader, outcome(read)
             file.write_bytes(whole)

@@ -187,9 +187,10 @@ def test_the_code_is_exact_at_its_edges(positions, tmp_path):
 
 @pytest.mark.slow
 def test_llama_3_8b_fits_into_12_megabytes(tmp_path):
+    """8 of its 32 layers, in a quarter of the bytes."""
     shapes = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}
     shapes |= {"gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096)}
-    sizes = {f"model.layers.{i}.{name}_proj": shape for i in range(32) for name, shape in shapes.items()}
+    sizes = {f"model.layers.{i}.{name}_proj": shape for i in range(8) for name, shape in shapes.items()}
     A = {path: draw_projection(path, 32, columns, seed=1) for path, (columns, _) in sizes.items()}
     projection = Projection("gaussian", 1, fingerprint(A))
     torch.manual_seed(0)
@@ -207,7 +208,7 @@ def test_llama_3_8b_fits_into_12_megabytes(tmp_path):
     )
     config = json.loads((trained_adapter() / "adapter_config.json").read_text())
     contents = Contents(config, record, None, {"code": (dict(masks), masks.metadata)}, state)
-    for dtype, most in ((torch.bfloat16, 12_000_000), (torch.int8, 7_600_000)):
+    for dtype, most in ((torch.bfloat16, 3_000_000), (torch.int8, 1_900_000)):
         write_compact(tmp_path / "compact", contents, dtype)
         assert (tmp_path / "compact").stat().st_size <= most
     again = read_compact(tmp_path / "compact")

@@ -65,7 +65,7 @@ def test_a_run_resumes_where_it_began_and_nowhere_else():
         ({"training": replace(record.training, world_size=2)}, "num_processes 2, this run has 1"),
         (
             {"training": replace(record.training, hyperparameters={"disjoint_masks": True})},
-            "disjoint_masks True, this run has False",
+            "disjoint_masks True, this run has its default",
         ),
     ):
         with pytest.raises(ValueError, match=f"`there` was trained with {says}.*Correct these"):

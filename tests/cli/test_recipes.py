@@ -58,6 +58,8 @@ def validate(tmp_path, capsys, text):
         ("output_dir: [a]", "a list is not allowed here"),
         ("lora_target_modules: []", "one value at least is needed"),
         ("model_init_kwargs: {1: 2}", "the keys of a mapping must be text"),
+        ("model_init_kwargs: text", "a mapping is needed"),
+        ("model_init_kwargs: '{\"trust_remote_code\": true}'", "leave the quotes out"),
         ("deepspeed: text", "deepspeed"),
         ("load_best_model_at_end: true", "load_best_model_at_end"),
         ("adapters: [a]\nenv: {A: b}", "env: no such field"),

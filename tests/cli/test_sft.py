@@ -134,7 +134,7 @@ def fails(arguments, capsys, *parts):
         (["--recipe", "code_lora.yaml"], ["is a baseline for TRL's own trainer", "Run it with `trl sft --config"]),
         (["--recipe", "baselines/nlu_fft.yaml"], ["is a baseline", "it sets `use_peft`", "take `use_peft` out"]),
         (["--use_peft", "False"], ["`use_peft=False` is no LoRI", "Leave `use_peft` out"]),
-        (["--model_init_kwargs", "text"], ["`model_init_kwargs=text`", "Pass JSON"]),
+        (["--model_init_kwargs", "text"], ["`model_init_kwargs=text`", "Correct the call or the recipe"]),
         (["--lr_scheduler_type", "text"], ["text", "`lori-sft --help` lists what is allowed"]),
         (["--ddp_timeout", "9" * 30], ["too large", "Correct the call or the recipe"]),
         (["--sparcity", "0.5"], ["`--sparcity` is no option (did you mean --sparsity?)"]),
@@ -165,10 +165,22 @@ def test_wrong_calls_exit_with_2(call, extra, parts, capsys):
 def test_a_wrong_call_leaves_existing_outputs_alone(call, tmp_path, capsys):
     sft(call)
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    fails([*call, "--mask_name_or_path", str(tmp_path / "out"), "--lora_r", "8"], capsys, "do not fit the adapter")
+    fails(call, capsys, "holds an adapter already", "--overwrite")
+    fails([*call, "--overwrite", "--mask_name_or_path", str(tmp_path / "out")], capsys, "never replaces an input")
+    fails([*call, "--overwrite", "--adapter_name_or_path", str(tmp_path / "out")], capsys, "never replaces an input")
+    call += ["--overwrite"]
+    masks = str(shutil.copytree(tmp_path / "out", tmp_path / "copy"))
+    fails([*call, "--mask_name_or_path", masks, "--lora_r", "8"], capsys, "do not fit the adapter")
     (tmp_path / "my_task" / "train.jsonl").write_text("")
     fails(call, capsys, "no rows")
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+
+
+def test_overwriting_leaves_nothing_of_the_adapter_that_was_there(call, tmp_path):
+    sft([*call, "--task_name", "first"])
+    sft([*call, "--task_name", "second", "--overwrite"])
+    assert [file.stem for file in (tmp_path / "out" / "masks").iterdir()] == ["second"]
+    assert "overwrite" not in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
 def test_an_output_folder_below_a_file(call, tmp_path, capsys):
@@ -222,7 +234,7 @@ def test_faulty_recipes_fail_before_anything_is_loaded(tmp_path, capsys):
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "fsdp2_multinode", "zero2", "zero3"])
 def test_launch_files_by_name(name, monkeypatch, tmp_path):
     launched = {}
     launch = "accelerate.commands.launch.launch_command"
@@ -232,11 +244,26 @@ def test_launch_files_by_name(name, monkeypatch, tmp_path):
     assert launched["training_script"] == "lori_trl.cli"
     assert launched["training_script_args"] == ["sft", "--recipe", "quickstart.yaml"]
     kind = yaml.safe_load(open(launched["config_file"]))["distributed_type"]
-    assert kind == {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[name]
+    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert kind == kinds[name.removesuffix("_multinode")]
 
 
 def test_an_unknown_launch_file(capsys):
-    fails(["--accelerate_config", "tpu"], capsys, "neither a file nor a shipped", "single, ddp, fsdp2, zero3")
+    fails(["--accelerate_config", "tpu"], capsys, "neither a file nor a shipped", "ddp, fsdp2, fsdp2_multinode")
+
+
+@pytest.mark.parametrize(
+    ("engine", "base", "state", "extra"),
+    [
+        (["fsdp2", "--sparse_backend", "hook"], "2.008 │ a share of 1/8", "0.066 │ a share of 1/8", "mask"),
+        (["zero2", "--num_processes", "4"], "16.061 │ whole", "0.015 │ a share of 1/4", "positions"),
+    ],
+)
+def test_a_dry_run_says_what_each_device_holds(engine, base, state, extra, capsys):
+    assert sft(["--accelerate_config", *engine, "--recipe", "code_lori_s.yaml", "--dry-run"]) == 0
+    rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert base in rows["base weights"] and state in rows["adaptation: gradients, optimizer"]
+    assert f"adaptation: {extra}" in rows
 
 
 def test_help_shows_lori_s_own_options_first_in_groups():

@@ -46,6 +46,16 @@ def refused(place, call, capsys):
         "export --compact one c.safetensors",
         "export --compact one no/such/folder",
         "export --compact one math",
+        "expand c.safetensors math",
+        "expand c.safetensors c.safetensors --overwrite",
+        "merge one math --output_dir math --overwrite",
+        "merge one --output_dir math",
+        "merge one --output_dir one/merged --overwrite",
+        "merge one math --output_dir . --overwrite",
+        "merge one math --output_dir c.safetensors",
+        "merge one --output_dir math --search shared --heldout rows.jsonl",
+        "tasks one --extract code --output_dir math",
+        "tasks one --extract code --output_dir one/code",
         "inspect one --html one/adapter_config.json",
         "inspect link --json one/new.json",
         "inspect one --json out --html ./out",
@@ -53,6 +63,8 @@ def refused(place, call, capsys):
         "inspect c.safetensors --json c.safetensors",
         "inspect one --save one/masks",
         "inspect one --json /dev/null",
+        f"inspect one --json {'a' * 300}",
+        f"expand {'a' * 300} new",
         "eval one --tasks boolq --output_path one/adapter_config.json",
         "eval one --metrics loss --dataset_path rows.jsonl --output_path rows.jsonl",
         "eval one --metrics loss --dataset_path rows.jsonl --output_path math",
@@ -61,6 +73,17 @@ def refused(place, call, capsys):
 )
 def test_outputs_destroy_nothing(call, place, capsys):
     refused(place, call.split(), capsys)
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["export --compact one c.safetensors", "expand c.safetensors math", "merge one --output_dir math --weights 0.5"],
+)
+def test_another_adapter_is_replaced_on_demand(call, place, capsys):
+    refused(place, call.split(), capsys)
+    inputs = contents(place / "one")
+    assert main([*call.split(), "--overwrite"]) == 0
+    assert contents(place / "one") == inputs
 
 
 def test_what_is_not_on_the_disk_is_no_input(tmp_path):

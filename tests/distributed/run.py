@@ -87,7 +87,7 @@ def run(engine: str, name: str, folder: Path, references: Path) -> None:
 def run_to_be_killed(engine: str, folder: Path, references: Path, phase: str) -> None:
     trainer = make(engine, "interrupted", folder, references)
     trainer.add_callback(End(trainer, phase, kill))
-    trainer.train(resume_from_checkpoint=folder.is_dir())
+    trainer.train(resume_from_checkpoint=any(folder.glob("**/trainer_state.json")))
     trainer.save_model()
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from files_by_hand import change_record, change_tensors, seal
 from hub_server import READ_TOKEN, REVOKED_TOKEN, TOKEN, HubServer, client_of
 from huggingface_hub import close_session, constants
+from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
 from tiny import make_llama, make_rows, make_tokenizer, make_trainer, trained_adapter
 
@@ -61,8 +63,14 @@ def contents(hub, repo=REPO, revision="main") -> dict[str, bytes]:
 def is_whole(hub, folder, repo=REPO, revision="main") -> bool:
     """Whether a branch has the folder's adapter, all of it."""
     files = contents(hub, repo, revision)
-    return set(FILES) <= set(files) and all(
-        files[name] == (folder / name).read_bytes() for name in FILES if name != "README.md"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = Path(config["base_model_name_or_path"]).name  # a folder stays here
+    return (
+        set(FILES) <= set(files)
+        and json.loads(files["adapter_config.json"]) == config
+        and all(
+            files[name] == (folder / name).read_bytes() for name in set(FILES) - {"README.md", "adapter_config.json"}
+        )
     )
 
 
@@ -117,6 +125,24 @@ def test_files_of_the_adapter_before_are_removed_and_others_left(hub, folder):
     hub.create(REPO, files={"masks/old.safetensors": b"old", "LICENSE": b"mine", "eval_results.json": b"{}"})
     push_lori_to_hub(folder, REPO)
     assert sorted(contents(hub)) == sorted(["LICENSE", *FILES])
+
+
+def test_places_of_this_machine_stay_here(hub, folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "/home/me/tiny-llama"})
+    )
+    recipe = {"dataset_path": "/home/me/rows.jsonl", "adapters": ["~/one", "me/two"], "target_modules": r".*\.up_proj"}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    before = {name: (folder / name).read_bytes() for name in ("adapter_config.json", "recipe.yaml")}
+    push_lori_to_hub(folder, REPO, include=("peft", "compact"))
+    pushed = contents(hub)
+    assert json.loads(pushed["adapter_config.json"]) == config | {"base_model_name_or_path": "tiny-llama"}
+    public = {"dataset_path": "rows.jsonl", "adapters": ["one", "me/two"], "target_modules": r".*\.up_proj"}
+    assert yaml.safe_load(pushed["recipe.yaml"]) == public
+    assert not any(b"/home/me" in text for text in pushed.values())
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    load_lori_adapter(make_llama(), REPO)
 
 
 def test_what_should_be_private_is_not_pushed_to_a_public_repository(hub, folder):
@@ -249,6 +275,19 @@ def test_a_commit_that_comes_between_is_not_pushed_over(hub, folder):
     with pytest.raises(RuntimeError, match=r"(?s)newer commit on main.*nothing was changed.*create_pr=True"):
         push_lori_to_hub(folder, REPO)
     assert titles(hub) == ["theirs", "initial commit"]
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", COMMIT), ("GET", INFO), ("POST", CREATE), ("PUT", "/lfs/")])
+def test_a_server_that_says_nothing_is_given_up(hub, folder, monkeypatch, method, path):
+    monkeypatch.setattr("lori_trl.hub.download.SILENCE", 0.2)
+    before = get_session().timeout
+    hub.fail(method, path, "reset", times=1000, first=lambda: threading.Event().wait(0.5))
+    with pytest.raises(RuntimeError, match="(?s)timed out.*Push again"):
+        push_lori_to_hub(folder, REPO)
+    assert get_session().timeout == before
+    hub.faults.clear()
+    push_lori_to_hub(folder, REPO)
+    assert is_whole(hub, folder)
 
 
 def test_somebodys_newer_commit_is_not_pushed_over(hub, folder):

@@ -1,0 +1,122 @@
+"""The search for weights: its losses are those of the merges."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from merging.adapters import write_adapter
+from peft import PeftModel
+from tiny import lora_config, make_trainer
+from transformers import AutoModelForCausalLM
+
+from lori_trl import merge_lori_adapters
+from lori_trl.cli import main
+from lori_trl.evaluation import completion_loss
+from lori_trl.merge_search import search_merge_weights
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, model_folder) -> tuple[list[Path], dict[str, Path]]:
+    """Two adapters that know their own words by heart, too strongly, and a held-out file of each."""
+    folder = tmp_path_factory.mktemp("searched")
+    adapters, heldout = [], {}
+    for word in ("w7", "w8"):
+        rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" {word} {word}"} for i in range(20, 32)]
+        heldout[word] = folder / f"{word}.jsonl"
+        heldout[word].write_text("\n".join(map(json.dumps, rows[:8])))
+        changes = {"task_name": word, "sparsity": 0.0, "max_steps": 30, "learning_rate": 1e-2}
+        trainer = make_trainer(
+            folder / f"{word}-lori",
+            str(model_folder),
+            peft_config=lora_config(),
+            train_dataset=Dataset.from_list(rows),
+            **changes,
+        )
+        trainer.train()
+        trainer.save_model()
+        adapters.append(folder / f"{word}-lori")
+    return adapters, heldout
+
+
+def read_rows(heldout: dict[str, Path]) -> dict[str, list]:
+    return {name: list(map(json.loads, file.read_text().splitlines())) for name, file in heldout.items()}
+
+
+@pytest.mark.parametrize("method", ["concat", "linear", "dare"])
+def test_the_losses_of_a_search_are_those_of_the_merges(searched, tmp_path, model_folder, tokenizer, method):
+    adapters, heldout = searched
+    rows, density = read_rows(heldout), 0.8 if method == "dare" else None
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    search = search_merge_weights(
+        adapters, rows, model, tokenizer, method=method, grid=(0.5, 1.0), density=density, seed=3
+    )
+    assert [trial.weights for trial in search.trials] == [(0.5, 0.5), (1.0, 1.0)]
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    for name in rows:
+        assert search.base.losses[name] == pytest.approx(completion_loss(model, tokenizer, rows[name]).loss, rel=1e-6)
+    for trial in search.trials:
+        folder = tmp_path / str(trial.weights[0])
+        merge_lori_adapters(adapters, trial.weights, method, folder, density=density, seed=3)
+        merged = PeftModel.from_pretrained(model, folder)
+        for name, loss in trial.losses.items():
+            assert loss == pytest.approx(completion_loss(merged, tokenizer, rows[name]).loss, rel=1e-5)
+        model = merged.unload()
+
+
+def test_a_coordinate_search_goes_on_from_the_best_shared_weight(searched, tokenizer, model_folder):
+    adapters, heldout = searched
+    rows = read_rows({"w7": heldout["w7"]})  # only the first adapter's task counts
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    grid = (0.1, 0.5, 1.0)
+    shared = search_merge_weights(adapters, rows, model, tokenizer, grid=grid)
+    search = search_merge_weights(adapters, rows, model, tokenizer, grid=grid, strategy="coordinate")
+    assert search.trials[:3] == shared.trials and len({trial.weights for trial in search.trials}) == len(search.trials)
+    assert search.best.objective <= shared.best.objective
+    assert search.best.weights[0] > search.best.weights[1]
+    for number in range(2):  # no single change within the grid is better
+        for weight in grid:
+            weights = list(search.best.weights)
+            weights[number] = weight
+            tried = {trial.weights: trial.objective for trial in search.trials}
+            assert tried[tuple(weights)] >= search.best.objective
+
+
+def test_the_command_line_searches_merges_and_keeps_the_table(searched, tmp_path, capsys):
+    adapters, heldout = searched
+    files = [str(file) for file in heldout.values()]
+    arguments = [*map(str, adapters), "--search", "shared", "--grid", "0.2", "0.6", "--heldout", *files]
+    assert main(["merge", *arguments, "--output_dir", str(tmp_path / "merged")]) == 0
+    printed = capsys.readouterr().out
+    assert "completion loss by weights" in printed and "base model" in printed
+    config = json.loads((tmp_path / "merged" / "lori_config.json").read_text())
+    search = config["merge"]["search"]
+    assert [trial["weights"] for trial in search["trials"]] == [[0.2, 0.2], [0.6, 0.6]]
+    best = min(search["trials"], key=lambda trial: trial["objective"])
+    assert best["objective"] == pytest.approx(sum(best["losses"].values()) / 2)
+    assert best["objective"] < sum(search["base"].values()) / 2
+    assert [adapter["weight"] for adapter in config["merge"]["adapters"]] == best["weights"]
+    assert f"{best['objective']:.4f}" in printed and str(tmp_path) not in json.dumps(config)
+
+
+def test_a_wrong_search_is_one_message(searched, tmp_path, capsys, model_folder):
+    adapters, heldout = searched
+    file = str(heldout["w7"])
+    other = str(write_adapter(tmp_path / "other", base=str(model_folder)))
+    for arguments, says in (
+        (["--heldout", file], "without `--search`"),
+        (["--search", "shared"], "`heldout` names no data"),
+        (["--search", "shared", "--heldout", file, file], "names a file twice"),
+        (["--search", "shared", "--heldout", file, "--grid", "0"], "`grid=[0.0]` is empty or has a 0"),
+        (["--search", "shared", "--heldout", file, "--weights", "1"], "exclude each other"),
+        (["--search", "shared", "--heldout", str(tmp_path / "none.jsonl")], "none.jsonl"),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            main(["merge", *map(str, adapters), *arguments, "--output_dir", str(tmp_path / "merged")])
+        assert raised.value.code == 2 and says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["merge", other, "--search", "shared", "--heldout", file, "--output_dir", str(tmp_path / "merged")])
+    assert "does not fit" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
