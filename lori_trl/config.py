@@ -68,7 +68,7 @@ class LoriArguments(Arguments):
             summed up, and the entries on whose sign they agree most are selected, by |sum g| / sqrt(sum g^2); it costs
             those batches, two float32 numbers an entry of B, and no learning rate. `"random"`: the mask is drawn from
             `seed` and `task_name`; it costs nothing, works in one phase (so under FSDP and DeepSpeed), and needs no
-            data. What each of them loses is in `docs/results.md`.
+            data. What is measured of their losses is in `docs/results.md`.
         calibration_learning_rate (`float`, *optional*, defaults to `5e-5`):
             Learning rate while calibrating, when all of B is trained. The default is the paper's LoRI-D rate (Table
             4 to 7, Llama-3-8B, r = 32). Only `"train"` has one.

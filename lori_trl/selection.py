@@ -80,15 +80,16 @@ def select_largest(
     else:
         above = kth
     quotas = _tie_quotas(tensors, exclude, names, kth, ties, group) if ties > 0 else {}
-    masks = {name: torch.empty(tensors[name].shape, dtype=torch.bool, device=tensors[name].device) for name in names}
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for pieces, bits in _magnitude_bits(tensors, exclude, names):
         chosen = bits > above
-        for (name, start, end), piece, piece_bits in zip(pieces, *_split(pieces, chosen, bits), strict=True):
+        for (name, _, _), part, part_bits in zip(pieces, *_split(pieces, chosen, bits), strict=True):
             if quotas.get(name, 0) > 0:
-                positions = (piece_bits == kth).nonzero().flatten()[: quotas[name]]
-                piece[positions] = True
+                positions = (part_bits == kth).nonzero().flatten()[: quotas[name]]
+                part[positions] = True
                 quotas[name] -= positions.numel()
-            masks[name].view(-1)[start:end] = piece
+            parts[name].append(part)
+    masks = {name: _join(parts.pop(name), tensors[name]) for name in names}
     masks |= {name: _gather_like(masks[name], sharded[name]) for name in sharded}
     smallest = torch.tensor(kth if kth < _NOTHING else 0, dtype=torch.int32).view(torch.float32).item()
     return masks, smallest
@@ -211,6 +212,12 @@ def _chunks(tensors: Mapping[str, Tensor], names: list[str]) -> Iterator[list[Pi
             free, device = free - (end - start), tensors[name].device
     if chunk:
         yield chunk
+
+
+def _join(parts: list[Tensor], model: Tensor) -> Tensor:
+    """Give a tensor's parts its shape. A single part stays a view of its chunk, all of which is in use."""
+    whole = parts[0] if len(parts) == 1 else torch.cat([model.new_empty(0, dtype=torch.bool), *parts])
+    return whole.view(model.shape)
 
 
 def _split(pieces: list[Piece], *chunks: Tensor) -> tuple[tuple[Tensor, ...], ...]:

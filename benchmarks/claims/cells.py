@@ -8,6 +8,8 @@ from typing import Any
 TASKS = ("gsm8k", "safety", "nlu", "code")
 SEEDS = (0, 1, 2)
 RANK, STEPS, BATCH = 32, 30, 4
+MAX_LENGTH = 160  # tokens; longer rows are left out
+DEV_ROWS, TEST_ROWS = 32, 48
 PROTOCOL = 1  # to be raised when rows, lengths or anything else that all cells share is changed
 UNTUNED = -1.0  # in place of a learning rate or weight that is not chosen yet
 SNAPSHOTS = (2, 4, 8, 15, 30)  # steps, or batches, after which a mask is taken

@@ -11,11 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lori_trl.tasks import alpaca_prompt
 
-from .cells import BATCH, STEPS
-from .setting import QUICKSTART, model_name
-
-MAX_LENGTH = 160  # tokens; longer rows are left out
-DEV_ROWS, TEST_ROWS = 32, 48
+from .cells import BATCH, DEV_ROWS, MAX_LENGTH, STEPS, TEST_ROWS
+from .model import model_name
+from .setting import QUICKSTART
 
 Row = dict[str, str]
 

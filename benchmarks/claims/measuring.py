@@ -15,7 +15,7 @@ from lori_trl.tasks import alpaca_prompt
 
 from .cells import SALIENCIES, SNAPSHOTS, STEPS, Base, Cell, Gradients, Held, Merge, Overlaps, Refusals, Train
 from .data import Rows, tokenizer
-from .setting import generate
+from .model import generate
 from .store import Figures
 from .training import Folder, base_model, take_gradients, train
 

@@ -4,8 +4,24 @@ import json
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from .cells import BATCH, RANK, SEEDS, SNAPSHOTS, STEPS, TASKS, Base, Held, Mask, Merge, Overlaps, Refusals, Train
-from .data import DEV_ROWS, MAX_LENGTH, TEST_ROWS
+from .cells import (
+    BATCH,
+    DEV_ROWS,
+    MAX_LENGTH,
+    RANK,
+    SEEDS,
+    SNAPSHOTS,
+    STEPS,
+    TASKS,
+    TEST_ROWS,
+    Base,
+    Held,
+    Mask,
+    Merge,
+    Overlaps,
+    Refusals,
+    Train,
+)
 from .evidence import MARGIN, Estimate, Evidence, estimate, is_lower, is_no_worse
 from .parts import (
     COMPARED,

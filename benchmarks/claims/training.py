@@ -15,9 +15,9 @@ from lori_trl.layers import lora_layers
 from lori_trl.projections import derive_projection_seed
 from lori_trl.saliency import GradientAgreement, random_saliency
 
-from .cells import BATCH, RANK, SALIENCIES, SNAPSHOTS, STEPS, Gradients, Train
-from .data import MAX_LENGTH, Rows, tokenizer
-from .setting import model_name
+from .cells import BATCH, MAX_LENGTH, RANK, SALIENCIES, SNAPSHOTS, STEPS, Gradients, Train
+from .data import Rows, tokenizer
+from .model import model_name
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SPARSITY = 0.9  # of the masks that are kept on the way
