@@ -36,10 +36,11 @@ def check_targets(
 
 
 def _check_writable(option: str, target: Path, *, is_folder: bool) -> None:
-    if not is_folder and target.exists() and (target.parent / "adapter_config.json").exists():
+    compact = target.suffix == ".safetensors" and option.startswith("--")  # of `lori export` it is what is asked for
+    if not is_folder and target.exists() and (compact or (target.parent / "adapter_config.json").exists()):
         raise ValueError(
-            f"`{option} {target}` is a file of an adapter's folder. An output never changes an adapter. Pass a place "
-            "outside of it."
+            f"`{option} {target}` is an adapter or a file of one's folder. An output never changes an adapter. Pass a "
+            "place outside of it."
         )
     kind = "a folder" if is_folder else "a file"
     wrong_kind = target.exists() and not (target.is_dir() if is_folder else target.is_file())

@@ -59,6 +59,7 @@ def refused(place, call, capsys):
         "inspect one --html one/adapter_config.json",
         "inspect link --json one/new.json",
         "inspect one --html math/adapter_config.json",
+        "inspect one --html c.safetensors",
         "eval one --tasks boolq --output_path math/lori_config.json",
         "export --compact one math/adapter_model.safetensors --overwrite",
         "inspect one --json out --html ./out",
