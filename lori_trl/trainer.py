@@ -425,8 +425,7 @@ class LoriTrainerMixin(HubPushes):
             ),
             selected={task: masks.num_selected for task, masks in self._all_masks().items()},
             earlier=self.earlier_tasks,
-            training=self.card_facts.training,
-            run=self.run,
+            training=replace(self.card_facts.training, run=self.run),
         )
 
     def _all_masks(self) -> dict[str, LoriMasks]:
@@ -477,7 +476,7 @@ class LoriTrainerMixin(HubPushes):
         else:
             folder = Path(resume_from_checkpoint)
         record = self._check_same_run(folder)
-        self.run = record.run
+        self.run = record.training.run if record.training is not None else None
         if record.phase == "adaptation":
             self._resume_masks(folder, record)
         if folder != calibration_dir:
