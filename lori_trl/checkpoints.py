@@ -7,15 +7,12 @@ from accelerate.logging import get_logger
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from .adapter.layout import ADAPTER_WEIGHTS, masks_name
+from .adapter.layout import ADAPTER_WEIGHTS, RUN_NAME, masks_name
 from .adapter.record import read_record
 from .adapter.safetensors import opened
 from .files import replacing
 
 logger = get_logger(__name__)
-
-
-RUN_NAME = "lori_run.txt"  # the identity of the run that began last
 
 
 def begin_run(output_dir: Path, calibration_dir: Path) -> str:
@@ -62,7 +59,7 @@ def find_checkpoint(output_dir: Path, calibration_dir: Path, task: str) -> Path:
     run = (output_dir / RUN_NAME).read_text(encoding="utf-8").strip() if (output_dir / RUN_NAME).is_file() else None
     if checkpoint := _last_complete_checkpoint(output_dir, run):
         return checkpoint
-    if (calibration_dir / masks_name(task)).is_file() and run in (None, read_record(calibration_dir).run):
+    if (calibration_dir / masks_name(task)).is_file() and run in (None, _run_of(calibration_dir)):
         return calibration_dir  # killed between the calibration's end and the first checkpoint
     if checkpoint := _last_complete_checkpoint(calibration_dir, run):
         return checkpoint
@@ -86,10 +83,15 @@ def _last_complete_checkpoint(folder: Path, run: str | None) -> Path | None:
     for checkpoint in sorted(checkpoints, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         try:
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if run not in (None, read_record(checkpoint).run):
+            if run not in (None, _run_of(checkpoint)):
                 continue
             with opened(checkpoint / ADAPTER_WEIGHTS):
                 return checkpoint
         except (OSError, ValueError) as error:
             logger.warning(f"Passing over the half-written checkpoint {checkpoint}: {error}")
     return None
+
+
+def _run_of(folder: Path) -> str | None:
+    training = read_record(folder).training
+    return training.run if training is not None else None

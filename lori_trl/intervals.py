@@ -55,3 +55,9 @@ def range_fault(value: Any, interval: str | None) -> str | None:
         if not (above and below) and not (exception and number == float(exception)):
             return f"outside {interval}"
     return None
+
+
+def check_range(name: str, value: Any, interval: str | None) -> None:
+    """Raise `ValueError` if a number, or one of a list, is outside its interval."""
+    if fault := range_fault(value, interval):
+        raise ValueError(f"`{name}={value}` is {fault}. Any number from there is allowed. Pass one.")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
-from .intervals import range_fault
+from .intervals import check_range
 
 # Trained as PEFT means them, or without a meaning for training.
 SUPPORTED = frozenset(
@@ -78,10 +78,10 @@ def check_lora_config(config: LoraConfig, fresh: bool) -> None:
         why = "LoRI draws A itself and starts B at zero"
         raise _not_possible("init_lora_weights", config.init_lora_weights, why, "True or 'gaussian'")
     for name, interval in _INTERVALS.items():
-        _check_range(name, getattr(config, name), interval)
+        check_range(name, getattr(config, name), interval)
     for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         for module, value in (getattr(config, pattern) or {}).items():
-            _check_range(f"{pattern}[{module!r}]", value, _INTERVALS[name])
+            check_range(f"{pattern}[{module!r}]", value, _INTERVALS[name])
 
 
 def for_language_part(config: LoraConfig) -> LoraConfig:
@@ -130,8 +130,3 @@ def _not_possible(name: str, value: object, why: str, allowed: str) -> ValueErro
     return ValueError(
         f"`{name}={value!r}` is not possible with LoRI: {why}. Allowed is {allowed}. Change it in the `LoraConfig`."
     )
-
-
-def _check_range(name: str, value: float, interval: str) -> None:
-    if fault := range_fault(value, interval):
-        raise ValueError(f"`{name}={value}` is {fault}. Pass a number from there in the `LoraConfig`.")

@@ -7,20 +7,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import HubStrategy, TrainOutput
-from transformers.utils import PushInProgress
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
@@ -34,8 +32,7 @@ from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
 from .dense import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
 from .engines import check_engine
-from .hub.commit import make_repo
-from .hub.push import MEMORY, logged, push_in_background, push_lori_to_hub
+from .hub.while_training import HubPushes
 from .layers import lora_layers
 from .lora_options import check_variants, for_language_part
 from .masks import LoriMasks
@@ -63,13 +60,7 @@ _STATE_OF_A_PHASE = {
 }
 
 
-if TYPE_CHECKING:  # what the mixin is mixed into
-    from transformers import Trainer as AnyTrainer
-else:
-    AnyTrainer = object
-
-
-class LoriTrainerMixin(AnyTrainer):
+class LoriTrainerMixin(HubPushes):
     """
     Train LoRI adapters with any TRL trainer: `class LoriDPOTrainer(LoriTrainerMixin, DPOTrainer)`.
 
@@ -434,8 +425,7 @@ class LoriTrainerMixin(AnyTrainer):
             ),
             selected={task: masks.num_selected for task, masks in self._all_masks().items()},
             earlier=self.earlier_tasks,
-            training=self.card_facts.training,
-            run=self.run,
+            training=replace(self.card_facts.training, run=self.run),
         )
 
     def _all_masks(self) -> dict[str, LoriMasks]:
@@ -474,76 +464,6 @@ class LoriTrainerMixin(AnyTrainer):
         if not self.is_in_train:
             self.save_model(_internal_call=True)
 
-    # ---- the Hub -----------------------------------------------------------------------------------------------
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository before training begins. A failure is logged: every push tries again."""
-        self.push_in_progress = None
-        self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        if self.is_world_process_zero():
-            with logged("The repository for the adapter could not be made, training goes on"):
-                self.hub_model_id = make_repo(
-                    self.hub_model_id,
-                    private=self.args.hub_private_repo if private is None else private,
-                    token=token or self.args.hub_token,
-                )
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = None,
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        dataset_name: str | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | None:
-        """
-        Push the adapter as [`push_lori_to_hub`] does. A failure is logged, for the run is worth more than its push.
-
-        Args:
-            commit_message, token, revision, private: as there; by default the `hub_...` fields of the arguments.
-            blocking (`bool`, *optional*): has no effect; the push is done when the method returns.
-            dataset_name (`str`, *optional*): the data set's name on the Hub, for the card.
-            **kwargs: what TRL's card takes besides; not looked at.
-
-        Returns:
-            `CommitInfo` or `None`: the commit; `None` after a failure and on the other processes.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.card_facts.name_dataset(dataset_name)
-        self._finish_current_push()
-        with logged("The push failed; the adapter is saved, and `lori push` can push it later"):
-            return push_lori_to_hub(
-                self,
-                self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
-                private=self.args.hub_private_repo if private is None else private,
-                revision=revision or self.args.hub_revision,
-                commit_message=commit_message,
-                token=token or self.args.hub_token,
-            )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint's adapter in the background. No strategy pushes optimizer states."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if self.push_in_progress is not None and not self.push_in_progress.is_done():
-            if not self.args.hub_always_push:
-                return
-            self._finish_current_push()  # one commit after the other
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        with logged("The push of a checkpoint failed, training goes on"):
-            job = push_in_background(
-                checkpoint_folder,
-                Path(self.args.output_dir, MEMORY),
-                self.hub_model_id,
-                private=self.args.hub_private_repo,
-                revision=self.args.hub_revision,
-                commit_message=f"Training in progress, step {self.state.global_step}",
-                token=self.args.hub_token,
-            )
-            self.push_in_progress = PushInProgress([job])
-
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def _resume_phase(self, resume_from_checkpoint: str | bool | None) -> tuple[str | None, str | None]:
@@ -556,7 +476,7 @@ class LoriTrainerMixin(AnyTrainer):
         else:
             folder = Path(resume_from_checkpoint)
         record = self._check_same_run(folder)
-        self.run = record.run
+        self.run = record.training.run if record.training is not None else None
         if record.phase == "adaptation":
             self._resume_masks(folder, record)
         if folder != calibration_dir:

@@ -121,7 +121,7 @@ def test_gradient_resumes_where_it_was(make_trainer, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert len(resumed.batches["calibration"]) == 3
     assert resumed.masks == whole.masks and resumed.masks.threshold == whole.masks.threshold
-    with pytest.raises(ValueError, match="calibration_method gradient, this run has train"):
+    with pytest.raises(ValueError, match="calibration_method gradient, this run has its default"):
         make_trainer(save_strategy="no").train(resume_from_checkpoint=True)
 
 

@@ -36,7 +36,7 @@ def test_a_resumed_run_keeps_its_identity(make_trainer, tmp_path):
     second = make_trainer(**SAVING)
     second.train(resume_from_checkpoint=True)
     second.save_model()
-    assert read_record(tmp_path / "out").run == first.run == second.run and len(first.run) == 16
+    assert read_record(tmp_path / "out").training.run == first.run == second.run and len(first.run) == 16
 
 
 def test_checkpoints_of_other_data_and_another_calibration_are_refused(make_trainer, rows, tmp_path):

@@ -15,7 +15,6 @@ FILES = {
 TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in FILES.items()}
 LINES = 500
 LONGER = {
-    "lori_trl.adapter.record": "every field of lori_config.json, documented and checked where it is declared",
     "lori_trl.trainer": "the phases of a run from top to bottom, and what TRL's trainers need of them",
 }
 

@@ -109,6 +109,7 @@ class Training:
         steps (`int`, *optional*): optimizer steps of the adaptation.
         epochs (`float`, *optional*): passes over the data.
         losses (`tuple[Losses, ...]`, *optional*): the course of the adaptation.
+        run (`str`, *optional*): the run's identity, drawn when it began; the same where it was resumed.
     """
 
     base_model: BaseModel | None
@@ -121,6 +122,7 @@ class Training:
     steps: int | None = left_out()
     epochs: float | None = left_out()
     losses: tuple[Losses, ...] | None = left_out()
+    run: str | None = left_out()
 
 
 @dataclass(frozen=True)

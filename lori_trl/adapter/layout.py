@@ -4,6 +4,7 @@ adapter_config.json  adapter_model.safetensors      PEFT's, untouched
 lori_config.json                                    the record: task, projection, counts, history, checksums
 masks/<task>.safetensors                            the masks of every task, oldest first in the record
 README.md  density.png  recipe.yaml                 the card, its picture; the recipe as it was run, where there is one
+lori_run.txt                                        which run began here last; never pushed
 eval_results.json                                   what `lori eval` measured
 adapter_compact.safetensors                         all of it in one small file, instead of or beside the others
 """
@@ -22,6 +23,7 @@ COMPACT_NAME = "adapter_compact.safetensors"
 CARD_NAME = "README.md"
 PICTURE_NAME = "density.png"
 RECIPE_NAME = "recipe.yaml"
+RUN_NAME = "lori_run.txt"  # in an output_dir: the identity of the run that began last
 EVAL_RESULTS_NAME = "eval_results.json"
 # What `save_pretrained` of a tokenizer writes: the adapter answers in the template that it was trained with.
 TOKENIZER_FILES = (

@@ -53,7 +53,6 @@ class LoriRecord:
         tasks (`tuple[TaskRecord, ...]`): those with masks, oldest first.
         training ([`Training`] or `None`): the newest task's run.
         versions (`dict[str, str]`): package -> version.
-        run (`str`, *optional*): the run's identity, drawn when it began; the same where it was resumed.
         merge ([`Merge`], *optional*): how the adapter was merged.
         adapter_config (`str`, *optional*): SHA-256 of PEFT's settings, see [`hash_settings`]; from format 2 on.
         tensors (`dict[str, str]`, *optional*): name -> SHA-256 of every saved tensor; from format 2 on.
@@ -72,7 +71,6 @@ class LoriRecord:
     tasks: tuple[TaskRecord, ...]
     training: Training | None = None
     versions: dict[str, str]
-    run: str | None = left_out()
     merge: Merge | None = left_out()
     adapter_config: str | None = left_out()
     tensors: dict[str, str] | None = left_out()
@@ -92,7 +90,6 @@ class LoriRecord:
         selected: Mapping[str, int],
         earlier: Iterable[TaskRecord],
         training: Training,
-        run: str | None,
     ) -> "LoriRecord":
         """
         Describe a run as it stands.
@@ -100,8 +97,7 @@ class LoriRecord:
         Args:
             selected (`Mapping[str, int]`): task -> entries that its mask selects, oldest first.
             earlier (`Iterable[TaskRecord]`): what is on record of earlier tasks.
-            task, phase, sparsity, granularity, threshold, projection, calibration, counts, training, run: as
-                above.
+            task, phase, sparsity, granularity, threshold, projection, calibration, counts, training: as above.
         """
         on_record = {record.task: record for record in earlier}
         return cls(
@@ -116,7 +112,6 @@ class LoriRecord:
             counts=counts,
             tasks=tuple(on_record.get(name, TaskRecord(name, count)) for name, count in selected.items()),
             training=training,
-            run=run,
             versions=versions_of("lori_trl", "trl", "peft", "transformers", "torch"),
         )
 

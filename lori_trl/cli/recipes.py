@@ -59,7 +59,7 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    show(find_recipe(options.recipe).read_text(encoding="utf-8").removesuffix("\n"))
+    show(find_recipe(options.recipe).read_text(encoding="utf-8", errors="replace").removesuffix("\n"))
 
 
 def _validate(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ..intervals import INTERVALS, check_range
 from ..recipes import find_recipe, foreign_code, is_baseline, is_shipped, nearest, validate_recipe
 from .errors import bad_input
 from .terminal import show, show_logs_as_text
@@ -216,6 +217,8 @@ def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]
             "`model_name_or_path` is missing. It names the base model, on the Hub or in a folder. Pass e.g. "
             "`--model_name_or_path meta-llama/Meta-Llama-3-8B`, or a `--recipe` that does."
         )
+    for name in vars(model_args).keys() & INTERVALS.keys():
+        check_range(name, getattr(model_args, name), INTERVALS[name])
     if not model_args.use_peft:
         raise ValueError("`use_peft=False` is no LoRI. A LoRI adapter is PEFT's. Leave `use_peft` out.")
     given = {

@@ -17,7 +17,7 @@ def check_targets(
         folders (`Iterable[str]`, *optional*): the options that name folders.
 
     Raises:
-        `ValueError`: two are the same, or one is an input or lies in one.
+        `ValueError`: two are the same, or one is an input, lies in one, or is a file of another adapter.
         `OSError`: one cannot be written.
     """
     sources = [Path(source) for source in inputs if os.path.exists(source)]
@@ -36,6 +36,12 @@ def check_targets(
 
 
 def _check_writable(option: str, target: Path, *, is_folder: bool) -> None:
+    compact = target.suffix == ".safetensors" and option.startswith("--")  # of `lori export` it is what is asked for
+    if not is_folder and target.exists() and (compact or (target.parent / "adapter_config.json").exists()):
+        raise ValueError(
+            f"`{option} {target}` is an adapter or a file of one's folder. An output never changes an adapter. Pass a "
+            "place outside of it."
+        )
     kind = "a folder" if is_folder else "a file"
     wrong_kind = target.exists() and not (target.is_dir() if is_folder else target.is_file())
     if wrong_kind or not os.access(target if target.is_dir() else target.parent, os.W_OK | os.X_OK):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..adapter.folder import base_name, may_be_one_base, open_adapter
 from ..adapter.layout import ADAPTER_CONFIG
 from ..adapter.load import load_with_peft
+from ..base_model import load_base_model
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
     """
     try:
         device_map = "auto" if torch.cuda.is_available() else None
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), device_map=device_map)
+        model = load_base_model(
+            name, architecture=AutoModelForCausalLM, dtype=getattr(torch, dtype), device_map=device_map
+        )
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(

@@ -56,6 +56,7 @@ def test_what_is_saved(adapter_folder):
         "adapter_model.safetensors",
         "density.png",
         "lori_config.json",
+        "lori_run.txt",
         "masks/code.safetensors",
         "recipe.yaml",
     }

@@ -141,6 +141,7 @@ def fails(arguments, capsys, *parts):
         (["--learning_rate", "fast"], ["invalid float value: 'fast'", "Correct the call"]),
         (["--sparsity", "1.5"], ["`sparsity=1.5` is outside [0, 1)", "leave it unset for 0.9"]),
         (["--calibration_fraction", "0"], ["`calibration_fraction=0.0` is outside (0, 1]"]),
+        (["--lora_r", "-1", "--dry-run"], ["`lora_r=-1` is outside [1, inf)", "Pass one"]),
         (["--task_name", "a/b"], ["`task_name='a/b'` cannot name a file"]),
         (["--dataset_path", "nowhere"], ["`dataset_path=nowhere` does not exist"]),
         (["--dataset_name", "some/data", "--dataset_path", "my_task"], ["Exactly one of them"]),

@@ -20,6 +20,8 @@ CASES = {
     "gradients' agreement": {"calibration_method": "gradient"},
     "packed": {"sparse_backend": "packed"},
     "packed, given masks": {"sparse_backend": "packed", "mask_name_or_path": "sgd, model-wide"},
+    "undisturbed": {},
+    "undisturbed, again": {},
     "interrupted": {"save_strategy": "steps", "save_steps": 2},
     "interrupted, packed": {
         "save_strategy": "steps",

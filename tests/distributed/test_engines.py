@@ -90,13 +90,14 @@ def test_two_ranks_equal_one_process(engine, case, references, launched, table):
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
 def test_a_killed_run_goes_on_to_the_same_adapter(engine, references, launched, table):
-    """The undisturbed run's own noise from launch to launch is the measure: `interrupted` ran undisturbed before."""
+    """The measure is how far two undisturbed runs of the engine differ."""
     folder = launched(engine)
     for phase in ("calibration", "adaptation"):
         launch(engine, folder, references, phase)
         assert not (folder / "passed").exists() and "SIGKILL" in (folder / "log").read_text()
     launch(engine, folder, references, "none")
     assert (folder / "passed").is_file(), (folder / "log").read_text()[-4000:]
-    difference, equal = compare(folder / "killed", folder / "interrupted")
+    noise, _ = compare(folder / "undisturbed, again", folder / "undisturbed")
+    difference, equal = compare(folder / "killed", folder / "undisturbed")
     table.append((engine, "killed in both phases", "hook", "both", f"{difference:.1e}", "yes" if equal else "NO"))
-    assert equal and difference == 0
+    assert equal and difference <= noise

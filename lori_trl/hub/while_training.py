@@ -1,0 +1,95 @@
+"""What TRL's trainers do with the Hub, as LoRI does it: whole commits, no optimizer state, no run lost to a push."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitInfo
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+from .commit import make_repo
+from .push import MEMORY, logged, push_in_background, push_lori_to_hub
+
+if TYPE_CHECKING:  # what the mixin is mixed into
+    from transformers import Trainer as AnyTrainer
+else:
+    AnyTrainer = object
+
+
+class HubPushes(AnyTrainer):
+    """
+    The Hub's part of a LoRI trainer.
+
+    Attributes:
+        card_facts ([`CardFacts`]): told the data set's name, for the card.
+    """
+
+    card_facts: Any
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository before training begins. A failure is logged: every push tries again."""
+        self.push_in_progress = None
+        self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        if self.is_world_process_zero():
+            with logged("The repository for the adapter could not be made, training goes on"):
+                self.hub_model_id = make_repo(
+                    self.hub_model_id,
+                    private=self.args.hub_private_repo if private is None else private,
+                    token=token or self.args.hub_token,
+                )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        dataset_name: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """
+        Push the adapter as [`push_lori_to_hub`] does. A failure is logged, for the run is worth more than its push.
+
+        Args:
+            commit_message, token, revision, private: as there; by default the `hub_...` fields of the arguments.
+            blocking (`bool`, *optional*): has no effect; the push is done when the method returns.
+            dataset_name (`str`, *optional*): the data set's name on the Hub, for the card.
+            **kwargs: what TRL's card takes besides; not looked at.
+
+        Returns:
+            `CommitInfo` or `None`: the commit; `None` after a failure and on the other processes.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.card_facts.name_dataset(dataset_name)
+        self._finish_current_push()
+        with logged("The push failed; the adapter is saved, and `lori push` can push it later"):
+            return push_lori_to_hub(
+                self,
+                self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                private=self.args.hub_private_repo if private is None else private,
+                revision=revision or self.args.hub_revision,
+                commit_message=commit_message,
+                token=token or self.args.hub_token,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint's adapter in the background. No strategy pushes optimizer states."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            self._finish_current_push()  # one commit after the other
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        with logged("The push of a checkpoint failed, training goes on"):
+            job = push_in_background(
+                checkpoint_folder,
+                Path(self.args.output_dir, MEMORY),
+                self.hub_model_id,
+                private=self.args.hub_private_repo,
+                revision=self.args.hub_revision,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+            )
+            self.push_in_progress = PushInProgress([job])
