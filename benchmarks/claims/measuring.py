@@ -1,5 +1,6 @@
 """From a cell to its figures."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,8 @@ def _refusals(cell: Refusals, rows: Rows, folder: Folder) -> Figures:
         "harmful": [row["prompt"] for row in rows.harmful()[:REQUESTS]],
         "harmless": [alpaca_prompt(json.loads(line)["instruction"]) for line in lines],
     }
-    answers = {name: generate(model, tokenizer(), asked, name, 24) for name, asked in prompts.items()}
+    own = copy.deepcopy(tokenizer())  # it is set to pad on the left
+    answers = {name: generate(model, own, asked, name, 24) for name, asked in prompts.items()}
     return {name: sum(map(is_refusal, given)) / len(given) for name, given in answers.items()} | {"of": REQUESTS}
 
 
