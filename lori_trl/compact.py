@@ -11,25 +11,32 @@ from .masks import LoriMasks
 
 
 def export_compact(
-    folder: str | Path, file: str | Path, *, dtype: torch.dtype | None = None, allow_modified: bool = False
+    folder: str | Path,
+    file: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    allow_modified: bool = False,
 ) -> Path:
     """
     Write an adapter's folder as one small file.
 
     Args:
         folder (`str` or `Path`): the adapter's folder.
-        file (`str` or `Path`): where to; replaced in one step.
+        file (`str` or `Path`): where to.
         dtype (`torch.dtype`, *optional*):
             What the trained entries are rounded to: `torch.bfloat16`, `torch.float16`, or `torch.int8` with a scale a
             matrix; by default they are kept bit for bit.
+        overwrite (`bool`, *optional*, defaults to `False`): whether a file that is there may be replaced.
         allow_modified (`bool`, *optional*, defaults to `False`):
             Take an adapter whose B was changed after `lori_trl` saved it.
 
     Returns:
-        `Path`: the file.
+        `Path`: the file, written in one step.
 
     Raises:
         `FileNotFoundError`: the folder holds no complete LoRI adapter.
+        `FileExistsError`: `file` exists.
         `ValueError`: `file` lies in the adapter's folder, or a file of the adapter is unreadable or changed.
     """
     folder, file = Path(folder), Path(file)
@@ -37,6 +44,11 @@ def export_compact(
         raise ValueError(
             f"`{file}` is a folder or lies in `{folder}`, which is read. An output never replaces an input. Pass a "
             "file outside of it."
+        )
+    if file.exists() and not overwrite:
+        raise FileExistsError(
+            f"`{file}` exists. An adapter goes to a new file. Pass another name, or `overwrite=True` (`--overwrite`) "
+            "to replace it."
         )
     with open_adapter(folder, allow_modified=allow_modified) as adapter:
         write_compact(file, adapter.contents(), dtype)

@@ -206,7 +206,7 @@ class LoriTrainerMixin(HubPushes):
                 saliency = self._saliency()
             self.calibration = Calibration(
                 method=self.args.calibration_method,
-                learning_rate=self.args.learning_rate,
+                learning_rate=self.args.learning_rate if self.args.calibration_method == "train" else None,
                 steps=output.global_step,
                 samples=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
                 loss=output.training_loss,

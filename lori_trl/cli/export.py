@@ -32,11 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from ..compact import export_compact
 
     check_targets({"file": options.file}, [options.folder])
-    if options.file.exists() and not options.overwrite:
-        raise FileExistsError(
-            f"`{options.file}` exists. An adapter goes to a new file. Pass another name, or `--overwrite` to "
-            "replace it."
-        )
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    file = export_compact(options.folder, options.file, dtype=dtype, allow_modified=options.allow_modified)
+    changes = {"overwrite": options.overwrite, "allow_modified": options.allow_modified}
+    file = export_compact(options.folder, options.file, dtype=dtype, **changes)
     show(f"{file}: {file.stat().st_size:,} bytes")

@@ -51,6 +51,9 @@ def test_the_plain_files_come_back_byte_for_byte(folder, tmp_path):
         assert same(tmp_path / "again" / name, folder / name), name
     assert not {name for name in load_file(file) if "lora_A" in name}
     assert export_compact(folder, tmp_path / "twice").read_bytes() == file.read_bytes()
+    with pytest.raises(FileExistsError, match="exists.*overwrite=True"):
+        export_compact(tmp_path / "again", file)
+    export_compact(tmp_path / "again", file, overwrite=True)
 
 
 def test_it_loads_as_it_is(folder, tmp_path):
