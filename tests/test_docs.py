@@ -47,7 +47,7 @@ QUICK = {"README.md"}  # the others train, merge and evaluate for a minute: `mak
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$"
-    r"|^\| [^\n]*?`(?P<command>lori[- ][^\n`]+)`",  # a command in a table
+    r"|^\| `(?P<command>lori[- ][^\n`]+ [^\n`]+)` \|",  # a command in a table
     re.DOTALL | re.MULTILINE,
 )
 
@@ -124,6 +124,7 @@ def on_tiny_model(arguments: list[str], model: str) -> list[str]:
 def hub(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, HubServer() as server:
         with client_of(server, tmp_path_factory.mktemp("hub"), patch):
+            patch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)  # PEFT asks it
             yield server
 
 
