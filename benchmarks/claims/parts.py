@@ -7,17 +7,15 @@ from .tuning import Tuning
 
 # Masks other than the whole dense run's: those that decide, and those that draw the curve.
 CHEAP_MASKS = (Mask("agreement", CHEAP), Mask("train", CHEAP))
-CURVE = (
-    Mask("agreement", 8), Mask("random"), Mask("train", 8), Mask("agreement", 15), Mask("train", 15),
-    Mask("agreement", 30), Mask("adam", CHEAP),
-)  # fmt: skip
+CURVE = (Mask("agreement", 8), Mask("train", 8), Mask("agreement", 15), Mask("train", 15))
 CURVE_TASKS = ("gsm8k", "safety")
-POOR = (Mask("gradient", CHEAP), Mask("fisher", CHEAP))  # worse than chance in a first look: on one task
+OTHERS = (Mask("random"), Mask("adam", CHEAP), Mask("gradient", CHEAP), Mask("fisher", CHEAP))  # on one task
 MERGED = tuple(("safety", "gsm8k", "nlu", "code")[:count] for count in (2, 3, 4))
 COMPARED = ("LoRA", "LoRI-D", "LoRI-S", "random")
 SEQUENCE = ("gsm8k", "nlu", "code")
 CONTINUED = ("LoRA", "LoRI-S", "LoRAF")
 SPARSITIES, SPARSITY_TASK = (0.5, 0.95, 0.99), "gsm8k"
+POOLED_TASKS = ("safety", "nlu")
 GRANULARITIES = ("module", "projection", "layer", "matrix")
 
 
@@ -38,7 +36,7 @@ def length(tuning: Tuning) -> Iterator[Cell]:
     for task in CURVE_TASKS:
         yield from curve(tuning, task, CURVE)
         yield from (Overlaps(task, seed, tuning.rate("LoRI-D", task), STEPS) for seed in SEEDS)
-    yield from curve(tuning, "gsm8k", POOR)
+    yield from curve(tuning, CURVE_TASKS[0], OTHERS)
 
 
 def curve(tuning: Tuning, task: str, masks: tuple[Mask, ...], seeds: tuple[int, ...] = SEEDS) -> Iterator[Cell]:
@@ -123,7 +121,7 @@ def sparsity(tuning: Tuning) -> Iterator[Cell]:
 
 def granularity(tuning: Tuning) -> Iterator[Cell]:
     """Over what the entries of B compete."""
-    for task in CURVE_TASKS:
+    for task in POOLED_TASKS:
         for name in GRANULARITIES:
             yield from (tuning.masked(tuning.full_mask(task, granularity=name), task, seed) for seed in SEEDS)
 

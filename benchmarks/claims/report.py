@@ -31,6 +31,7 @@ from .parts import (
     GRANULARITIES,
     MERGED,
     PARTS,
+    POOLED_TASKS,
     SEQUENCE,
     SPARSITIES,
     SPARSITY_TASK,
@@ -321,15 +322,15 @@ class Page:
     # ---- granularity -------------------------------------------------------------------------------------------
 
     def granularity(self) -> list[str]:
-        rows, verdicts = [["model", *(self._loss(self._train("LoRI-S", task=task)) for task in CURVE_TASKS)]], []
+        rows, verdicts = [["model", *(self._loss(self._train("LoRI-S", task=task)) for task in POOLED_TASKS)]], []
         for name in GRANULARITIES:
-            cells = {task: self._pooled(name, task) for task in CURVE_TASKS}
+            cells = {task: self._pooled(name, task) for task in POOLED_TASKS}
             rows.append([name, *map(self._loss, cells.values())])
             for task, cell in cells.items():
                 difference = self.evidence.difference(self._train("LoRI-S", task=task), cell)
                 text = f"(7) model-wide masks are better than {name}-wide ones on {task}"
                 verdicts.append(_claim(text, difference, is_lower))
-        table = _table("entries compete within, " + ", ".join(CURVE_TASKS), rows)
+        table = _table("entries compete within, " + ", ".join(POOLED_TASKS), rows)
         return [*table, *verdicts, ""]
 
     def _pooled(self, granularity: str, task: str) -> Callable[[int], Train]:
