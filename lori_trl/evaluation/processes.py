@@ -1,5 +1,6 @@
 """Evaluation on several processes: each holds the whole model and does its share of the batches."""
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ def all_processes() -> Iterator[bool]:
             )
     # Whoever is done waits for the slowest, however long that takes.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+    atexit.register(state.destroy_process_group)
     token = _launch.set(state)
     try:
         yield state.is_main_process
@@ -58,7 +60,6 @@ def all_processes() -> Iterator[bool]:
         raise
     finally:
         _launch.reset(token)
-    state.destroy_process_group()
 
 
 def device_map() -> dict[str, torch.device] | str | None:
