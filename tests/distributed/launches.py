@@ -7,7 +7,7 @@ from pathlib import Path
 from lori_trl.launch import find_launch_file
 
 HERE = Path(__file__).parent
-SECONDS = 300  # a launch takes up to a minute and a half on two cores
+SECONDS = 600  # a launch takes up to a minute and a half on two quiet cores
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
