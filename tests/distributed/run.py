@@ -18,7 +18,8 @@ from cases import REFUSED, RUNS, make_trainer
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from transformers import TrainerCallback
 
-from lori_trl import LoriSFTTrainer, heatmaps
+from lori_trl import LoriSFTTrainer
+from lori_trl.adapter import write
 from lori_trl.selection import select_largest
 
 
@@ -120,7 +121,7 @@ if __name__ == "__main__":
     engine, folder, references, *phase = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
     allow_cpus(engine)
     # What takes longer than these short runs: pictures, and looking for garbage in all that was imported.
-    heatmaps.is_matplotlib_available = lambda: False
+    write.draw_density = lambda *_: False
     gc.freeze()
     if phase:
         run_to_be_killed(engine, folder / "killed", references, *phase)

@@ -9,7 +9,8 @@ from cases import CASES, KILLED, REFERENCE, RUNS, make_trainer
 from launches import launch
 from safetensors.torch import load_file
 
-from lori_trl import LoriMasks, heatmaps
+from lori_trl import LoriMasks
+from lori_trl.adapter import write
 
 pytestmark = pytest.mark.distributed
 
@@ -20,7 +21,7 @@ def references(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one-process")
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heatmaps, "is_matplotlib_available", lambda: False)
+        patch.setattr(write, "draw_density", lambda *_: False)
         for name in dict.fromkeys(REFERENCE.values()):
             trainer = make_trainer(name, folder / name, folder)
             trainer.train()
