@@ -13,6 +13,7 @@ from ..adapter.folder import base_name, may_be_one_base, open_adapter
 from ..adapter.layout import ADAPTER_CONFIG
 from ..adapter.load import load_with_peft
 from ..base_model import load_base_model
+from .processes import device_map
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +67,14 @@ def find_base_model(base_model: str | None, models: Sequence[str], *, allow_modi
 
 def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Load a whole model and its tokenizer, on the GPU if there is one.
+    Load a whole model and its tokenizer, on the GPU if there is one; of several processes, each on its own.
 
     Raises:
         `FileNotFoundError`: there is no such model.
     """
     try:
-        device_map = "auto" if torch.cuda.is_available() else None
         model = load_base_model(
-            name, architecture=AutoModelForCausalLM, dtype=getattr(torch, dtype), device_map=device_map
+            name, architecture=AutoModelForCausalLM, dtype=getattr(torch, dtype), device_map=device_map()
         )
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
