@@ -120,6 +120,7 @@ def render_model_card(
     forms: Sequence[str] = ("peft",),
     recipe: bool = False,
     picture: bool = False,
+    tokenizer: bool = False,
 ) -> str:
     """
     Render an adapter's card.
@@ -135,6 +136,7 @@ def render_model_card(
         forms (`Sequence[str]`, *optional*, defaults to `("peft",)`): what is there: `"peft"`, `"compact"` or both.
         recipe (`bool`, *optional*, defaults to `False`): whether there is a `recipe.yaml` beside it.
         picture (`bool`, *optional*, defaults to `False`): whether there is a picture beside it.
+        tokenizer (`bool`, *optional*, defaults to `False`): whether its own tokenizer is beside it.
 
     Returns:
         `str`: the card, with metadata that the Hub accepts. Names from outside reach it only as plain text.
@@ -179,6 +181,7 @@ def render_model_card(
         forms=list(forms),
         recipe=recipe,
         picture=PICTURE_NAME if picture else None,
+        tokenizer=tokenizer,
         results=_plain(results),
         facts=_plain({"losses": (), **plain(facts)}),
         lora=_plain(dict(adapter_config)),
