@@ -20,8 +20,10 @@ from .adapter.layout import EVAL_RESULTS_NAME, PICTURE_NAME
 from .adapter.record import LoriRecord
 from .adapter.typed import plain
 from .masks import LoriMasks
+from .package import install_command
 from .recipes import shipped_folder
 from .rows import fingerprint_rows
+from .vllm import max_lora_rank
 
 GENERATED = "<!-- Written by lori_trl. Delete this line to keep changes of your own. -->"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -182,6 +184,8 @@ def render_model_card(
         recipe=recipe,
         picture=PICTURE_NAME if picture else None,
         tokenizer=tokenizer,
+        install=install_command(),
+        max_rank=_max_rank_of(adapter_config),
         results=_plain(results),
         facts=_plain({"losses": (), **plain(facts)}),
         lora=_plain(dict(adapter_config)),
@@ -219,6 +223,14 @@ def _target_names(target_modules: str | Sequence[str]) -> str:
     return ", ".join(sorted({name.rpartition(".")[2] for name in target_modules}))
 
 
+def _max_rank_of(adapter_config: Mapping[str, Any]) -> int | None:
+    """Return vLLM's `--max-lora-rank` for an adapter; None if it is one that vLLM does not read."""
+    if adapter_config.get("rank_pattern") or adapter_config.get("alpha_pattern"):
+        return None
+    rank = adapter_config["r"]
+    return max_lora_rank(rank) if isinstance(rank, int) else None
+
+
 def _base_model_facts(model: PreTrainedModel) -> BaseModel:
     name = model.config.name_or_path
     return BaseModel(
@@ -241,7 +253,7 @@ def _dataset_facts(rows: Dataset | IterableDataset) -> TrainingData:
 
 
 def _license_of(base_model: str) -> str | None:
-    """Ask the Hub for the base model's licence, which its adapters inherit; None where it does not answer."""
+    """Ask the Hub for the base model's licence; None where it does not answer."""
     try:
         card_data = HfApi().model_info(base_model, timeout=5).card_data
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, ValueError):

@@ -290,8 +290,8 @@ def _rows_from_hub(benchmark: Benchmark) -> Dataset:
 
 def _not_whole(benchmark: Benchmark, fault: str) -> ValueError:
     return ValueError(
-        f"`{benchmark.source}` has a row that is not whole: {fault}. A row has one field, in quotes if there are commas "
-        f"in it. Get the files anew, or pass rows of your own as `--dataset_path {benchmark.name}=FILE.jsonl`."
+        f"`{benchmark.source}` has a row that is not whole: {fault}. A row has one field, in quotes if it has commas "
+        f"inside. Get the files anew, or pass rows of your own as `--dataset_path {benchmark.name}=FILE.jsonl`."
     )
 
 

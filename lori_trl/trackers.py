@@ -37,16 +37,16 @@ class Trackers:
                 each.logging_dir = os.path.join(os.path.expanduser(os.getenv("TENSORBOARD_LOGGING_DIR", folder)), name)
 
     @contextmanager
-    def apart(self) -> Iterator[dict[TrainerCallback, TrainerCallback]]:
+    def apart(self, args: TrainingArguments) -> Iterator[dict[TrainerCallback, TrainerCallback]]:
         """
         Yield new callbacks in place of the trainer's: old -> new. What they begin ends with the context.
 
-        A run that the user began serves both phases. It has the trainer's own arguments, the calibration's among them.
+        A run that the user began serves both phases, with the arguments `args` of the whole run.
         """
         before, ends_wandb = self.own, False
         for each in before:
             if _goes_on(each):
-                each.setup(self.trainer.args, self.trainer.state, self.trainer.model)
+                each.setup(args, self.trainer.state, self.trainer.model)
             ends_wandb |= isinstance(each, WandbCallback) and not _goes_on(each)
         new = {each: type(each)() for each in before if not _goes_on(each)}
         self.own = list(new.values())

@@ -213,7 +213,7 @@ class LoriTrainerMixin(HubPushes):
                 method=self.args.calibration_method,
                 learning_rate=self.args.learning_rate if self.args.calibration_method == "train" else None,
                 steps=output.global_step,
-                samples=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+                samples=self._samples_seen(output.global_step),
                 loss=output.training_loss,
             )
             self.calibration_log = self.state.log_history
@@ -235,6 +235,12 @@ class LoriTrainerMixin(HubPushes):
             if self.args.should_save:
                 more.save_pretrained(folder)
         return output.metrics  # named calibration_... by _PhaseCallback when they were logged
+
+    def _samples_seen(self, steps: int) -> int | None:
+        """Count the rows that the steps have seen, each once; None for a stream."""
+        if not isinstance(self.train_dataset, Dataset):
+            return None
+        return min(len(self.train_dataset), steps * self.get_total_train_batch_size(self.args))
 
     def _saliency(self) -> dict[str, Tensor]:
         """Return what the calibration that has just ended says of B's entries."""
@@ -288,7 +294,7 @@ class LoriTrainerMixin(HubPushes):
             count = max(1, int(args.calibration_fraction * len(rows)))
             self.train_dataset = rows.shuffle(seed=args.seed).select(range(count))
         try:
-            with set_back(self.model, self.adapter_name), self.trackers.apart() as trackers:
+            with set_back(self.model, self.adapter_name), self.trackers.apart(args) as trackers:
                 self._name_tracked_run(args)
                 self.callback_handler.callbacks = [
                     trackers.get(each, each) for each in callbacks if not isinstance(each, EarlyStoppingCallback)

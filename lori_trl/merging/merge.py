@@ -20,6 +20,7 @@ from ..files import copy_files
 from ..hub.download import hash_file
 from ..layers import tensor_name
 from ..projections import Fingerprint, Projection
+from ..vllm import DEFAULT_MAX_RANK, max_lora_rank
 from .checks import IndependenceOfA, check_dtypes, checked_weights
 from .plan import Plan, open_plan
 
@@ -93,6 +94,7 @@ def merge_lori_adapters(
         weights = checked_weights(weights, len(plan.sources))
         check_output(output_dir, [*map(str, adapters)], overwrite=overwrite)
         check_dtypes(plan.sources)
+        _warn_of_rank(plan)
         with staged(output_dir) as stage, ThreadPoolExecutor(1) as pool:
             hashes = [pool.submit(_hashes, source) for source in plan.sources]
             projection, tensors, independence = _write_factors(plan, weights, stage / ADAPTER_WEIGHTS)
@@ -171,6 +173,17 @@ def _store(writer: SafetensorsWriter, taken: Fingerprint, path: str, A: Tensor, 
     for part, tensor in (("lora_A", A), ("lora_B", B)):
         writer.write(tensor_name(path, part), tensor)
     taken.add(path, A)
+
+
+def _warn_of_rank(plan: Plan) -> None:
+    if plan.rank <= DEFAULT_MAX_RANK:
+        return
+    needed = max_lora_rank(plan.rank)
+    logger.warning(
+        f"The merged adapter has rank {plan.rank}, and vLLM takes ranks up to {DEFAULT_MAX_RANK} unless it is told "
+        + (f"otherwise. Serve it with `--max-lora-rank {needed}`" if needed else "otherwise, and none as high as this")
+        + (", or merge by another method, which keeps the rank." if plan.method == "concat" else ".")
+    )
 
 
 def _common_tokenizer(sources: Sequence[AdapterFolder]) -> dict[str, Path]:

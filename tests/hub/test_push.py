@@ -206,8 +206,10 @@ def test_the_card_of_a_pushed_adapter_runs_with_its_own_tokenizer(hub, folder, i
     change_record(folder, lambda values: values["training"]["dataset"].update(conversational=True))
     push_lori_to_hub(folder, REPO, include=include)
     usage = re.search(r"```python\n(.*?)```", contents(hub)["README.md"].decode(), re.DOTALL)[1]
+    usage = usage.replace("path/to/the/base/model", str(model_folder()))
+    usage = usage.replace(f'PeftModel.from_pretrained(base, "{REPO}")', f'PeftModel.from_pretrained(base, "{folder}")')
     names: dict = {}
-    exec(usage.replace("path/to/the/base/model", str(model_folder())), names)
+    exec(usage, names)  # PEFT alone asks the Hub whose address it was imported with
     assert names["tokenizer"].chat_template.startswith("{% for message")
     assert names["inputs"]["input_ids"][0, 0] == names["tokenizer"].convert_tokens_to_ids("w1")
     with with_adapter(make_llama(), REPO) as (_, own):

@@ -131,6 +131,8 @@ def test_a_merge_is_pushed_and_merged_from_the_hub(lori_adapters, tmp_path, monk
             "masks/code.safetensors",
             "masks/math.safetensors",
             "recipe.yaml",
+            "tokenizer.json",
+            "tokenizer_config.json",
         }
     plain = write_adapter(tmp_path / "plain")
     with HubServer() as hub, client_of(hub, tmp_path / "home", monkeypatch):
@@ -200,3 +202,11 @@ def test_the_tokenizer_that_all_inputs_have_is_the_merged_adapters(lori_adapters
     again = merge_lori_adapters([first, second], output_dir=merged, overwrite=True)
     assert not list(again.glob("*token*")) and not list(again.glob("*template*"))
     assert "different tokenizers (chat_template.jinja)" in caplog.text
+
+
+def test_a_rank_that_vllm_takes_only_if_told_is_named(tmp_path, caplog):
+    adapters = [write_adapter(tmp_path / str(seed), seed, rank=12) for seed in range(3)]
+    merge_lori_adapters(adapters[:1], output_dir=tmp_path / "one")
+    assert "vLLM" not in caplog.text
+    merge_lori_adapters(adapters, output_dir=tmp_path / "three")
+    assert "has rank 36" in caplog.text and "`--max-lora-rank 64`, or merge by another method" in caplog.text
