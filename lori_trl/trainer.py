@@ -25,7 +25,7 @@ from trl.trainer.utils import global_then_local_main_first
 from .adapter.facts import Calibration, Counts, TaskRecord
 from .adapter.record import LoriRecord, read_record
 from .adapter.write import save_lori_adapter
-from .card import CardFacts, hyperparameters
+from .card_facts import CardFacts, hyperparameters
 from .checkpoints import begin_run, find_checkpoint, note_run
 from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
@@ -33,7 +33,7 @@ from .continual import feasible_entries, tasks_that_fit
 from .dense import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
 from .engines import check_engine
 from .hub.while_training import HubPushes
-from .layers import lora_layers
+from .layers import VALUES, lora_layers
 from .lora_options import check_variants, for_language_part
 from .masks import LoriMasks
 from .projections import Fingerprint, Projection, derive_projection_seed, freeze_projections, init_projections
@@ -41,7 +41,7 @@ from .rows import have_images, name_of_data
 from .saliency import GradientAgreement, random_saliency
 from .selection import num_to_select
 from .sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
-from .sparse import VALUES, fold_values, refresh_values, sparse_training, values_in_state_dict
+from .sparse import fold_values, refresh_values, sparse_training, values_in_state_dict
 from .tasks import kept_positions
 from .trackers import Trackers
 

@@ -15,7 +15,8 @@ from lori_trl import LoriMasks, package
 from lori_trl.adapter.facts import Losses, Training
 from lori_trl.adapter.record import LoriRecord, read_record
 from lori_trl.adapter.write import write_card
-from lori_trl.card import GENERATED, CardFacts, render_model_card
+from lori_trl.card import GENERATED, render_model_card
+from lori_trl.card_facts import CardFacts
 from lori_trl.heatmaps import draw_density
 
 INSTALL = "pip install git+https://example.org/lori_trl"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
@@ -235,7 +234,10 @@ class AdapterFolder:
 
     def setting(self, path: str, name: str, pattern: str) -> Any:
         """Return what the config says of a module: what its `pattern` has for it, else `name` of all modules."""
-        patterns = self.config.get(pattern) or {}
+        if not (patterns := self.config.get(pattern)):
+            return self.config[name]
+        from peft.utils.other import get_pattern_key  # PEFT's own way, for the few adapters that have patterns
+
         return patterns.get(get_pattern_key(patterns, path), self.config[name])
 
     @cached_property

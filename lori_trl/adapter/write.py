@@ -9,13 +9,11 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..card import read_or_render_card
 from ..files import read_json
@@ -40,6 +38,10 @@ from .layout import (
 from .mask_files import write_masks
 from .record import LoriRecord
 from .safetensors import hash_tensors, opened
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -135,13 +137,13 @@ def _remove_old(folder: Path, new: Mapping[str, Path]) -> None:
 
 def save_lori_adapter(
     folder: str | Path,
-    model: PeftModel,
+    model: "PeftModel",
     adapter_name: str,
     *,
     record: LoriRecord,
     masks: Mapping[str, LoriMasks],
     state_dict: Mapping[str, Tensor] | None = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: "PreTrainedTokenizerBase | None" = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
     """
@@ -269,7 +271,7 @@ def _write_record(folder: Path, record: LoriRecord, tensors: Mapping[str, str] |
     return record
 
 
-def _check_complete(file: Path, model: PeftModel, adapter_name: str) -> None:
+def _check_complete(file: Path, model: "PeftModel", adapter_name: str) -> None:
     """Raise `RuntimeError` unless a file has every A and B of an adapter, whole: gathering shards can go wrong."""
     expected = {}
     for path, layer in lora_layers(model, adapter_name).items():

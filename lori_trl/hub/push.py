@@ -11,11 +11,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import CommitInfo, HfApi
-from transformers import Trainer
 
 from ..adapter.compact import write_compact
 from ..adapter.folder import AdapterFolder, base_name
@@ -36,6 +35,9 @@ from ..adapter.record import read_record
 from ..adapter.write import refuse_link_out, write_card
 from .commit import push_files, refuse_tokens
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 logger = logging.getLogger(__name__)
 
 FORMS = ("peft", "compact")
@@ -44,7 +46,7 @@ MEMORY = Path(".cache", "lori_trl", "pushed.json")  # in the adapter's folder: w
 
 
 def push_lori_to_hub(
-    source: Trainer | str | Path,
+    source: "Trainer | str | Path",
     repo_id: str,
     *,
     private: bool | None = None,
