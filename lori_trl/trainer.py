@@ -68,10 +68,12 @@ class LoriTrainerMixin(HubPushes):
         model (`str`, `PreTrainedModel` or `PeftModel`):
             The base model, or one with an adapter to continue: its A is kept, its B is where training starts, and
             every entry outside the new mask stays as it is. A task that the adapter has already keeps its masks.
-        *positional, **named:
-            The TRL trainer's own arguments, in its own order. Of these, `args` is a [`LoriArguments`], e.g.
-            [`LoriSFTConfig`], and `peft_config` a `LoraConfig`: the adapter to make on a base model. With image rows
-            and no `target_modules`, it goes on the linear layers of the language part.
+        *positional (`Any`):
+            The TRL trainer's own arguments, in its own order.
+        **named (`Any`):
+            The same by name. Of these, `args` is a [`LoriArguments`], e.g. [`LoriSFTConfig`], and `peft_config` a
+            `LoraConfig`: the adapter to make on a base model. With image rows and no `target_modules`, it goes on the
+            linear layers of the language part.
 
     Attributes:
         masks ([`LoriMasks`] or `None`): which entries of B are trained; `None` before calibration.
