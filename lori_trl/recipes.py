@@ -219,7 +219,8 @@ def _list_faults(file: Path, faults: list[str], program: str) -> str:
         [
             f"`{file}` has {len(faults):,} fault{'s' if len(faults) > 1 else ''}:",
             *(f"  - {line}" for line in lines),
-            f"Allowed are the fields that `{program} --help` lists, with values of their types. Correct the file.",
+            f"Allowed are the fields of `{program}`, with values of their types: `lori recipes schema` lists them. "
+            "Correct the file.",
         ]
     )
 
