@@ -116,9 +116,8 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
                 pass  # whatever does not fit fails before hours of work
         measure(base_name, "base", model, tokenizer, None)
         for name in adapters:
-            with models.with_adapter(model, name, allow_modified=options.allow_modified) as adapted:
-                own = models.own_tokenizer(name, tokenizer)
-                measure(name, _label(name, options.models), adapted, own, base_name)
+            with models.with_adapter(model, name, allow_modified=options.allow_modified) as (adapted, own):
+                measure(name, _label(name, options.models), adapted, own or tokenizer, base_name)
         del model
     for name in whole:
         measure(name, _label(name, options.models), *models.load_model(name, options.dtype), None)

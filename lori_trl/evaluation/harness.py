@@ -337,7 +337,7 @@ def _import_lm_eval(names: Sequence[str]) -> None:
     except ImportError as error:
         raise ImportError(
             f"`--tasks {' '.join(names)}` needs lm-eval ({error}). `--metrics loss` does not. Install it: "
-            "`pip install 'lori-trl[eval]'`."
+            "`pip install lm-eval`."
         ) from error
 
 
