@@ -13,7 +13,9 @@ from .adapter.layout import EVAL_RESULTS_NAME, PICTURE_NAME
 from .adapter.record import LoriRecord
 from .adapter.typed import plain
 from .masks import LoriMasks
+from .package import install_command
 from .recipes import shipped_folder
+from .vllm import max_lora_rank
 
 GENERATED = "<!-- Written by lori_trl. Delete this line to keep changes of your own. -->"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -39,6 +41,7 @@ def render_model_card(
     forms: Sequence[str] = ("peft",),
     recipe: bool = False,
     picture: bool = False,
+    tokenizer: bool = False,
 ) -> str:
     """
     Render an adapter's card.
@@ -54,6 +57,7 @@ def render_model_card(
         forms (`Sequence[str]`, *optional*, defaults to `("peft",)`): what is there: `"peft"`, `"compact"` or both.
         recipe (`bool`, *optional*, defaults to `False`): whether there is a `recipe.yaml` beside it.
         picture (`bool`, *optional*, defaults to `False`): whether there is a picture beside it.
+        tokenizer (`bool`, *optional*, defaults to `False`): whether its own tokenizer is beside it.
 
     Returns:
         `str`: the card, with metadata that the Hub accepts. Names from outside reach it only as plain text.
@@ -98,6 +102,9 @@ def render_model_card(
         forms=list(forms),
         recipe=recipe,
         picture=PICTURE_NAME if picture else None,
+        tokenizer=tokenizer,
+        install=install_command(),
+        max_rank=_max_rank_of(adapter_config),
         results=_plain(results),
         facts=_plain({"losses": (), **plain(facts)}),
         lora=_plain(dict(adapter_config)),
@@ -133,6 +140,14 @@ def _target_names(target_modules: str | Sequence[str]) -> str:
     if isinstance(target_modules, str):
         return target_modules
     return ", ".join(sorted({name.rpartition(".")[2] for name in target_modules}))
+
+
+def _max_rank_of(adapter_config: Mapping[str, Any]) -> int | None:
+    """Return vLLM's `--max-lora-rank` for an adapter; None if it is one that vLLM does not read."""
+    if adapter_config.get("rank_pattern") or adapter_config.get("alpha_pattern"):
+        return None
+    rank = adapter_config["r"]
+    return max_lora_rank(rank) if isinstance(rank, int) else None
 
 
 def _checked_results(eval_results: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ def _dataset_facts(rows: Dataset | IterableDataset) -> TrainingData:
 
 
 def _license_of(base_model: str) -> str | None:
-    """Ask the Hub for the base model's licence, which its adapters inherit; None where it does not answer."""
+    """Ask the Hub for the base model's licence; None where it does not answer."""
     try:
         card_data = HfApi().model_info(base_model, timeout=5).card_data
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, ValueError):

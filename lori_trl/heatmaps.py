@@ -43,7 +43,7 @@ def canvas(ink: str = "black"):
     if find_spec("matplotlib") is None:
         raise ImportError(
             "`matplotlib` is not installed, and pictures need it. It comes with the extra `plots`. Run `pip install "
-            "lori-trl[plots]`, or leave out the options that draw."
+            "matplotlib`, or leave out the options that draw."
         )
     import matplotlib
     from matplotlib.figure import Figure

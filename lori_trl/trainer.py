@@ -43,6 +43,7 @@ from .selection import num_to_select
 from .sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
 from .sparse import fold_values, refresh_values, sparse_training, values_in_state_dict
 from .tasks import kept_positions
+from .trackers import Trackers
 
 logger = get_logger(__name__)
 
@@ -110,6 +111,8 @@ class LoriTrainerMixin(HubPushes):
 
         super().__init__(**given)
 
+        self.trackers = Trackers(self, given.get("callbacks") or ())
+        self.run_name = args.run_name
         self.phase = "adaptation"
         self.recipe: dict[str, Any] | None = None
         self.run: str | None = None
@@ -172,6 +175,8 @@ class LoriTrainerMixin(HubPushes):
         self._begin_run()
         check_engine(self.accelerator, self.args, calibrate=self.masks is None, initial_weights=self.initial_weights)
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
+        if self.calibration is not None and self.calibration.method != "random":
+            self._name_tracked_run(self.args)
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
         with self._sparse_training(self.masks):
             output = super().train(checkpoint if phase == "adaptation" else None, **kwargs)
@@ -210,7 +215,7 @@ class LoriTrainerMixin(HubPushes):
                 method=self.args.calibration_method,
                 learning_rate=self.args.learning_rate if self.args.calibration_method == "train" else None,
                 steps=output.global_step,
-                samples=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+                samples=self._samples_seen(output.global_step),
                 loss=output.training_loss,
             )
             self.calibration_log = self.state.log_history
@@ -232,6 +237,12 @@ class LoriTrainerMixin(HubPushes):
             if self.args.should_save:
                 more.save_pretrained(folder)
         return output.metrics  # named calibration_... by _PhaseCallback when they were logged
+
+    def _samples_seen(self, steps: int) -> int | None:
+        """Count the rows that the steps have seen, each once; None for a stream."""
+        if not isinstance(self.train_dataset, Dataset):
+            return None
+        return min(len(self.train_dataset), steps * self.get_total_train_batch_size(self.args))
 
     def _saliency(self) -> dict[str, Tensor]:
         """Return what the calibration that has just ended says of B's entries."""
@@ -279,20 +290,28 @@ class LoriTrainerMixin(HubPushes):
         args, rows, optimizer = self.args, self.train_dataset, self.optimizer_cls_and_kwargs
         callbacks = self.callback_handler.callbacks
         self.phase, self.args = "calibration", args.for_calibration()
-        self.callback_handler.callbacks = [each for each in callbacks if not isinstance(each, EarlyStoppingCallback)]
         if args.calibration_method == "gradient":
             self.optimizer_cls_and_kwargs = (GradientAgreement, {})
         if args.calibration_fraction < 1:
             count = max(1, int(args.calibration_fraction * len(rows)))
             self.train_dataset = rows.shuffle(seed=args.seed).select(range(count))
         try:
-            with set_back(self.model, self.adapter_name):
+            with set_back(self.model, self.adapter_name), self.trackers.apart(args) as trackers:
+                self._name_tracked_run(args)
+                self.callback_handler.callbacks = [
+                    trackers.get(each, each) for each in callbacks if not isinstance(each, EarlyStoppingCallback)
+                ]
                 yield
         finally:
             self._reset_weights()
             self.phase, self.args, self.train_dataset = "adaptation", args, rows
             self.optimizer_cls_and_kwargs = optimizer
             self.callback_handler.callbacks = callbacks
+
+    def _name_tracked_run(self, args: LoriArguments) -> None:
+        """Name the run that TensorBoard, MLflow and others begin in this phase after it."""
+        name = f"{self.run_name or f'{self.task_name}-{str(self.run)[:8]}'}-{self.phase}"
+        self.trackers.name_run(self.args, os.path.join(args.output_dir, "runs"), name)
 
     def _leave_record(self) -> None:
         """Tell the model which tasks it has, so that the next trainer on it knows them."""

@@ -32,7 +32,8 @@ from .layout import (
     PICTURE_NAME,
     RECIPE_NAME,
     RECORD_NAME,
-    is_ours,
+    left_over,
+    tokenizer_files,
 )
 from .mask_files import write_masks
 from .record import LoriRecord
@@ -128,9 +129,9 @@ def refuse_link_out(folder: Path, name: str) -> None:
 
 
 def _remove_old(folder: Path, new: Mapping[str, Path]) -> None:
-    there = [*folder.glob("*"), *folder.glob("masks/*.safetensors")]
-    for name in (file.relative_to(folder).as_posix() for file in there):
-        if is_ours(name) and name not in new and name != EVAL_RESULTS_NAME:
+    there = [file.relative_to(folder).as_posix() for file in (*folder.glob("*"), *folder.glob("*/*"))]
+    for name in left_over(there, new):
+        if name != EVAL_RESULTS_NAME:
             (folder / name).unlink()
 
 
@@ -256,6 +257,7 @@ def write_card(
         eval_results=read_json(results, MAX_JSON_BYTES) if results.is_file() else None,
         recipe=(folder / RECIPE_NAME).is_file(),
         picture=(folder / PICTURE_NAME).is_file(),
+        tokenizer=bool(tokenizer_files(folder)),
         **place,
     )
     file.write_text(card, encoding="utf-8")

@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     show_logs_as_text()
     options = make_parser().parse_args(arguments)
     with bad_input("lori"):
-        _check_one_process(options.command)
+        if options.command != "eval":
+            _check_one_process(options.command)
         try:
             options.func(options)
         except RuntimeError as error:  # the call was right, the Hub was not
@@ -60,5 +61,6 @@ def _check_one_process(command: str) -> None:
     if processes != "1":
         raise ValueError(
             f"`lori {command}` was started in {processes} processes, each of which would do all of the work and write "
-            "the same files. Only `lori sft` shares its work out. Start it once, without `accelerate launch`."
+            "the same files. `lori sft` and `lori eval` share their work out. Start it once, without `accelerate "
+            "launch`."
         )
