@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -106,7 +107,8 @@ def run_command(statement: str, model: str) -> None:
     """Run a command: ours in this process, on the tiny model, `make` on paper, others in a shell."""
     program = statement.split(maxsplit=1)[0]
     if program not in ("make", "lori", "lori-sft"):
-        subprocess.run(["bash", "-euc", statement], check=True)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        subprocess.run(["bash", "-euc", statement], check=True, env=os.environ | {"PATH": path})
         return
     arguments = shlex.split(statement, comments=True)[1:]
     if program == "make":
