@@ -145,6 +145,8 @@ class LoriScriptArguments(ScriptArguments):
             A YAML file, or the name of a shipped recipe. The command line goes over it.
         dry_run (`bool`, *optional*, defaults to `False`):
             Build the model without weights, print the counts and stop.
+        preview (`int`, *optional*):
+            Print so many rows as the model will see them and stop; no weights are loaded.
         overwrite (`bool`, *optional*, defaults to `False`):
             Replace an adapter that is in `output_dir`. A run that is resumed does so anyway.
         dataset_path (`str`, *optional*):
@@ -161,6 +163,9 @@ class LoriScriptArguments(ScriptArguments):
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Build the model without weights, print the counts and stop."}
+    )
+    preview: int | None = field(
+        default=None, metadata={"help": "Print so many rows as the model will see them, and stop."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace an adapter that is in `output_dir`."})
     dataset_path: str | None = field(
