@@ -248,7 +248,8 @@ def look_at_training_data(arguments: LoriScriptArguments, text_field: str = "tex
             pass  # `load_dataset` says whether there is no such data set, or none for this user
         except (OfflineModeIsEnabled, httpx.HTTPError):
             return None
-    data = load_training_data(replace(arguments, dataset_streaming=True), text_field)
+    streamed = replace(arguments, dataset_streaming=True)  # type: ignore[call-arg]  # a field of TRL's
+    data = load_training_data(streamed, text_field)
     return next(iter(data[arguments.dataset_train_split]))
 
 
