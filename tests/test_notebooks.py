@@ -21,7 +21,7 @@ def test_a_notebook_is_kept_without_outputs(file):
 @each
 def test_a_notebook_runs(file):
     notebook = nbformat.read(file, as_version=4)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(file.parent)}}).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(file.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert "entries in both masks: 0" in "".join(output.get("text", "") for output in outputs)
