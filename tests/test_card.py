@@ -195,6 +195,7 @@ def test_a_local_base_is_called_local():
         ({"r": 96}, "--max-lora-rank 128\n"),
         ({"r": 513}, None),
         ({"rank_pattern": {"q_proj": 8}}, None),
+        ({"modules_to_save": ["lm_head"]}, None),
     ],
 )
 def test_the_line_for_vllm(changes, says):
