@@ -204,6 +204,13 @@ def test_the_line_for_vllm(changes, says):
     assert line is None if says is None else line[0].endswith(says)
 
 
+def test_a_card_says_that_the_base_was_in_4_bits():
+    config = changed()
+    assert "bitsandbytes" not in render_model_card(record(config), PEFT, masks())
+    config["training"]["base_model"]["quantization"] = "4-bit"
+    assert "packed to 4-bit by bitsandbytes" in render_model_card(record(config), PEFT, masks())
+
+
 def test_where_the_package_is_to_be_had_is_one_address(monkeypatch):
     """That of [project.urls]; a card says none rather than a wrong one."""
     assert f"(`{INSTALL}`)" in single()
