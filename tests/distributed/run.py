@@ -92,6 +92,30 @@ def run_to_be_killed(engine: str, folder: Path, references: Path, phase: str) ->
     trainer.train(resume_from_checkpoint=any(folder.glob("**/trainer_state.json")))
 
 
+class Code:
+    """What runs when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def resume_from_code(engine: str, folder: Path, references: Path) -> None:
+    """DeepSpeed's checkpoints are read as data: what is pickled in one is not run."""
+    if dist.get_rank() == 0:
+        for file in folder.glob("checkpoint-*/global_step*/*.pt"):
+            torch.save({"module": Code(folder / "has_run")}, file)
+    dist.barrier()
+    try:
+        make(engine, "interrupted", folder, references).train(resume_from_checkpoint=True)
+    except ValueError as error:
+        assert "names code that reading it would run" in str(error) and not (folder / "has_run").exists()
+    else:
+        raise AssertionError("the checkpoint was taken")
+
+
 def refuse(engine: str, name: str, words: str, folder: Path, references: Path) -> None:
     """What can't be done is refused before training, with what to do instead."""
     try:
@@ -130,6 +154,8 @@ if __name__ == "__main__":
             run(engine, name, folder / name, references)
         for name, words in REFUSED[engine].items():
             refuse(engine, name, words, folder / name, references)
+        if engine.startswith("zero"):
+            resume_from_code(engine, folder / "interrupted", references)
         select_from_shards()
     dist.barrier()
     if dist.get_rank() == 0:
