@@ -173,7 +173,13 @@ class LoriTrainerMixin(HubPushes):
         """
         phase, checkpoint = self._resume_phase(resume_from_checkpoint)
         self._begin_run()
-        check_engine(self.accelerator, self.args, calibrate=self.masks is None, initial_weights=self.initial_weights)
+        check_engine(
+            self.accelerator,
+            self.model,
+            self.args,
+            calibrate=self.masks is None,
+            initial_weights=self.initial_weights,
+        )
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         if self.calibration is not None and self.calibration.method != "random":
             self._name_tracked_run(self.args)

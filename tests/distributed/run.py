@@ -16,7 +16,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from cases import REFUSED, RUNS, make_trainer
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-from transformers import TrainerCallback
+from transformers import TrainerCallback, training_args
 
 from lori_trl import LoriSFTTrainer
 from lori_trl.adapter import write
@@ -30,7 +30,7 @@ def allow_cpus(engine: str) -> None:
     `AcceleratorState` takes FSDP only where the processes belong to one of the accelerators in its list. The CPU is
     not among them, though gloo can do all that is needed. So the processes say here that they are GPUs', with gloo for
     a backend; ACCELERATE_TORCH_DEVICE=cpu puts every tensor on the CPU. DDP has an option for CPUs. DeepSpeed would
-    first compile an operator that exchanges tensors through shared memory.
+    first compile an operator that exchanges tensors through shared memory, and transformers wants a GPU for bfloat16.
     """
     if engine == "ddp":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -38,6 +38,7 @@ def allow_cpus(engine: str) -> None:
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     else:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 class Interrupted(Exception):
