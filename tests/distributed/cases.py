@@ -21,6 +21,7 @@ CASES = {
     "gradients' agreement": {"calibration_method": "gradient"},
     "with a head": {"modules_to_save": ["lm_head"]},
     "with embeddings": {"modules_to_save": ["embed_tokens"]},
+    "with new tokens": {"trainable_token_indices": [3, 5]},
     "packed": {"sparse_backend": "packed"},
     "packed, given masks": {"sparse_backend": "packed", "mask_name_or_path": "sgd, model-wide"},
     "bfloat16": {"bf16": True},
@@ -51,7 +52,11 @@ REFUSED = {
         "interrupted, packed": "keeps it partitioned",
     },
 }
-ONLY = {"killed": KILLED, "bfloat16": ROUNDED}
+ONLY = {
+    "killed": KILLED,
+    "bfloat16": ROUNDED,
+    "with new tokens": ("ddp", "fsdp2", "zero2"),  # under ZeRO-3, PEFT asks for CUDA
+}
 RUNS = {
     engine: [name for name in CASES if name not in refused and engine in ONLY.get(name, REFUSED)]
     for engine, refused in REFUSED.items()
@@ -88,7 +93,8 @@ def make_trainer(name: str, folder: Path, references: Path, **changes) -> LoriSF
         **changes: configuration on top.
     """
     case = CASES[name] | changes
-    model, peft_config = make_model(), lora_config(modules_to_save=case.pop("modules_to_save", None))
+    beside = {key: case.pop(key) for key in ("modules_to_save", "trainable_token_indices") if key in case}
+    model, peft_config = make_model(), lora_config(**beside)
     if started := case.pop("adapter_name_or_path", None):
         model, peft_config = load_lori_adapter(model, references / started, is_trainable=True), None
     if "mask_name_or_path" in case:
