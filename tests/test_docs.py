@@ -245,10 +245,10 @@ def test_every_key_of_the_formats_is_explained():
 
 
 def test_the_table_of_recipes_is_current():
-    build = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
-    module = importlib.util.module_from_spec(build)
-    build.loader.exec_module(module)
-    assert module.recipes_page() == PAGES["docs/recipes.md"], "run `python docs/build.py`"
+    source = importlib.util.spec_from_file_location("recipes", ROOT / "docs" / "site" / "recipes.py")
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    assert module.recipes_page() == PAGES["docs/recipes.md"], "run `python docs/site/recipes.py`"
 
 
 def test_every_target_that_is_named_exists():
