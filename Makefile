@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test test-distributed lint format bench clean
+.PHONY: quickstart test test-release test-distributed docs lint format bench clean
 
 quickstart: .venv/installed .venv/smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
@@ -12,9 +12,17 @@ quickstart: .venv/installed .venv/smollm2
 test: .venv/dev .venv/smollm2
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# What takes minutes: every code block of the documentation, the notebook, the wheel in a fresh environment.
+test-release: .venv/dev .venv/smollm2
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m release
+
 # Two CPU ranks of DDP, FSDP2, ZeRO-2 and ZeRO-3 against one process.
 test-distributed: .venv/deepspeed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m distributed tests/distributed
+
+# The site, in site/. A broken link fails.
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -42,6 +50,10 @@ bench: .venv/installed .venv/smollm2
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+.venv/docs: .venv/dev
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
 # Its operators are compiled where they are needed; on CPUs none is.
 .venv/deepspeed: .venv/dev
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable ".[deepspeed]"
@@ -53,4 +65,4 @@ bench: .venv/installed .venv/smollm2
 	touch $@
 
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv dist build site

@@ -1,0 +1,293 @@
+"""The documentation is true to the letter: every code block is run, on the tiny model.
+
+The blocks of a page are run in their order, in one folder that has `recipes/` as the repository has, and in this
+process: a new one would take seconds to import PEFT. What cannot be run says why in the line above:
+`<!-- not run: REASON -->`.
+"""
+
+import ast
+import functools
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer, client_of
+
+from lori_trl.adapter.facts import (
+    BaseModel,
+    Calibration,
+    Counts,
+    Independence,
+    Losses,
+    Merge,
+    MergedAdapter,
+    TaskRecord,
+    Training,
+    TrainingData,
+)
+from lori_trl.adapter.mask_files import MasksMetadata
+from lori_trl.adapter.record import LoriRecord
+from lori_trl.cli import main, sft
+from lori_trl.projections import Projection
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+QUICK = {"README.md"}  # the others train, merge and evaluate for a minute: `make test-release`
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$"
+    r"|^\| [^\n]*?`(?P<command>lori[- ][^\n`]+)`",  # a command in a table
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@dataclass
+class Block:
+    """A code block: where it stands, what is in it, and why it is not run, if it is not."""
+
+    page: str
+    number: int
+    language: str
+    code: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page}-{self.number}-{self.language}"
+
+
+def blocks(page: str) -> list[Block]:
+    matches = [match.groupdict() for match in _BLOCK.finditer(PAGES[page])]
+    return [
+        Block(page, number, match["language"] or "bash", match["code"] or match["command"], match["reason"])
+        for number, match in enumerate(matches, start=1)
+        if match["language"] in ("python", "bash", None)
+    ]
+
+
+BLOCKS = {page: blocks(page) for page in PAGES}
+
+
+@dataclass
+class Place:
+    """The folder in which a page's blocks are run, the names that they made, and how many have been run."""
+
+    folder: Path
+    names: dict = field(default_factory=dict)
+    done: int = 0
+
+
+def statements(code: str) -> Iterator[str]:
+    """Split a block of commands: one a line, or several lines where they are continued or hold a document."""
+    lines = iter(code.splitlines(keepends=True))
+    for line in lines:
+        while line.endswith("\\\n"):
+            line += next(lines)
+        if document := re.search(r"<<'(\w+)'", line):
+            while not line.endswith(f"\n{document[1]}\n"):
+                line += next(lines)
+        if line.strip() and not line.startswith("#"):
+            yield line
+
+
+def run_command(statement: str, model: str) -> None:
+    """Run a command: ours in this process, on the tiny model, `make` on paper, others in a shell."""
+    program = statement.split(maxsplit=1)[0]
+    if program not in ("make", "lori", "lori-sft"):
+        subprocess.run(["bash", "-euc", statement], check=True)
+        return
+    arguments = shlex.split(statement, comments=True)[1:]
+    if program == "make":
+        subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
+    else:
+        assert (main(arguments) if program == "lori" else sft(on_tiny_model(arguments, model))) == 0
+
+
+def on_tiny_model(arguments: list[str], model: str) -> list[str]:
+    """Put the tiny model in the place of a recipe's. What is meant for GPUs is checked as far as its counts."""
+    if "--accelerate_config" in arguments or any("_lori_" in argument for argument in arguments):
+        return [*arguments, *["--dry-run"] * ("--dry-run" not in arguments)]
+    return [*arguments, *([] if "--model_name_or_path" in arguments else ["--model_name_or_path", model])]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch, HubServer() as server:
+        with client_of(server, tmp_path_factory.mktemp("hub"), patch):
+            yield server
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Place]:
+    made = {}
+    for page in PAGES:
+        folder = tmp_path_factory.mktemp(Path(page).stem)
+        shutil.copytree(ROOT / "recipes", folder / "recipes")
+        made[page] = Place(folder)
+    return made
+
+
+@pytest.fixture
+def run(places, hub, model_folder, monkeypatch):
+    """Return a function that runs a block once, after those that stand before it."""
+
+    def run(block: Block) -> None:
+        place = places[block.page]
+        monkeypatch.chdir(place.folder)
+        for each in BLOCKS[block.page][place.done :]:
+            if each.number > block.number:
+                break
+            place.done += 1
+            code = each.code.replace(SMOLLM2, str(model_folder))
+            if each.reason is None and each.language == "python":
+                exec(compile(code, str(each), "exec"), place.names)
+            elif each.reason is None:
+                for statement in statements(code):
+                    run_command(statement, str(model_folder))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=str(block), marks=[] if page in QUICK else pytest.mark.release)
+        for page in PAGES
+        for block in BLOCKS[page]
+        if block.reason is None
+    ],
+)
+def test_a_block_runs(run, block):
+    run(block)
+
+
+def test_every_page_is_looked_through():
+    fences = {page: text.count("\n```python\n") + text.count("\n```bash\n") for page, text in PAGES.items()}
+    assert fences["README.md"] >= 4
+    for page, count in fences.items():
+        assert count == sum(f"```{block.language}\n{block.code}```" in PAGES[page] for block in BLOCKS[page]), page
+
+
+def test_what_is_shown_of_the_readme_is_true(places, run):
+    """The ten lines of Python leave what they say they do."""
+    run(BLOCKS["README.md"][-1])
+    names = places["README.md"].names
+    masks = names["trainer"].masks
+    assert masks.task == "style" and masks.num_selected == masks.numel // 10
+    assert names["model"].peft_config["default"].task_type == "CAUSAL_LM"
+    assert os.path.isdir(places["README.md"].folder / "style-lori")
+
+
+# ---- pages against the sources -------------------------------------------------------------------------------------
+
+
+def template(node: ast.expr) -> str:
+    """Return a message's text, with {} for what is put in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.BinOp):
+        return template(node.left) + template(node.right)
+    parts = node.values if isinstance(node, ast.JoinedStr) else []
+    return "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in parts) or "{}"
+
+
+@functools.cache
+def sources() -> list[ast.AST]:
+    """Every node of the package's code."""
+    files = sorted((ROOT / "lori_trl").rglob("*.py"))
+    return [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+
+
+def errors() -> list[str]:
+    """The messages of all errors."""
+    calls = [node for node in sources() if isinstance(node, ast.Call) and node.args]
+    return [template(call.args[0]) for call in calls if re.search(r"(Error|type\(error\))$", ast.unparse(call.func))]
+
+
+def quoted() -> list[str]:
+    """The words by which docs/troubleshooting.md tells errors."""
+    first_cells = re.findall(r'^\| (".+?") \| ', PAGES["docs/troubleshooting.md"], re.MULTILINE)
+    return [words for cell in first_cells for words in re.findall(r'"([^"]+)"', cell)]
+
+
+def test_every_error_of_three_parts_is_explained():
+    known = quoted()
+    complete = [message for message in errors() if message.count(". ") >= 2]
+    assert len(complete) > 100
+    assert not [message for message in complete if not any(words in message for words in known)]
+
+
+def test_the_errors_that_are_explained_occur():
+    texts = [template(node) for node in sources() if isinstance(node, (ast.Constant, ast.JoinedStr))]
+    assert not [words for words in quoted() if not any(words in text for text in texts)]
+
+
+def test_every_key_of_the_formats_is_explained():
+    page = PAGES["docs/hub_and_formats.md"]
+    classes = (LoriRecord, Calibration, Counts, BaseModel, TrainingData, Losses, Training, TaskRecord)
+    for each in (*classes, MergedAdapter, Independence, Merge, Projection, MasksMetadata):
+        assert not [key.name for key in fields(each) if f"`{key.name}`" not in page], each.__name__
+
+
+def test_the_table_of_recipes_is_current():
+    build = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(build)
+    build.loader.exec_module(module)
+    assert module.recipes_page() == PAGES["docs/recipes.md"], "run `python docs/build.py`"
+
+
+def test_every_target_that_is_named_exists():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {name for text in PAGES.values() for name in re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE)}
+    assert {"quickstart", "test"} <= named <= targets
+
+
+def test_the_readme_is_a_page():
+    sections = re.split(r"^## ", PAGES["README.md"], flags=re.MULTILINE)
+    assert {section.splitlines()[0]: len(section.split()) for section in sections if len(section.split()) >= 120} == {}
+    assert not re.search(r"!\[[^]]*\]\((?!https://)", PAGES["README.md"])
+
+
+def test_the_figures_of_the_readme_are_on_file():
+    results = ROOT / "benchmarks" / "results"
+    seconds = json.loads((results / "step_time_dropout_0.0.json").read_text())["results"]["seconds"]
+    stored = json.loads((results / "storage.json").read_text())["results"]["bytes"]
+    losses = (results / "interference.md").read_text(encoding="utf-8")
+    for method, name in (("peft_lora", "LoRA"), ("packed", "LoRI-S")):
+        kept = f"{stored[method]['gradients and optimizer state'] / 1e6:.1f} MB"
+        shown = [f"{seconds[method]['median']:.2f} s", kept]
+        for table in ("Safety, then gsm8k", "Gsm8k, then nlu"):
+            row = re.search(
+                rf"\*\*{table}.+?^\| {name} \| ([\d.]+) .+? \| ([\d.]+) ", losses, re.DOTALL | re.MULTILINE
+            )
+            shown.append(" → ".join(f"{float(loss):.2f}" for loss in row.groups()))
+        assert not [figure for figure in shown if f"| {figure} |" not in PAGES["README.md"]]
+
+
+def test_notebooks_are_stripped():
+    for file in (ROOT / "docs").glob("*.ipynb"):
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")], file.name
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("file", sorted((ROOT / "docs").glob("*.ipynb")), ids=lambda file: file.name)
+def test_a_notebook_runs(file):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(file, as_version=4)
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(file.parent)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert "entries in both masks: 0" in "".join(output.get("text", "") for output in outputs)
