@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .adapter.facts import TaskRecord
 from .adapter.folder import AdapterFolder, open_adapter
-from .adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
+from .adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .adapter.record import LoriRecord, read_record
 from .adapter.write import check_output, complete, staged
+from .files import copy_files
 from .layers import module_path, pools
 from .masks import LoriMasks
 from .selection import num_to_select
@@ -207,9 +208,8 @@ def _rewrite(
         selected=newest.num_selected,
     )
     with staged(output_dir) as stage:
-        for file in adapter.folder.iterdir():
-            if file.name == ADAPTER_CONFIG or file.name in TOKENIZER_FILES:
-                shutil.copy(file, stage / file.name)
+        shutil.copy(adapter.folder / ADAPTER_CONFIG, stage / ADAPTER_CONFIG)
+        copy_files(adapter.tokenizer, stage)
         save_file(state, stage / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         for task_masks in masks.values():
             task_masks.save_pretrained(stage)

@@ -7,9 +7,8 @@ from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
-from .layers import module_path
+from .layers import VALUES, module_path
 from .sharding import assign, gather
-from .sparse import VALUES
 
 
 def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parameter]:

@@ -1,7 +1,8 @@
 """Files that are read with care and replaced in one step."""
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,14 @@ def replacing(file: str | Path) -> Iterator[Path]:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def copy_files(files: Mapping[str, Path], folder: str | Path) -> None:
+    """Copy files into a folder: name from the folder -> file."""
+    for name, file in files.items():
+        target = Path(folder, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def read_json(file: str | Path, max_bytes: int) -> Any:

@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import is_matplotlib_available
 
 from .masks import LoriMasks
 
@@ -27,7 +26,7 @@ def draw_density(masks: LoriMasks | None, file: Path) -> bool:
 
     Source: paper Figure 6.
     """
-    if masks is None or masks.density == 1 or not is_matplotlib_available():
+    if masks is None or masks.density == 1 or find_spec("matplotlib") is None:
         return False
     cells = masks.by_layer_and_projection()
     maps = [(f"Trained entries of B, mean {100 * masks.density:.2g} %", cells)]
@@ -41,10 +40,10 @@ def draw_density(masks: LoriMasks | None, file: Path) -> bool:
 @contextmanager
 def canvas(ink: str = "black"):
     """Yield a function that makes figures, with small letters in one colour."""
-    if not is_matplotlib_available():
+    if find_spec("matplotlib") is None:
         raise ImportError(
             "`matplotlib` is not installed, and pictures need it. It comes with the extra `plots`. Run `pip install "
-            "lori-trl[plots]`, or leave out the options that draw."
+            "matplotlib`, or leave out the options that draw."
         )
     import matplotlib
     from matplotlib.figure import Figure

@@ -21,6 +21,7 @@ INTERVALS = {
     "per_device_eval_batch_size": "[1, inf)",
     "gradient_accumulation_steps": "[1, inf)",
     "max_length": "[2, inf)",
+    "preview": "[1, inf)",
     "warmup_steps": "[0, inf)",
     "calibration_warmup_steps": "[0, inf)",
     "weight_decay": "[0, inf)",

@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora.layer import LoraLayer
+
+# A layer's attribute with the values that are trained; a name with "lora_" in it would end up in PEFT's file.
+VALUES = "sparse_values"
 # Name parts that wrappers put between a module and its parent: torch.compile, FSDP1, activation checkpointing.
 _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -37,7 +41,7 @@ def tensor_name(path: str, part: str) -> str:
     return f"base_model.model.{path}.{part}.weight"
 
 
-def lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+def lora_layers(model: "PeftModel", adapter_name: str) -> dict[str, "LoraLayer"]:
     """
     Find the LoRA layers of one adapter.
 
@@ -49,6 +53,9 @@ def lora_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
             parameters of mixture-of-experts blocks, whatever `target_parameters` names): LoRI masks are defined on
             `lora_B` `(out_features, rank)`.
     """
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from transformers.pytorch_utils import Conv1D
+
     layers, unsupported = {}, []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):

@@ -4,13 +4,15 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora.variants import _register_frozen_peft_weight
 from torch import Tensor
 
 from .layers import lora_layers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 PROJECTION_INITS = ("gaussian", "kaiming_uniform")
 
@@ -84,7 +86,7 @@ def draw_projection(path: str, rank: int, in_features: int, *, seed: int, init: 
 
 
 @torch.no_grad()
-def init_projections(model: PeftModel, adapter_name: str, *, seed: int, init: str = "gaussian") -> None:
+def init_projections(model: "PeftModel", adapter_name: str, *, seed: int, init: str = "gaussian") -> None:
     """Draw every A of an adapter again, in place, and freeze it. See [`draw_projection`]."""
     for path, layer in lora_layers(model, adapter_name).items():
         weight = layer.lora_A[adapter_name].weight
@@ -92,18 +94,20 @@ def init_projections(model: PeftModel, adapter_name: str, *, seed: int, init: st
     freeze_projections(model, adapter_name)
 
 
-def freeze_projections(model: PeftModel, adapter_name: str) -> None:
+def freeze_projections(model: "PeftModel", adapter_name: str) -> None:
     """
     Freeze A through PEFT's registry of frozen weights.
 
     `requires_grad = False` by hand would be undone by the next `set_adapter()`; the registry is consulted there.
     The registry's function is private in PEFT 0.21; this is the one place that calls it.
     """
+    from peft.tuners.lora.variants import _register_frozen_peft_weight
+
     for layer in lora_layers(model, adapter_name).values():
         _register_frozen_peft_weight(layer, adapter_name, "lora_A")
 
 
-def projections(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+def projections(model: "PeftModel", adapter_name: str) -> dict[str, Tensor]:
     """Return every A of an adapter: module path -> `(rank, in_features)`."""
     return {
         path: layer.lora_A[adapter_name].weight.detach() for path, layer in lora_layers(model, adapter_name).items()

@@ -8,6 +8,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .intervals import INTERVALS, range_fault
 from .yaml_reader import read_mapping
 
 # Keys of which a recipe sets one at most.
-_CONFLICTS = (("dataset_name", "dataset_path"), ("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"))
+CONFLICTS = (("dataset_name", "dataset_path"), ("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"))
 _MOST_SHOWN = 10  # faults
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
@@ -132,6 +133,44 @@ def foreign_code(recipe: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
+@dataclass(frozen=True)
+class RecipeField:
+    """
+    A key that a recipe may have.
+
+    Args:
+        action (`argparse.Action`): the option that it is on the command line.
+        hint (`Any`): its type in the configuration's class; `None` where there is no class.
+        is_mapping (`bool`): whether it takes a mapping.
+    """
+
+    action: argparse.Action
+    hint: Any
+    is_mapping: bool
+
+    @property
+    def several(self) -> bool:
+        """Whether the option takes several values."""
+        return self.action.nargs in ("+", "*")
+
+    def accepts(self, kind: type) -> bool:
+        """Say whether the type has a kind: `str | list[str] | None` has `list`."""
+        return _accepts(self.hint, kind)
+
+
+def recipe_fields(parser: argparse.ArgumentParser) -> dict[str, RecipeField]:
+    """Return what a recipe for a parser may hold: key -> field. A TrlParser's recipes also have `env`."""
+    configs = vars(parser).get("dataclass_types", ())  # a TrlParser's
+    mappings = {name for config in configs for name in getattr(config, "_VALID_DICT_FIELDS", ())}
+    hints = {name: hint for config in configs for name, hint in typing.get_type_hints(config).items()}
+    actions = {action.dest: action for action in reversed(parser._actions)}  # a field before its `--no_field`
+    return {
+        name: RecipeField(action, hints.get(name), name in mappings)
+        for name, action in actions.items()
+        if name not in ("help", "recipe")
+    }
+
+
 def validate_recipe(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """
     Check every key and value of a recipe against a parser's arguments.
@@ -144,31 +183,27 @@ def validate_recipe(file: Path, parser: argparse.ArgumentParser) -> dict[str, An
         `ValueError`: one error that lists the faults: keys that are unknown (with the nearest valid name), that stand
             there twice or exclude each other; values of a wrong type or out of range.
     """
-    actions = {action.dest: action for action in reversed(parser._actions)}  # a field before its `--no_field`
-    del actions["help"]
-    configs = vars(parser).get("dataclass_types", ())  # a TrlParser's
-    mappings = {name for config in configs for name in getattr(config, "_VALID_DICT_FIELDS", ())}
-    hints = {name: hint for config in configs for name, hint in typing.get_type_hints(config).items()}
+    fields = recipe_fields(parser)
     recipe, repeated = read_mapping(file)
     values = {}
     faults = [f"{_short(key)}: in lines {', '.join(map(str, lines[:5]))}. Keep one" for key, lines in repeated.items()]
     for key, value in recipe.items():
-        if key == "env" and configs:  # TrlParser's: environment variables to set
+        if key == "env" and "dataclass_types" in vars(parser):  # TrlParser's: environment variables to set
             faults += _env_faults(value)
             values[key] = value
-        elif key not in actions or key == "recipe":
-            near = nearest(str(key), actions) if len(faults) < _MOST_SHOWN else ""
+        elif key not in fields:
+            near = nearest(str(key), fields) if len(faults) < _MOST_SHOWN else ""
             faults.append(f"{_short(key)}: no such field{near}")
         elif value is None:
-            values |= {key: None} if _accepts(hints.get(key), types.NoneType) else {}
+            values |= {key: None} if fields[key].accepts(types.NoneType) else {}
         else:
             try:
-                values[key] = _converted(value, actions[key], hints.get(key), is_mapping=key in mappings)
+                values[key] = _converted(value, fields[key])
                 fault = range_fault(values[key], INTERVALS.get(key))
             except ValueError as error:
                 fault = str(error)
             faults += [f"{key}={_REPR.repr(value)}: {fault}"] if fault else []
-    for keys in _CONFLICTS:
+    for keys in CONFLICTS:
         if all(recipe.get(key) for key in keys):
             together = ", ".join(f"{key}={_REPR.repr(recipe[key])}" for key in keys)
             faults.append(f"{together}: they exclude each other. Keep one")
@@ -184,7 +219,8 @@ def _list_faults(file: Path, faults: list[str], program: str) -> str:
         [
             f"`{file}` has {len(faults):,} fault{'s' if len(faults) > 1 else ''}:",
             *(f"  - {line}" for line in lines),
-            f"Allowed are the fields that `{program} --help` lists, with values of their types. Correct the file.",
+            f"Allowed are the fields of `{program}`, with values of their types: `lori recipes schema` lists them. "
+            "Correct the file.",
         ]
     )
 
@@ -208,7 +244,7 @@ def nearest(key: str, names: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _converted(value: Any, action: argparse.Action, hint: Any, *, is_mapping: bool) -> Any:
+def _converted(value: Any, field: RecipeField) -> Any:
     """
     Convert a value as the command line would.
 
@@ -216,17 +252,17 @@ def _converted(value: Any, action: argparse.Action, hint: Any, *, is_mapping: bo
         `ValueError`: what is wrong with it.
     """
     if isinstance(value, dict):
-        if not is_mapping:
+        if not field.is_mapping:
             raise ValueError("a mapping is not allowed here")
         if not all(isinstance(key, str) for key in value):
             raise ValueError("the keys of a mapping must be text")
         return value
-    if is_mapping and isinstance(value, str) and value.lstrip().startswith("{"):
+    if field.is_mapping and isinstance(value, str) and value.lstrip().startswith("{"):
         raise ValueError("a mapping as text: leave the quotes out")
-    several = action.nargs in ("+", "*")
+    action = field.action
     if not isinstance(value, list):
-        return [_converted_item(value, action)] if several else _converted_item(value, action)
-    if not several and not _accepts(hint, list):
+        return [_converted_item(value, action)] if field.several else _converted_item(value, action)
+    if not field.several and not field.accepts(list):
         raise ValueError("a list is not allowed here")
     if not value and action.nargs == "+":
         raise ValueError("one value at least is needed")
@@ -239,7 +275,7 @@ def _converted_item(item: Any, action: argparse.Action) -> Any:
     try:
         converted = action.type(str(item)) if callable(action.type) else item
     except (ValueError, TypeError, argparse.ArgumentTypeError):
-        raise ValueError(f"not a valid {_type_name(action)}") from None
+        raise ValueError(f"not a valid {type_name(action)}") from None
     if action.choices is not None and converted not in action.choices:
         raise ValueError(f"allowed are {', '.join(map(str, action.choices))}")
     return converted
@@ -257,6 +293,7 @@ def _short(name: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _type_name(action: argparse.Action) -> str:
+def type_name(action: argparse.Action) -> str:
+    """Return the name of the type of an option's values."""
     name = getattr(action.type, "__name__", str(action.type))
     return {"string_to_bool": "bool"}.get(name, name)

@@ -7,16 +7,18 @@ B through these functions need not know which it is; where a matrix is sharded, 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 
-from .sparse import VALUES
+from .layers import VALUES
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
 
 
 def full_shape(weight: nn.Parameter) -> torch.Size:
@@ -84,7 +86,7 @@ def mask_shards(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]
     ]
 
 
-def adapter_state(model: PeftModel, adapter_name: str, keep: bool) -> dict[str, Tensor]:
+def adapter_state(model: "PeftModel", adapter_name: str, keep: bool) -> dict[str, Tensor]:
     """
     Gather the weights of an adapter and all else that is trained, one by one. The base model stays where it is.
 
@@ -104,7 +106,7 @@ def adapter_state(model: PeftModel, adapter_name: str, keep: bool) -> dict[str, 
     return state
 
 
-def _adapter_weights(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+def _adapter_weights(model: "PeftModel", adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
     for name, weight in model.named_parameters():
         matrix = f".lora_A.{adapter_name}." in name or f".lora_B.{adapter_name}." in name
         if (matrix or weight.requires_grad) and f".{VALUES}." not in name:  # the values are in B
@@ -130,7 +132,7 @@ def _gathered(weight: Tensor, modified_by: int | None = None) -> AbstractContext
     return GatheredParameters([weight], modifier_rank=modified_by)
 
 
-def engine_dtype(accelerator: Accelerator) -> torch.dtype:
+def engine_dtype(accelerator: "Accelerator") -> torch.dtype:
     """Return the type in which the engine holds the adapter: DeepSpeed casts all weights to the one it trains in."""
     plugin = accelerator.state.deepspeed_plugin
     return torch.float32 if plugin is None else plugin.hf_ds_config.dtype()

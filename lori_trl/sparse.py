@@ -26,11 +26,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as module_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from .layers import lora_layers
+from .layers import VALUES, lora_layers
 
 SPARSE_BACKENDS = ("packed", "hook")
-# The layer's attributes; names with "lora_" in them would end up in PEFT's files.
-VALUES = "sparse_values"
+# The layer's other attributes. As with `VALUES`, there is no "lora_" in them.
 INDICES = "sparse_indices"
 MASK = "sparse_mask"
 

@@ -14,17 +14,21 @@ and become prompt-completion rows, the same for training and for testing:
 Source: paper section 3.1; the prompts are the authors', without the blanks that their f-strings put before each line.
 """
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from trl import ScriptArguments
 
+from .files import describe_fault
 from .recipes import shipped_folder
+
+logger = logging.getLogger(__name__)
 
 # The columns that TRL's formats are made of. Others (answers, ids) are for scoring and are left out of training.
 _TRAINING_COLUMNS = {
@@ -45,6 +49,7 @@ class Benchmark:
         split (`str`, *optional*): the split on the Hub; all of them together by default.
         load (`dict`, *optional*): more arguments of `load_dataset`.
         gated (`bool`): whether its terms must be accepted on the Hub first.
+        sizes (`tuple[int, ...]`): how many rows it has had on the Hub, newest first; empty where that is not known.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Benchmark:
     split: str | None = None
     load: dict[str, Any] = field(default_factory=dict)
     gated: bool = False
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ _NLU = {
     "hellaswag": "hellaswag",
     "winogrande": "winogrande",
 }
+_REST = "rest"  # a second field in a row that must have one
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -103,10 +110,21 @@ TASKS: dict[str, Task] = {
             "safety",
             "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/main/data/training/"
             "saferpaca_Instructions_2000.json",
-            # Its files have no header line: without names, the first instruction of each would become one.
+            # 11 files of 30 instructions when the paper was written; its authors then withdrew the second, child abuse
+            # content. The files have no header line: without names, the first instruction of each would become one,
+            # and with one name alone, pandas would take what stands before an unquoted comma for an index.
             (
                 Benchmark(
-                    "hex_phi", "LLM-Tuning-Safety/HEx-PHI", load={"names": ["instruction"], "header": None}, gated=True
+                    "hex_phi",
+                    "LLM-Tuning-Safety/HEx-PHI",
+                    load={
+                        "features": Features({"instruction": Value("string"), _REST: Value("string")}),
+                        "names": ["instruction", _REST],
+                        "header": None,
+                        "index_col": False,
+                    },
+                    gated=True,
+                    sizes=(300, 330),
                 ),
             ),
         ),
@@ -127,6 +145,8 @@ class LoriScriptArguments(ScriptArguments):
             A YAML file, or the name of a shipped recipe. The command line goes over it.
         dry_run (`bool`, *optional*, defaults to `False`):
             Build the model without weights, print the counts and stop.
+        preview (`int`, *optional*):
+            Print so many rows as the model will see them and stop; no weights are loaded.
         overwrite (`bool`, *optional*, defaults to `False`):
             Replace an adapter that is in `output_dir`. A run that is resumed does so anyway.
         dataset_path (`str`, *optional*):
@@ -143,6 +163,9 @@ class LoriScriptArguments(ScriptArguments):
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Build the model without weights, print the counts and stop."}
+    )
+    preview: int | None = field(
+        default=None, metadata={"help": "Print so many rows as the model will see them, and stop."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace an adapter that is in `output_dir`."})
     dataset_path: str | None = field(
@@ -217,7 +240,7 @@ def load_benchmark(name: str, path: str | None = None) -> Dataset:
         `Dataset`: `prompt`, and as the set has them `completion`, `answer`, `choices`, `task_id`, `test`, ...
 
     Raises:
-        `ValueError`: the name is unknown or the rows are none of the known ones.
+        `ValueError`: the name is unknown, or the rows are none of the known ones, or not whole.
         `FileNotFoundError`: `path` does not exist.
     """
     if name not in BENCHMARKS:
@@ -234,9 +257,7 @@ def load_benchmark(name: str, path: str | None = None) -> Dataset:
     elif benchmark.source.startswith("https://"):
         rows = load_dataset("json", data_files=benchmark.source, split="train")
     else:
-        rows = load_dataset(benchmark.source, benchmark.config, split=benchmark.split, **benchmark.load)
-        if isinstance(rows, DatasetDict):
-            rows = concatenate_datasets(list(rows.values()))
+        rows = _rows_from_hub(benchmark)
     first = next(iter(rows), None)
     if first is None:
         raise ValueError(f"`{path or benchmark.source}` has no rows. At least one is needed. Pass other data.")
@@ -249,6 +270,34 @@ def load_benchmark(name: str, path: str | None = None) -> Dataset:
             f"of {name}, or rows with a prompt and what its scoring needs. Rename the columns."
         )
     return rows.map(convert)
+
+
+def _rows_from_hub(benchmark: Benchmark) -> Dataset:
+    """Load a benchmark's rows, of all splits where none is named, and look whether they are whole."""
+    try:
+        rows = load_dataset(benchmark.source, benchmark.config, split=benchmark.split, **benchmark.load)
+    except DatasetGenerationError as error:
+        raise _not_whole(benchmark, describe_fault(error.__cause__ or error)) from error
+    if isinstance(rows, DatasetDict):
+        rows = concatenate_datasets(list(rows.values()))
+    if _REST in rows.column_names:
+        for row in rows:
+            if row[_REST] is not None:
+                raise _not_whole(benchmark, f"{row['instruction'][:40]!r} has a second field, {row[_REST][:40]!r}")
+        rows = rows.remove_columns(_REST)
+    if benchmark.sizes and len(rows) not in benchmark.sizes:
+        logger.warning(
+            f"`{benchmark.source}` has {len(rows)} rows; known are {' and '.join(map(str, benchmark.sizes))}. Figures "
+            "on other rows are not comparable with published ones."
+        )
+    return rows
+
+
+def _not_whole(benchmark: Benchmark, fault: str) -> ValueError:
+    return ValueError(
+        f"`{benchmark.source}` has a row that is not whole: {fault}. A row has one field, in quotes if it has commas "
+        f"inside. Get the files anew, or pass rows of your own as `--dataset_path {benchmark.name}=FILE.jsonl`."
+    )
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:

@@ -25,7 +25,7 @@ from trl.trainer.utils import global_then_local_main_first
 from .adapter.facts import Calibration, Counts, TaskRecord
 from .adapter.record import LoriRecord, read_record
 from .adapter.write import save_lori_adapter
-from .card import CardFacts, hyperparameters
+from .card_facts import CardFacts, hyperparameters
 from .checkpoints import begin_run, find_checkpoint, note_run
 from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
@@ -33,7 +33,7 @@ from .continual import feasible_entries, tasks_that_fit
 from .dense import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
 from .engines import check_engine
 from .hub.while_training import HubPushes
-from .layers import lora_layers
+from .layers import VALUES, lora_layers
 from .lora_options import check_variants, for_language_part
 from .masks import LoriMasks
 from .projections import Fingerprint, Projection, derive_projection_seed, freeze_projections, init_projections
@@ -41,8 +41,9 @@ from .rows import have_images, name_of_data
 from .saliency import GradientAgreement, random_saliency
 from .selection import num_to_select
 from .sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
-from .sparse import VALUES, fold_values, refresh_values, sparse_training, values_in_state_dict
+from .sparse import fold_values, refresh_values, sparse_training, values_in_state_dict
 from .tasks import kept_positions
+from .trackers import Trackers
 
 logger = get_logger(__name__)
 
@@ -68,10 +69,12 @@ class LoriTrainerMixin(HubPushes):
         model (`str`, `PreTrainedModel` or `PeftModel`):
             The base model, or one with an adapter to continue: its A is kept, its B is where training starts, and
             every entry outside the new mask stays as it is. A task that the adapter has already keeps its masks.
-        *positional, **named:
-            The TRL trainer's own arguments, in its own order. Of these, `args` is a [`LoriArguments`], e.g.
-            [`LoriSFTConfig`], and `peft_config` a `LoraConfig`: the adapter to make on a base model. With image rows
-            and no `target_modules`, it goes on the linear layers of the language part.
+        *positional (`Any`):
+            The TRL trainer's own arguments, in its own order.
+        **named (`Any`):
+            The same by name. Of these, `args` is a [`LoriArguments`], e.g. [`LoriSFTConfig`], and `peft_config` a
+            `LoraConfig`: the adapter to make on a base model. With image rows and no `target_modules`, it goes on the
+            linear layers of the language part.
 
     Attributes:
         masks ([`LoriMasks`] or `None`): which entries of B are trained; `None` before calibration.
@@ -108,6 +111,8 @@ class LoriTrainerMixin(HubPushes):
 
         super().__init__(**given)
 
+        self.trackers = Trackers(self, given.get("callbacks") or ())
+        self.run_name = args.run_name
         self.phase = "adaptation"
         self.recipe: dict[str, Any] | None = None
         self.run: str | None = None
@@ -170,6 +175,8 @@ class LoriTrainerMixin(HubPushes):
         self._begin_run()
         check_engine(self.accelerator, self.args, calibrate=self.masks is None, initial_weights=self.initial_weights)
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
+        if self.calibration is not None and self.calibration.method != "random":
+            self._name_tracked_run(self.args)
         set_seed(self.args.seed)  # the adaptation is the same with and without a calibration before it
         with self._sparse_training(self.masks):
             output = super().train(checkpoint if phase == "adaptation" else None, **kwargs)
@@ -208,7 +215,7 @@ class LoriTrainerMixin(HubPushes):
                 method=self.args.calibration_method,
                 learning_rate=self.args.learning_rate if self.args.calibration_method == "train" else None,
                 steps=output.global_step,
-                samples=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
+                samples=self._samples_seen(output.global_step),
                 loss=output.training_loss,
             )
             self.calibration_log = self.state.log_history
@@ -230,6 +237,12 @@ class LoriTrainerMixin(HubPushes):
             if self.args.should_save:
                 more.save_pretrained(folder)
         return output.metrics  # named calibration_... by _PhaseCallback when they were logged
+
+    def _samples_seen(self, steps: int) -> int | None:
+        """Count the rows that the steps have seen, each once; None for a stream."""
+        if not isinstance(self.train_dataset, Dataset):
+            return None
+        return min(len(self.train_dataset), steps * self.get_total_train_batch_size(self.args))
 
     def _saliency(self) -> dict[str, Tensor]:
         """Return what the calibration that has just ended says of B's entries."""
@@ -277,20 +290,28 @@ class LoriTrainerMixin(HubPushes):
         args, rows, optimizer = self.args, self.train_dataset, self.optimizer_cls_and_kwargs
         callbacks = self.callback_handler.callbacks
         self.phase, self.args = "calibration", args.for_calibration()
-        self.callback_handler.callbacks = [each for each in callbacks if not isinstance(each, EarlyStoppingCallback)]
         if args.calibration_method == "gradient":
             self.optimizer_cls_and_kwargs = (GradientAgreement, {})
         if args.calibration_fraction < 1:
             count = max(1, int(args.calibration_fraction * len(rows)))
             self.train_dataset = rows.shuffle(seed=args.seed).select(range(count))
         try:
-            with set_back(self.model, self.adapter_name):
+            with set_back(self.model, self.adapter_name), self.trackers.apart(args) as trackers:
+                self._name_tracked_run(args)
+                self.callback_handler.callbacks = [
+                    trackers.get(each, each) for each in callbacks if not isinstance(each, EarlyStoppingCallback)
+                ]
                 yield
         finally:
             self._reset_weights()
             self.phase, self.args, self.train_dataset = "adaptation", args, rows
             self.optimizer_cls_and_kwargs = optimizer
             self.callback_handler.callbacks = callbacks
+
+    def _name_tracked_run(self, args: LoriArguments) -> None:
+        """Name the run that TensorBoard, MLflow and others begin in this phase after it."""
+        name = f"{self.run_name or f'{self.task_name}-{str(self.run)[:8]}'}-{self.phase}"
+        self.trackers.name_run(self.args, os.path.join(args.output_dir, "runs"), name)
 
     def _leave_record(self) -> None:
         """Tell the model which tasks it has, so that the next trainer on it knows them."""

@@ -11,12 +11,22 @@ import yaml
 from huggingface_hub import ModelCard
 from tiny import make_trainer, trained_adapter
 
-from lori_trl import LoriMasks
+from lori_trl import LoriMasks, package
 from lori_trl.adapter.facts import Losses, Training
 from lori_trl.adapter.record import LoriRecord, read_record
 from lori_trl.adapter.write import write_card
-from lori_trl.card import GENERATED, CardFacts, render_model_card
+from lori_trl.card import GENERATED, render_model_card
+from lori_trl.card_facts import CardFacts
 from lori_trl.heatmaps import draw_density
+
+INSTALL = "pip install git+https://example.org/lori_trl"
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """The address that a release gives, wherever these tests run."""
+    monkeypatch.setattr("lori_trl.card.install_command", lambda: INSTALL)
+
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -177,6 +187,36 @@ def test_a_local_base_is_called_local():
     assert "apply_chat_template" in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"r": 16}, "--lora-modules code=me/x\n"),
+        ({"r": 17}, "--lora-modules code=me/x --max-lora-rank 32\n"),
+        ({"r": 96}, "--max-lora-rank 128\n"),
+        ({"r": 513}, None),
+        ({"rank_pattern": {"q_proj": 8}}, None),
+    ],
+)
+def test_the_line_for_vllm(changes, says):
+    text = render_model_card(record(), PEFT | changes, None, repo_id="me/x")
+    line = re.search("vllm serve meta-llama/Meta-Llama-3-8B --enable-lora .*\n", text)
+    assert line is None if says is None else line[0].endswith(says)
+
+
+def test_where_the_package_is_to_be_had_is_one_address(monkeypatch):
+    """That of [project.urls]; a card says none rather than a wrong one."""
+    assert f"(`{INSTALL}`)" in single()
+    monkeypatch.setattr("lori_trl.card.install_command", lambda: None)
+    assert "with `lori_trl`, which keeps" in single()
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    address = re.search(r'^Repository = "(.*)"$', project, re.MULTILINE)[1]
+    assert package.install_command() in (None, f"pip install git+{address}")
+    for folder in ("lori_trl", "recipes", "model_cards", "docs"):
+        for file in (Path(__file__).parents[1] / folder).rglob("*.*"):
+            if file.suffix in (".py", ".md", ".yaml", ".jinja"):
+                assert not re.search(r"pip install .?lori[-_]trl(\[\w+\])?['`]", file.read_text()), file
+
+
 HOSTILE = 'x"\n---\nlicense: mit\n<script>alert(1)</script> [a](javascript:b) `c` {{ 7 * 7 }} | d'
 
 
@@ -230,7 +270,7 @@ def test_a_run_writes_its_own_card(tmp_path):
     assert "output_dir" not in facts["hyperparameters"]
     assert f"seed `{config['projection']['seed']}`" in text
     assert f"this trains | {config['counts']['selected']:,}," in text
-    assert "4 steps on 32 rows at learning rate 0.005" in text
+    assert "4 steps on 16 rows at learning rate 0.005" in text  # of 32, each once: that is all they saw
     assert str(folder) not in text
     assert str(folder.parent) not in (folder / "lori_config.json").read_text()
     assert "[`recipe.yaml`](recipe.yaml)" in text

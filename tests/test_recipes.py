@@ -96,7 +96,9 @@ def test_recipe_is_valid_and_says_what_it_is(name):
     file = ALL[name]
     validate_recipe(file, sft_parser())
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
-    assert header[0].startswith("# ") and len(header[0]) > 20
+    schema = header[0].removeprefix("# yaml-language-server: $schema=")
+    assert (file.parent / schema).resolve() == shipped_folder("recipes") / "recipe.schema.json"
+    assert header[1].startswith("# ") and len(header[1]) > 20
     assert any(line.startswith("# Needs:") for line in header)
     program = "trl sft --config" if name in BASELINES else "lori-sft --recipe"
     commands = [line.partition(program)[2] for line in header if line.startswith(("# Run:", "# Override:"))]

@@ -180,7 +180,7 @@ def test_a_benchmark_in_a_folder_and_wrong_calls(tmp_path):
 
 
 @pytest.mark.parametrize("header", [True, False])
-def test_hex_phis_files_without_a_header_line(header, tmp_path, monkeypatch):
+def test_hex_phis_files_without_a_header_line(header, tmp_path, monkeypatch, caplog):
     """On the Hub they are one file, and one split, a category."""
     (tmp_path / "category_1.csv").write_text('"Do A, now"\nDo B\n')
     (tmp_path / "category_3.csv").write_text("Do C\nDo D\n")
@@ -192,6 +192,25 @@ def test_hex_phis_files_without_a_header_line(header, tmp_path, monkeypatch):
     local = dataclasses.replace(BENCHMARKS["hex_phi"], source=str(tmp_path))
     monkeypatch.setitem(BENCHMARKS, "hex_phi", local)
     assert load_benchmark("hex_phi")["instruction"] == ["Do A, now", "Do B", "Do C", "Do D"]
+    assert "has 4 rows; known are 300 and 330" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (["Do A, now", "Do B, now"], "'Do A' has a second field, ' now'"),
+        (["Do A", "Do B, now"], "'Do B' has a second field, ' now'"),
+        (["Do A", "Do B, now, please"], "Expected 2 fields"),
+    ],
+)
+def test_half_an_instruction_is_refused(rows, says, tmp_path, monkeypatch):
+    """A comma without quotes cuts a row in two, of which pandas would take the first for the row's name."""
+    (tmp_path / "category_1.csv").write_text("Do X\nDo Y\n")
+    (tmp_path / "category_3.csv").write_text("\n".join(rows) + "\n")
+    local = dataclasses.replace(BENCHMARKS["hex_phi"], source=str(tmp_path))
+    monkeypatch.setitem(BENCHMARKS, "hex_phi", local)
+    with pytest.raises(ValueError, match=f"(?s)not whole: .*{says}.*Get the files anew"):
+        load_benchmark("hex_phi")
 
 
 # ---- truncation ----------------------------------------------------------------------------------------------------

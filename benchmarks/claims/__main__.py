@@ -11,6 +11,7 @@ is needed for the report. What is missing in the cache is made again.
 
 import argparse
 import multiprocessing
+import os
 import statistics
 from pathlib import Path
 
@@ -22,8 +23,11 @@ from .parts import PARTS, plan
 from .setting import RESULTS
 from .store import Store
 from .tuning import Tuning
+from .work import work
 
 DEFAULT_SECONDS = 200.0  # of a kind of cell that was never run
+# Large tensors stay with the process instead of being asked for page by page: a tenth of a step's time.
+KEEP_MEMORY = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 
 
 def main() -> None:
@@ -47,30 +51,15 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("--data is needed to run cells")
-    if options.workers == 1:
-        work(options)
-        return
+    os.environ["GLIBC_TUNABLES"] = KEEP_MEMORY
+    arguments = options.results, options.data, options.cache.absolute(), tuple(options.only), options.again
     processes = [
-        multiprocessing.get_context("spawn").Process(target=work, args=(options,)) for _ in range(options.workers)
+        multiprocessing.get_context("spawn").Process(target=work, args=arguments) for _ in range(options.workers)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-
-
-def work(options: argparse.Namespace) -> None:
-    """Be one worker."""
-    from .data import Rows
-    from .work import Worker
-
-    store = Store(options.results)
-    cells = lambda: plan(Tuning(store), tuple(options.only))  # noqa: E731
-    worker = Worker(store, Rows(options.data), options.cache.absolute(), cells)
-    if options.again is None:
-        worker.run()
-    else:
-        worker.run_again(options.again)
 
 
 def print_plan(store: Store, only: list[str]) -> None:

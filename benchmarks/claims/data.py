@@ -32,9 +32,11 @@ class Rows:
         self.folder = folder
 
     def train(self, task: str, seed: int) -> Dataset:
-        """Draw the rows of a run, without those of the dev split."""
-        rest = self._short(task, "train")[DEV_ROWS:]
-        return Dataset.from_list(random.Random(f"{task}/{seed}").sample(rest, STEPS * BATCH))
+        """Draw the rows of a run, without those of the dev split, in the order in which they are trained on."""
+        chance = random.Random(f"{task}/{seed}")
+        drawn = sorted(chance.sample(self._short(task, "train")[DEV_ROWS:], STEPS * BATCH), key=_length)
+        batches = [drawn[first : first + BATCH] for first in range(0, len(drawn), BATCH)]  # of like lengths
+        return Dataset.from_list(list(chain.from_iterable(chance.sample(batches, len(batches)))))
 
     def dev(self, task: str) -> list[Row]:
         """Return the rows that learning rates and weights are chosen on."""
@@ -78,6 +80,10 @@ class Rows:
 def tokenizer() -> PreTrainedTokenizerBase:
     """Return the model's tokenizer."""
     return AutoTokenizer.from_pretrained(model_name())
+
+
+def _length(row: Row) -> int:
+    return len(tokenizer()(row["prompt"] + row["completion"])["input_ids"])
 
 
 def _in_turn(*sets: list[Row]) -> list[Row]:

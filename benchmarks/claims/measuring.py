@@ -27,7 +27,7 @@ def measure(cell: Cell, rows: Rows, folder: Folder) -> Figures:
     """Run a cell. Its files, if other cells need any, are then in its folder."""
     kinds: dict[type, Callable[[Any, Rows, Folder], Figures]] = {
         Base: lambda cell, rows, _: _losses(base_model(), rows, cell.task),
-        Train: lambda cell, rows, folder: _losses(train(cell, rows, folder), rows, cell.task, cell.seed),
+        Train: _train,
         Gradients: lambda cell, rows, folder: take_gradients(cell, rows, folder) or {},
         Overlaps: _overlaps,
         Merge: _merge,
@@ -37,11 +37,20 @@ def measure(cell: Cell, rows: Rows, folder: Folder) -> Figures:
     return kinds[type(cell)](cell, rows, folder)
 
 
-def _losses(model: PreTrainedModel, rows: Rows, task: str, seed: int | None = None) -> Figures:
-    """Measure the loss on a task's test rows, in nats a completion token; for seed 0 also on those to choose by."""
+def _losses(model: PreTrainedModel, rows: Rows, task: str) -> Figures:
+    """Measure the loss on a task's test rows, in nats a completion token."""
     test = completion_loss(model, tokenizer(), rows.test(task))
-    figures = {"loss": test.loss, "loss_stderr": test.stderr}
-    return figures | ({"dev_loss": completion_loss(model, tokenizer(), rows.dev(task)).loss} if seed == 0 else {})
+    return {"loss": test.loss, "loss_stderr": test.stderr}
+
+
+def _dev_loss(model: PreTrainedModel, rows: Rows, task: str) -> Figures:
+    """Measure the loss on the rows to choose by."""
+    return {"dev_loss": completion_loss(model, tokenizer(), rows.dev(task)).loss}
+
+
+def _train(cell: Train, rows: Rows, folder: Folder) -> Figures:
+    model = train(cell, rows, folder)
+    return _losses(model, rows, cell.task) | (_dev_loss(model, rows, cell.task) if cell.seed == 0 else {})
 
 
 def _overlaps(cell: Overlaps, rows: Rows, folder: Folder) -> Figures:
@@ -49,7 +58,8 @@ def _overlaps(cell: Overlaps, rows: Rows, folder: Folder) -> Figures:
     read = LoriMasks.from_pretrained
     full = read(dense / f"train-{STEPS}.safetensors")
     files = {f"train-{steps}": dense for steps in SNAPSHOTS[:-1]}
-    files |= {f"{saliency}-{batches}": gradients for saliency in SALIENCIES for batches in SNAPSHOTS}
+    counts = [count for count in SNAPSHOTS if count <= cell.batches]
+    files |= {f"{saliency}-{count}": gradients for saliency in SALIENCIES for count in counts}
     return {name: full.overlap(read(place / f"{name}.safetensors")) for name, place in files.items()}
 
 
@@ -58,7 +68,8 @@ def _merge(cell: Merge, rows: Rows, folder: Folder) -> Figures:
     merged = folder(cell) / "merged"
     merge_lori_adapters(adapters, weights=[cell.weight] * len(adapters), method=cell.how, output_dir=merged)
     model = _with_adapter(merged)
-    return {adapter.task: _losses(model, rows, adapter.task, adapter.seed) for adapter in cell.adapters}
+    measure_on = {"test": _losses, "dev": _dev_loss}[cell.rows]
+    return {adapter.task: measure_on(model, rows, adapter.task) for adapter in cell.adapters}
 
 
 def _held(cell: Held, rows: Rows, folder: Folder) -> Figures:

@@ -2,43 +2,41 @@
 
 from collections.abc import Callable, Iterator
 
-from .cells import SEEDS, TASKS, Base, Cell, Held, Mask, Merge, Overlaps, Refusals, Train
+from .cells import CHEAP, SEEDS, STEPS, TASKS, Base, Cell, Held, Mask, Merge, Overlaps, Refusals, Train
 from .tuning import Tuning
 
 # Masks other than the whole dense run's: those that decide, and those that draw the curve.
-CHEAP = (Mask("random", granularity="matrix"), Mask("agreement", 4), Mask("train", 4))
-CURVE = (
-    Mask("agreement", 15), Mask("random"), Mask("agreement", 8), Mask("train", 8), Mask("train", 15),
-    Mask("agreement", 30), Mask("adam", 4), Mask("adam", 15), Mask("train", 2),
-)  # fmt: skip
+CHEAP_MASKS = (Mask("agreement", CHEAP), Mask("train", CHEAP))
+CURVE = (Mask("agreement", 8), Mask("train", 8), Mask("agreement", 15), Mask("train", 15))
 CURVE_TASKS = ("gsm8k", "safety")
-POOR = (Mask("gradient", 4), Mask("fisher", 4))  # worse than chance in a first look: on one task
+OTHERS = (Mask("random"), Mask("adam", CHEAP), Mask("gradient", CHEAP), Mask("fisher", CHEAP))  # on one task
 MERGED = tuple(("safety", "gsm8k", "nlu", "code")[:count] for count in (2, 3, 4))
 COMPARED = ("LoRA", "LoRI-D", "LoRI-S", "random")
 SEQUENCE = ("gsm8k", "nlu", "code")
-SPARSITIES = (0.5, 0.95, 0.99)
+CONTINUED = ("LoRA", "LoRI-S", "LoRAF")
+SPARSITIES, SPARSITY_TASK = (0.5, 0.95, 0.99), "gsm8k"
+POOLED_TASKS = ("safety", "nlu")
 GRANULARITIES = ("module", "projection", "layer", "matrix")
 
 
 def masks(tuning: Tuning) -> Iterator[Cell]:
-    """What a cheap mask costs, from none at all to the whole dense run's."""
-    yield from deciding_masks(tuning, "gsm8k")
-    yield from curve(tuning, "gsm8k", CURVE)
-    for task in TASKS[1:]:
-        yield from deciding_masks(tuning, task)
-    yield from curve(tuning, "safety", CURVE)
-    yield from curve(tuning, "gsm8k", POOR)
+    """What a cheap mask costs against none at all and against the whole dense run's, on all tasks."""
+    for task in TASKS:
+        yield Base(task)
+        for method in ("LoRI-D", "LoRI-S", "random"):
+            yield from tuning.cells(method, task)
+        for seed in SEEDS:
+            yield from (tuning.train(method, task, seed) for method in ("LoRI-D", "LoRI-S", "random"))
+            yield from curve(tuning, task, CHEAP_MASKS, (seed,))
+            yield Overlaps(task, seed, tuning.rate("LoRI-D", task), CHEAP)
 
 
-def deciding_masks(tuning: Tuning, task: str) -> Iterator[Cell]:
-    """The random mask, the whole dense run's, and the cheapest between them."""
-    yield Base(task)
-    for method in ("LoRI-D", "LoRI-S", "random"):
-        yield from tuning.cells(method, task)
-    for seed in SEEDS:
-        yield from (tuning.train(method, task, seed) for method in ("LoRI-D", "LoRI-S", "random"))
-        yield from curve(tuning, task, CHEAP[1:], (seed,))
-        yield Overlaps(task, seed, tuning.rate("LoRI-D", task))
+def length(tuning: Tuning) -> Iterator[Cell]:
+    """From there to the whole run, on two tasks."""
+    for task in CURVE_TASKS:
+        yield from curve(tuning, task, CURVE)
+        yield from (Overlaps(task, seed, tuning.rate("LoRI-D", task), STEPS) for seed in SEEDS)
+    yield from curve(tuning, CURVE_TASKS[0], OTHERS)
 
 
 def curve(tuning: Tuning, task: str, masks: tuple[Mask, ...], seeds: tuple[int, ...] = SEEDS) -> Iterator[Cell]:
@@ -64,17 +62,17 @@ def merging(tuning: Tuning) -> Iterator[Cell]:
             yield from merges(tuning, method, tasks, "concat")
     for method in COMPARED:
         yield from merges(tuning, method, MERGED[0], "linear")
-    for method in ("LoRI-D", "random"):  # LoRI's own explanation is that A are independent
-        yield from merges(tuning, method, MERGED[0], "concat", shared_A=True)
+    # LoRI's own explanation is that A are independent.
+    yield from merges(tuning, "random", MERGED[0], "concat", shared_A=True)
 
 
 def merges(tuning: Tuning, method: str, tasks: tuple[str, ...], how: str, **fields) -> Iterator[Cell]:
-    """One method's single adapters and their merges."""
-    searched, weight = tuning.merges(single_adapters(tuning, method, tasks, 0, **fields), how)
-    yield from searched[0].adapters
+    """One method's single adapters and their merges; the weight is searched on seed 0."""
+    by_seed = [single_adapters(tuning, method, tasks, seed, **fields) for seed in SEEDS]
+    searched, weight = tuning.merges(by_seed[0], how)
+    yield from by_seed[0]
     yield from searched
-    for seed in SEEDS[1:]:
-        adapters = single_adapters(tuning, method, tasks, seed, **fields)
+    for adapters in by_seed:
         yield from adapters
         yield Merge(adapters, how, weight)
 
@@ -90,7 +88,7 @@ def sequences(tuning: Tuning) -> Iterator[Cell]:
         for seed in SEEDS:
             first, second = sequence(tuning, method, ("safety", "gsm8k"), seed)
             yield from (first, Refusals(first), second, Held(second, ("safety",)), Refusals(second))
-    for method in ("LoRI-S", "LoRAF", "LoRA", "LoRI-D"):
+    for method in CONTINUED:
         for seed in SEEDS:
             first, second, third = sequence(tuning, method, SEQUENCE, seed)
             yield from (first, second, third, Held(third, SEQUENCE[:2]))
@@ -107,26 +105,30 @@ def sequence(tuning: Tuning, method: str, tasks: tuple[str, ...], seed: int) -> 
 
 
 def single(tuning: Tuning) -> Iterator[Cell]:
-    """LoRI-D against LoRA, and how far up sparsity goes."""
-    for method in ("LoRA", "LoRI-D", "LoRI-S"):
-        for task in TASKS:
+    """LoRI-D against LoRA."""
+    for task in TASKS:
+        for method in ("LoRA", "LoRI-D", "LoRI-S"):
             yield from tuning.cells(method, task)
             yield from (tuning.train(method, task, seed) for seed in SEEDS)
-    for task in CURVE_TASKS:
-        for sparsity in SPARSITIES:
-            yield from tuning.cells(f"s={sparsity}", task)
-            yield from (tuning.train(f"s={sparsity}", task, seed) for seed in SEEDS)
+
+
+def sparsity(tuning: Tuning) -> Iterator[Cell]:
+    """How far up sparsity goes, on one task."""
+    for sparsity in SPARSITIES:
+        yield from tuning.cells(f"s={sparsity}", SPARSITY_TASK)
+        yield from (tuning.train(f"s={sparsity}", SPARSITY_TASK, seed) for seed in SEEDS)
 
 
 def granularity(tuning: Tuning) -> Iterator[Cell]:
     """Over what the entries of B compete."""
-    for task in CURVE_TASKS:
+    for task in POOLED_TASKS:
         for name in GRANULARITIES:
             yield from (tuning.masked(tuning.full_mask(task, granularity=name), task, seed) for seed in SEEDS)
 
 
 PARTS: dict[str, Callable[[Tuning], Iterator[Cell]]] = {
-    "masks": masks, "merging": merging, "sequences": sequences, "single": single, "granularity": granularity,
+    "masks": masks, "single": single, "merging": merging, "sequences": sequences, "sparsity": sparsity,
+    "length": length, "granularity": granularity,
 }  # fmt: skip
 
 

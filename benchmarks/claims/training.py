@@ -66,7 +66,7 @@ def lori_trainer(cell: Train, rows: Rows, folder: Folder) -> LoriSFTTrainer:
 
 def take_gradients(cell: Gradients, rows: Rows, folder: Folder) -> None:
     """Run a cell's batches through the model at B0, and keep the masks of every saliency on the way."""
-    fields = {"sparsity": 0.0, "max_grad_norm": 0.0}
+    fields = {"sparsity": 0.0, "max_grad_norm": 0.0, "max_steps": cell.batches}
     inputs = {"optimizer_cls_and_kwargs": (GradientRecorder, {})}
     trainer = _lori_trainer(cell, _started_model(cell, folder), rows, folder, fields, inputs)
 
@@ -161,7 +161,8 @@ def _arguments(cell: Train | Gradients, folder: Folder) -> dict[str, Any]:
     return {
         "output_dir": str(folder(cell)), "seed": cell.seed, "max_steps": STEPS, "max_length": MAX_LENGTH,
         "learning_rate": getattr(cell, "rate", 0.0), "lr_scheduler_type": "constant", "warmup_steps": 0,
-        "weight_decay": 0.0, "per_device_train_batch_size": BATCH, "bf16": False, "activation_checkpointing": False,
+        "weight_decay": 0.0, "per_device_train_batch_size": BATCH,
+        "train_sampling_strategy": "sequential", "bf16": False, "activation_checkpointing": False,
         "use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "no", "report_to": "none",
         "logging_steps": STEPS, "disable_tqdm": True,
     }  # fmt: skip

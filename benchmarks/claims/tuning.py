@@ -46,7 +46,7 @@ class Tuning:
 
     def merges(self, adapters: tuple[Train, ...], how: str) -> tuple[list[Merge], float]:
         """Return the merges of adapters at the weights of the search so far, and the weight with the lowest loss."""
-        return self._search(lambda weight: Merge(adapters, how, weight), WEIGHTS, FIRST_WEIGHTS)
+        return self._search(lambda weight: Merge(adapters, how, weight, "dev"), WEIGHTS, FIRST_WEIGHTS)
 
     def _train(self, method: str, task: str, seed: int, rate: float, **fields) -> Train:
         if method == "LoRA":

@@ -14,10 +14,22 @@ from rich.console import Console
 from .cells import Cell
 from .data import Rows
 from .measuring import measure
+from .parts import plan
 from .setting import ROOT
 from .store import Store
+from .tuning import Tuning
 
 console = Console()
+
+
+def work(results: Path, data: Path, cache: Path, only: tuple[str, ...], again: str | None) -> None:
+    """Be one worker: run all cells of some parts, or one cell again."""
+    store = Store(results)
+    worker = Worker(store, Rows(data), cache, lambda: plan(Tuning(store), only))
+    if again is None:
+        worker.run()
+    else:
+        worker.run_again(again)
 
 
 class Worker:

@@ -16,7 +16,7 @@ class Calibration:
     Args:
         learning_rate (`float`, *optional*): of the calibration.
         steps (`int`, *optional*): optimizer steps, or batches.
-        samples (`int`, *optional*): rows of the data set; unknown for a stream.
+        samples (`int`, *optional*): rows that they saw, each counted once; unknown for a stream.
         loss (`float`, *optional*): the mean training loss, nats a token.
         method (`str`, *optional*): a `calibration_method`; `train` where none is on record.
         seed (`int`, *optional*): of a random mask.
@@ -101,7 +101,7 @@ class Training:
     Args:
         base_model ([`BaseModel`] or `None`): what was trained on.
         dataset ([`TrainingData`], *optional*): the rows.
-        license (`str` or `None`): the base model's.
+        license (`str` or `None`): the base model's, where the Hub names it.
         tags (`tuple[str, ...]`, *optional*): of the trainer, e.g. `sft`.
         hyperparameters (`dict[str, Scalar]`, *optional*): those that differ from their defaults.
         world_size (`int`, *optional*): processes.

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from .layout import (
     is_authors_masks,
     masks_name,
     task_name_of,
+    tokenizer_files,
 )
 from .record import LoriRecord, hash_settings, read_record
 from .safetensors import hash_tensor, opened
@@ -67,14 +67,15 @@ def open_adapter(
     path = Path(name)
     if is_repo_id(name):
         path = fetch_from_hub(str(name), choose, revision=revision, token=token)
+    place = path
     if path.is_dir() and (path / COMPACT_NAME).is_file() and not (path / ADAPTER_WEIGHTS).is_file():
         path = path / COMPACT_NAME
     if path.is_file():
         with tempfile.TemporaryDirectory() as unpacked:
             write_contents(unpacked, read_compact(path))
-            yield AdapterFolder(str(name), Path(unpacked), allow_modified)
+            yield AdapterFolder(str(name), Path(unpacked), allow_modified, tokenizer_files(place))
     elif path.is_dir():
-        yield AdapterFolder(str(name), path, allow_modified)
+        yield AdapterFolder(str(name), path, allow_modified, tokenizer_files(place))
     else:
         raise FileNotFoundError(
             f"`{name}` does not exist. An adapter is a folder, a compact file, or a repository on the Hub, "
@@ -90,6 +91,7 @@ class AdapterFolder:
         name (`str`): as it was given.
         folder (`Path`): where its plain files are.
         allow_modified (`bool`): as of [`open_adapter`].
+        tokenizer (`dict[str, Path]`, *optional*): the files of its own tokenizer; a compact file has none.
 
     Attributes:
         config (`dict[str, Any]`): PEFT's `adapter_config.json`.
@@ -100,8 +102,11 @@ class AdapterFolder:
         others (`list[str]`): names of tensors that are no lora_A or lora_B.
     """
 
-    def __init__(self, name: str, folder: Path, allow_modified: bool = False):
+    def __init__(
+        self, name: str, folder: Path, allow_modified: bool = False, tokenizer: Mapping[str, Path] | None = None
+    ):
         self.name, self.folder, self.allow_modified = name, folder, allow_modified
+        self.tokenizer = dict(tokenizer or {})
         for file in PEFT_FILES:
             if not (folder / file).is_file():
                 raise FileNotFoundError(
@@ -229,7 +234,10 @@ class AdapterFolder:
 
     def setting(self, path: str, name: str, pattern: str) -> Any:
         """Return what the config says of a module: what its `pattern` has for it, else `name` of all modules."""
-        patterns = self.config.get(pattern) or {}
+        if not (patterns := self.config.get(pattern)):
+            return self.config[name]
+        from peft.utils.other import get_pattern_key  # PEFT's own way, for the few adapters that have patterns
+
         return patterns.get(get_pattern_key(patterns, path), self.config[name])
 
     @cached_property

@@ -6,11 +6,12 @@ masks/<task>.safetensors                            the masks of every task, old
 README.md  density.png  recipe.yaml                 the card, its picture; the recipe as it was run, where there is one
 lori_run.txt                                        which run began here last; never pushed
 eval_results.json                                   what `lori eval` measured
+tokenizer_config.json  tokenizer.json  ...          the tokenizer and chat template that it was trained with
 adapter_compact.safetensors                         all of it in one small file, instead of or beside the others
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,26 @@ PICTURE_NAME = "density.png"
 RECIPE_NAME = "recipe.yaml"
 RUN_NAME = "lori_run.txt"  # in an output_dir: the identity of the run that began last
 EVAL_RESULTS_NAME = "eval_results.json"
-# What `save_pretrained` of a tokenizer writes: the adapter answers in the template that it was trained with.
-TOKENIZER_FILES = (
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# What `save_pretrained` of a tokenizer or processor writes: the adapter answers in the template it was trained with.
+_TOKENIZER_FILES = {
+    TOKENIZER_CONFIG,
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "merges.txt",
+    "preprocessor_config.json",
     "processor_config.json",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "spiece.model",
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
+    "video_preprocessor_config.json",
     "vocab.json",
     "vocab.txt",
-)
+}
+_MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-]+\.jinja")
 
 RECORD_VERSION = 2
 MASKS_VERSION = 1
@@ -62,7 +67,37 @@ def masks_name(task: str) -> str:
 
 def is_ours(name: str) -> bool:
     """Say whether a file, named from its folder or repository, is one of an adapter's."""
-    return name in _OURS or _MASKS_FILE.fullmatch(name) is not None
+    return name in _OURS or _MASKS_FILE.fullmatch(name) is not None or is_tokenizers(name)
+
+
+def is_tokenizers(name: str) -> bool:
+    """Say whether a file, named from its folder or repository, is one of a tokenizer's or processor's."""
+    return name in _TOKENIZER_FILES or _MORE_TEMPLATES.fullmatch(name) is not None
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder's tokenizer, empty if there is none: name from the folder -> file."""
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return {}
+    files = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
+    names = {file.relative_to(folder).as_posix(): file for file in sorted(files)}
+    return {name: file for name, file in names.items() if is_tokenizers(name)}
+
+
+def left_over(there: Iterable[str], new: Collection[str]) -> list[str]:
+    """
+    Choose the files of an adapter that was there before and that a new one does not have.
+
+    Args:
+        there (`Iterable[str]`): all files there, named from the folder or repository.
+        new (`Collection[str]`): the new adapter's.
+
+    Returns:
+        `list[str]`: without the tokenizer of a whole model that lies there.
+    """
+    there = list(there)
+    of_a_model = "config.json" in there
+    return [name for name in there if is_ours(name) and name not in new and not (of_a_model and is_tokenizers(name))]
 
 
 def is_authors_masks(name: str) -> bool:
@@ -72,7 +107,7 @@ def is_authors_masks(name: str) -> bool:
 
 def choose(names: Iterable[str], *, weights: bool = True) -> list[str]:
     """
-    Choose the files of an adapter from those of a folder or repository.
+    Choose the files of an adapter from those of a repository; with its weights, those of its tokenizer.
 
     The plain files go before the compact one, which says the same, and our masks before the authors' own, of which
     only one can be the adapter's: the paper's sparsity where there are several.
@@ -85,17 +120,18 @@ def choose(names: Iterable[str], *, weights: bool = True) -> list[str]:
         `list[str]`: empty where there is no adapter, or no masks if only these are wanted.
     """
     names = sorted(names)
+    tokenizer = [name for name in names if weights and is_tokenizers(name)]
     has_weights = {*PEFT_FILES} <= {*names}
     masks = [name for name in names if _MASKS_FILE.fullmatch(name)]
     if COMPACT_NAME in names and not (has_weights if weights else masks):
-        return [COMPACT_NAME]
+        return [COMPACT_NAME, *tokenizer]
     authors = [name for name in names if is_authors_masks(name)]
     if not masks and authors:
         masks = [_AUTHORS_DEFAULT] if _AUTHORS_DEFAULT in authors else authors[:1] if len(authors) == 1 else []
     if not (has_weights if weights else masks):
         return []
     record = [name for name in names if name == RECORD_NAME]
-    return [*record, *masks, *(PEFT_FILES if weights else ())]
+    return [*record, *masks, *(PEFT_FILES if weights else ()), *tokenizer]
 
 
 def check_task_name(task: Any) -> str:

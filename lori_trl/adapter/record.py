@@ -311,7 +311,7 @@ def read_record(folder: str | Path, *, allow_modified: bool = False) -> LoriReco
     if not file.is_file():
         raise FileNotFoundError(
             f"`{folder}` holds no {RECORD_NAME}. A LoRI adapter's folder has one, beside PEFT's adapter_config.json. "
-            "Pass the folder that `save_model()` wrote."
+            "Pass the folder that `save_model()` wrote, or that `lori expand` makes of a compact file."
         )
     return LoriRecord.from_dict(read_json(file, MAX_JSON_BYTES), file, allow_modified=allow_modified)
 

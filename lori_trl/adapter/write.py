@@ -9,13 +9,11 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..card import read_or_render_card
 from ..files import read_json
@@ -34,11 +32,16 @@ from .layout import (
     PICTURE_NAME,
     RECIPE_NAME,
     RECORD_NAME,
-    is_ours,
+    left_over,
+    tokenizer_files,
 )
 from .mask_files import write_masks
 from .record import LoriRecord
 from .safetensors import hash_tensors, opened
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -152,21 +155,21 @@ def refuse_link_out(folder: Path, name: str) -> None:
 
 
 def _remove_old(folder: Path, new: Mapping[str, Path]) -> None:
-    there = [*folder.glob("*"), *folder.glob("masks/*.safetensors")]
-    for name in (file.relative_to(folder).as_posix() for file in there):
-        if is_ours(name) and name not in new and name != EVAL_RESULTS_NAME:
+    there = [file.relative_to(folder).as_posix() for file in (*folder.glob("*"), *folder.glob("*/*"))]
+    for name in left_over(there, new):
+        if name != EVAL_RESULTS_NAME:
             (folder / name).unlink()
 
 
 def save_lori_adapter(
     folder: str | Path,
-    model: PeftModel,
+    model: "PeftModel",
     adapter_name: str,
     *,
     record: LoriRecord,
     masks: Mapping[str, LoriMasks],
     state_dict: Mapping[str, Tensor] | None = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: "PreTrainedTokenizerBase | None" = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
     """
@@ -280,6 +283,7 @@ def write_card(
         eval_results=read_json(results, MAX_JSON_BYTES) if results.is_file() else None,
         recipe=(folder / RECIPE_NAME).is_file(),
         picture=(folder / PICTURE_NAME).is_file(),
+        tokenizer=bool(tokenizer_files(folder)),
         **place,
     )
     file.write_text(card, encoding="utf-8")
@@ -293,7 +297,7 @@ def _write_record(folder: Path, record: LoriRecord, tensors: Mapping[str, str] |
     return record
 
 
-def _check_complete(file: Path, model: PeftModel, adapter_name: str) -> None:
+def _check_complete(file: Path, model: "PeftModel", adapter_name: str) -> None:
     """Raise `RuntimeError` unless a file has every A and B of an adapter, whole: gathering shards can go wrong."""
     expected = {}
     for path, layer in lora_layers(model, adapter_name).items():

@@ -5,9 +5,11 @@ import os
 import sys
 
 from . import eval, expand, export, inspect, merge, push, recipes, tasks
+from .completion import add_print_completion
 from .errors import bad_input
 from .sft import sft  # the function, which the installed `lori-sft` calls, not its module
 from .terminal import printable, show, show_logs_as_text
+from .version import version_line
 
 _VERBS = (recipes, tasks, merge, push, export, expand, eval, inspect)
 
@@ -25,19 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["sft"]:  # all that follows is for TRL's parser
         return sft(arguments[1:])
     show_logs_as_text()
-    parser = _Parser(
-        prog="lori",
-        description="Train LoRI adapters.",
-        epilog="example:\n  lori recipes list",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("sft", add_help=False, help="train an adapter (the same as lori-sft)")
-    for verb in _VERBS:
-        verb.add_parser(commands)
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     with bad_input("lori"):
-        _check_one_process(options.command)
+        if options.command != "eval":
+            _check_one_process(options.command)
         try:
             options.func(options)
         except RuntimeError as error:  # the call was right, the Hub was not
@@ -46,10 +39,28 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of `lori`, which has all verbs and imports nothing that they need."""
+    parser = _Parser(
+        prog="lori",
+        description="Train LoRI adapters.",
+        epilog="example:\n  lori recipes list",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version_line())
+    add_print_completion(parser)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("sft", add_help=False, help="train an adapter (the same as lori-sft)")
+    for verb in _VERBS:
+        verb.add_parser(commands)
+    return parser
+
+
 def _check_one_process(command: str) -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise ValueError(
             f"`lori {command}` was started in {processes} processes, each of which would do all of the work and write "
-            "the same files. Only `lori sft` shares its work out. Start it once, without `accelerate launch`."
+            "the same files. `lori sft` and `lori eval` share their work out. Start it once, without `accelerate "
+            "launch`."
         )

@@ -1,6 +1,5 @@
 """Errors about the input: one message, and the exit code of a wrong call."""
 
-import os
 from contextlib import contextmanager
 
 from .terminal import show
@@ -12,8 +11,7 @@ def bad_input(program: str, errors: tuple[type[Exception], ...] = (ValueError, T
     try:
         yield
     except errors as error:
-        if os.environ.get("RANK", "0") == "0":
-            show(f"{program}: {_message(error)}", error=True)
+        show(f"{program}: {_message(error)}", error=True)
         raise SystemExit(2) from None
 
 

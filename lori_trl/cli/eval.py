@@ -15,7 +15,8 @@ def add_parser(commands) -> None:
         "eval",
         help="evaluate adapters beside their base model",
         epilog="example:\n  lori eval code-lori-s math-lori-s --tasks gsm8k boolq safety\n"
-        "  lori eval code-lori-s --metrics loss --dataset_path held_out.jsonl",
+        "  lori eval code-lori-s --metrics loss --dataset_path held_out.jsonl\n"
+        "  accelerate launch --multi_gpu -m lori_trl.cli eval code-lori-s --tasks nlu",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = evaluation.add_argument
@@ -44,6 +45,13 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..evaluation.processes import all_processes
+
+    with all_processes() as is_writer:
+        _run(options, is_writer)
+
+
+def _run(options: argparse.Namespace, is_writer: bool) -> None:
     from ..evaluation import models, results
     from ..evaluation.harness import evaluate, load_tasks
     from ..evaluation.loss import held_out_rows, measure_loss
@@ -90,6 +98,8 @@ def run(options: argparse.Namespace) -> None:
         if tasks:
             figures += evaluate(model, tokenizer, tasks, batch_size=options.batch_size, seed=options.seed)
         compared[label] = figures
+        if not is_writer:
+            return
         new = results.records(figures, name, base)
         on_file.extend(new)
         if name in folders:
@@ -106,9 +116,8 @@ def run(options: argparse.Namespace) -> None:
                 pass  # whatever does not fit fails before hours of work
         measure(base_name, "base", model, tokenizer, None)
         for name in adapters:
-            with models.with_adapter(model, name, allow_modified=options.allow_modified) as adapted:
-                own = models.own_tokenizer(name, tokenizer)
-                measure(name, _label(name, options.models), adapted, own, base_name)
+            with models.with_adapter(model, name, allow_modified=options.allow_modified) as (adapted, own):
+                measure(name, _label(name, options.models), adapted, own or tokenizer, base_name)
         del model
     for name in whole:
         measure(name, _label(name, options.models), *models.load_model(name, options.dtype), None)

@@ -1,6 +1,8 @@
 """`lori recipes`: list, show, check and copy the shipped ones."""
 
 import argparse
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from ..recipes import (
     list_recipes,
     read_recipe,
     recipe_facts,
+    shipped_folder,
     validate_recipe,
 )
 from . import merge
@@ -37,6 +40,8 @@ def add_parser(commands) -> None:
     copy.add_argument("recipe", help="a shipped recipe's name")
     copy.add_argument("target", type=Path, help="the new file")
     copy.set_defaults(func=_copy)
+    schema = actions.add_parser("schema", help="print the JSON schema of recipes, for editors")
+    schema.set_defaults(func=_schema)
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -86,4 +91,12 @@ def _copy(options: argparse.Namespace) -> None:
         raise FileExistsError(
             f"`{options.target}` exists. A copy goes to a new file. Choose another name or delete it."
         )
-    shutil.copyfile(file, options.target)
+    schema = (shipped_folder("recipes") / "recipe.schema.json").resolve()
+    text = file.read_text(encoding="utf-8")  # its schema is named as seen from where it was
+    options.target.write_text(re.sub(r"(?m)^(# yaml-language-server: \$schema=).+$", rf"\g<1>{schema}", text), "utf-8")
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from ..recipe_schema import recipe_schema
+
+    show(json.dumps(recipe_schema(sft_parser(), merge.recipe_parser()), indent=1))

@@ -13,18 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from ..intervals import INTERVALS, check_range
-from ..recipes import find_recipe, foreign_code, is_baseline, is_shipped, nearest, validate_recipe
+from ..recipes import (
+    find_recipe,
+    foreign_code,
+    is_baseline,
+    is_merge_recipe,
+    is_shipped,
+    list_recipes,
+    nearest,
+    read_recipe,
+    validate_recipe,
+)
+from .completion import sft_completion_parser
 from .errors import bad_input
-from .terminal import show, show_logs_as_text
+from .terminal import printable, show, show_logs_as_text
+from .version import version_line
 
 _EXAMPLE = """
 several processes: --accelerate_config single | ddp | fsdp2 | fsdp2_multinode | zero2 | zero3 | FILE, and
 --num_processes N; with --dry-run it says what is sharded and what each device holds
 
+--help-all lists all of TRL's options; --version and --print-completion SHELL are as of `lori`
+
 example:
   lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8
   lori-sft --accelerate_config ddp --num_processes 8 --recipe code_lori_s.yaml --output_dir code-lori-s
 """
+# TRL's fields that `--help` shows besides those that shipped recipes set.
+_ALSO_SHOWN = {"help", "load_in_4bit", "max_steps", "push_to_hub", "hub_model_id", "resume_from_checkpoint", "seed"}
 # Options of `accelerate launch` that differ from run to run, and so stand beside a launch file.
 _LAUNCH_OPTIONS = (
     "num_processes",
@@ -41,6 +57,14 @@ def sft(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     show_logs_as_text()
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
+    if "--version" in arguments:
+        show(version_line())
+        return 0
+    if any(argument.startswith("--print-completion") for argument in arguments):
+        sft_completion_parser().parse_args(arguments)
+    if {"--help-all", "--help_all"} & set(arguments):
+        sft_parser(help_all=True).print_help()
+        return 0
     if "--accelerate_config" in arguments:
         return _launch(arguments)
     with bad_input("lori-sft"):
@@ -48,6 +72,9 @@ def sft(arguments: list[str] | None = None) -> int:
         script, args, model_args, recipe = _parse(parser, arguments)
         if script.dry_run:
             _dry_run(script, args, model_args)
+            return 0
+        if script.preview is not None:
+            _preview(script, args, model_args)
             return 0
         trainer = _build_trainer(script, args, model_args)
     trainer.recipe = recipe
@@ -95,7 +122,8 @@ def _launch(arguments: list[str]) -> int:
     return 0
 
 
-def sft_parser():
+def sft_parser(*, help_all: bool = False):
+    """Make the parser of `lori-sft`, of which `--help` shows what matters, or all."""
     from trl import ModelConfig, TrlParser
 
     from ..config import LoriSFTConfig
@@ -109,7 +137,7 @@ def sft_parser():
             formatter = self._get_formatter()
             formatter.add_text(f"usage: {self.prog} [--recipe RECIPE] [--FIELD VALUE ...]")
             formatter.add_text(self.description)
-            for title, actions in _help_groups(self._actions).items():
+            for title, actions in _help_groups(self._actions, help_all).items():
                 formatter.start_section(title)
                 formatter.add_arguments(actions)
                 formatter.end_section()
@@ -128,8 +156,12 @@ def sft_parser():
     return parser
 
 
-def _help_groups(actions: list[argparse.Action]) -> dict[str, list[argparse.Action]]:
-    """Group the options for `--help`: LoRI's own first, as `LoriArguments` documents them, TRL's hundreds last."""
+def _help_groups(actions: list[argparse.Action], help_all: bool) -> dict[str, list[argparse.Action]]:
+    """
+    Group the options for `--help`: LoRI's own first, as `LoriArguments` documents them, TRL's hundreds last.
+
+    Of TRL's, those are shown that a shipped recipe sets, or all.
+    """
     from trl import ModelConfig
 
     from ..config import LoriArguments
@@ -143,6 +175,11 @@ def _help_groups(actions: list[argparse.Action]) -> dict[str, list[argparse.Acti
     groups["the data and the run"] = {"help", *_names(LoriScriptArguments), "output_dir"}
     groups["the base model and the adapter (TRL's ModelConfig)"] = _names(ModelConfig)
     groups["training (TRL's SFTConfig)"] = {action.dest for action in actions}.difference(*groups.values())
+    if not help_all:
+        recipes = [file for file in list_recipes() if not is_merge_recipe(file) and not is_baseline(file)]
+        shown = _ALSO_SHOWN.union(*map(read_recipe, recipes))
+        for title in [title for title in groups if "TRL's" in title]:
+            groups[title] &= shown
     return {title: [action for action in actions if action.dest in names] for title, names in groups.items()}
 
 
@@ -172,12 +209,12 @@ def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[A
         )
     except Exception as error:  # transformers raises this and that on values it does not foresee
         raise ValueError(
-            f"{str(error).rstrip('.')}. `lori-sft --help` lists what is allowed. Correct the call or the recipe."
+            f"{str(error).rstrip('.')}. `lori-sft --help-all` lists what is allowed. Correct the call or the recipe."
         ) from error
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(
-            f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help` lists all. Correct it."
+            f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help-all` lists all. Correct it."
         )
     _, args, *_ = configs
     if not isinstance(args.model_init_kwargs, dict | None):
@@ -217,8 +254,9 @@ def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]
             "`model_name_or_path` is missing. It names the base model, on the Hub or in a folder. Pass e.g. "
             "`--model_name_or_path meta-llama/Meta-Llama-3-8B`, or a `--recipe` that does."
         )
-    for name in vars(model_args).keys() & INTERVALS.keys():
-        check_range(name, getattr(model_args, name), INTERVALS[name])
+    for config in (script, model_args):
+        for name in vars(config).keys() & INTERVALS.keys():
+            check_range(name, getattr(config, name), INTERVALS[name])
     if not model_args.use_peft:
         raise ValueError("`use_peft=False` is no LoRI. A LoRI adapter is PEFT's. Leave `use_peft` out.")
     given = {
@@ -258,6 +296,29 @@ def _dry_run(script, args, model_args, engine=None) -> None:
         show(counts.table(), engine.table(counts, base_bytes, args.sparse_backend))
 
 
+def _preview(script, args, model_args) -> None:
+    from rich.text import Text
+
+    from ..preview import preview_rows
+    from ..tasks import load_training_data
+
+    rows = load_training_data(script, args.dataset_text_field)[script.dataset_train_split]
+    for number, row in enumerate(preview_rows(rows, args, _load_tokenizer(args, model_args), script.preview)):
+        text = Text()
+        for piece, bears_loss in row.pieces:
+            piece = printable(piece)
+            text.append(f"⟦{piece}⟧" if bears_loss else piece, style="bold green" if bears_loss else "dim")
+        show(f"row {number}: {row.num_tokens:,} tokens, {row.num_with_loss:,} bear loss: those in ⟦⟧", text, "")
+
+
+def _load_tokenizer(args, model_args):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+
+
 def _bytes_of_base(model_args) -> float:
     if model_args.load_in_4bit:
         return 0.56  # NF4: half a byte, and a float32 scale every 64 entries
@@ -267,7 +328,6 @@ def _bytes_of_base(model_args) -> float:
 
 
 def _build_trainer(script, args, model_args):
-    from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
     from ..adapter.load import load_lori_adapter
@@ -311,9 +371,7 @@ def _build_trainer(script, args, model_args):
         args,
         train_dataset=data[script.dataset_train_split],
         eval_dataset=data[script.dataset_test_split] if evaluated else None,
-        processing_class=AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-        ),
+        processing_class=_load_tokenizer(args, model_args),
         peft_config=peft_config,
     )
 

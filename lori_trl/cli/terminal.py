@@ -1,6 +1,7 @@
 """The one way to the terminal. Text of files, servers and errors is shown there, and never obeyed."""
 
 import logging
+import os
 from typing import Any
 
 from rich.console import Console
@@ -21,13 +22,15 @@ class _PlainConsole(Console):
 
 def show(*parts: Any, error: bool = False, width: int | None = None) -> None:
     """
-    Print texts and tables.
+    Print texts and tables. Of the processes of a launch, the first one does.
 
     Args:
         parts (`str` or a rich renderable): one below the other; a text is not wrapped.
         error (`bool`, *optional*, defaults to `False`): whether to print to the standard error.
         width (`int`, *optional*): of the tables; by default the terminal's.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return
     console = _PlainConsole(stderr=error, highlight=False, width=width)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))

@@ -3,12 +3,14 @@
 from .harness import evaluate, load_tasks
 from .loss import CompletionLoss, completion_loss, held_out_rows
 from .models import find_base_model, is_whole_model, load_model, with_adapter
+from .processes import all_processes
 from .results import Result, read_results, records, results_table, write_file, write_results
 from .scoring import extract_label, extract_number, is_refusal, is_refusal_by_keywords, pass_at_k
 
 __all__ = [
     "CompletionLoss",
     "Result",
+    "all_processes",
     "completion_loss",
     "evaluate",
     "extract_label",

@@ -1,6 +1,5 @@
 """Benchmarks through lm-eval: rows in, scores of single answers, means with standard errors out."""
 
-import copy
 import json
 import logging
 from collections import Counter
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from rich.progress import track
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..recipes import nearest
 from ..sandbox import check_isolation, run_programs
 from ..tasks import BENCHMARKS, alpaca_prompt, hex_phi_prompt, load_benchmark
+from .processes import do_once
 from .results import Result, rows_hash, versions
 from .scoring import extract_label, extract_number, is_refusal, is_refusal_by_keywords, pass_at_k
 
@@ -139,8 +139,10 @@ def evaluate(
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
+    from .harness_model import HarnessModel
+
     with _log_level("lm_eval", logging.ERROR):
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        lm = HarnessModel(model, tokenizer, batch_size, seed)
         for task in tasks.values():
             longest = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
             if longest >= lm.max_length:
@@ -149,7 +151,6 @@ def evaluate(
                     f"tokens in all. Pass fewer, e.g. `--max_new_tokens {lm.max_length // 2}`."
                 )
         with _log_level(HFLM.__module__, logging.WARNING):  # it says when a prompt is cut
-            set_seed(seed)
             output = evaluator.evaluate(
                 lm=lm, task_dict={"tasks": dict(tasks)}, log_samples=False, confirm_run_unsafe_code=True
             )
@@ -288,8 +289,12 @@ def run_samples(samples: Sequence[Sequence[str]], docs: Sequence[Mapping[str, An
         for doc, completions in zip(docs, samples, strict=True)
         for sample in completions
     ]
-    outcomes = track(run_programs(programs), "running samples", total=len(programs), transient=True)
-    passed = iter([outcome.passed for outcome in outcomes])
+
+    def run_all() -> list[bool]:  # in one process: it starts as many programs at once as there are processors
+        outcomes = track(run_programs(programs), "running samples", total=len(programs), transient=True)
+        return [outcome.passed for outcome in outcomes]
+
+    passed = iter(do_once(run_all))
     return [[next(passed) for _ in completions] for completions in samples]
 
 
@@ -332,7 +337,7 @@ def _import_lm_eval(names: Sequence[str]) -> None:
     except ImportError as error:
         raise ImportError(
             f"`--tasks {' '.join(names)}` needs lm-eval ({error}). `--metrics loss` does not. Install it: "
-            "`pip install 'lori-trl[eval]'`."
+            "`pip install lm-eval`."
         ) from error
 
 

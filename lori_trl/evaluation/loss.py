@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational
 
 from ..tasks import LoriScriptArguments, load_training_data
+from .processes import share_out
 from .results import Result, rows_hash, versions
 
 
@@ -67,17 +67,15 @@ def completion_loss(
         raise ValueError("`rows` has no rows. At least one with `prompt` and `completion` is needed. Pass other data.")
     if max_length is not None:
         encoded = [(ids[:max_length], start) for ids, start in encoded if start < max_length]
-    losses, counts = [], []
+    batches = [encoded[first : first + batch_size] for first in range(0, len(encoded), batch_size)]
     was_training = model.training
     model.eval()
     try:
-        for first in track(range(0, len(encoded), batch_size), "completion loss", transient=True):
-            batch = encoded[first : first + batch_size]
-            loss, count = _row_losses(model, batch)
-            losses += loss
-            counts += count
+        measured = share_out(lambda number: _row_losses(model, batches[number]), len(batches), "completion loss")
     finally:
         model.train(was_training)
+    losses = [loss for of_rows, _ in measured for loss in of_rows]
+    counts = [count for _, of_rows in measured for count in of_rows]
     tokens = sum(counts)
     if tokens == 0:
         raise ValueError(

@@ -10,9 +10,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter.folder import base_name, may_be_one_base, open_adapter
-from ..adapter.layout import ADAPTER_CONFIG
+from ..adapter.layout import ADAPTER_CONFIG, TOKENIZER_CONFIG
 from ..adapter.load import load_with_peft
 from ..base_model import load_base_model
+from .processes import device_map
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +71,14 @@ def find_base_model(base_model: str | None, models: Sequence[str], *, allow_modi
 
 def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Load a whole model and its tokenizer, on the GPU if there is one.
+    Load a whole model and its tokenizer, on the GPU if there is one; of several processes, each on its own.
 
     Raises:
         `FileNotFoundError`: there is no such model.
     """
     try:
-        device_map = "auto" if torch.cuda.is_available() else None
         model = load_base_model(
-            name, architecture=AutoModelForCausalLM, dtype=getattr(torch, dtype), device_map=device_map
+            name, architecture=AutoModelForCausalLM, dtype=getattr(torch, dtype), device_map=device_map()
         )
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -88,15 +88,15 @@ def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
         ) from error
 
 
-def own_tokenizer(name: str, of_base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that lies beside an adapter, which may end its answers differently, or the base's."""
-    return AutoTokenizer.from_pretrained(name) if (Path(name) / "tokenizer_config.json").is_file() else of_base
-
-
 @contextmanager
-def with_adapter(base: PreTrainedModel, name: str, *, allow_modified: bool = False) -> Iterator[PeftModel]:
+def with_adapter(
+    base: PreTrainedModel, name: str, *, allow_modified: bool = False
+) -> Iterator[tuple[PeftModel, PreTrainedTokenizerBase | None]]:
     """
     Put an adapter onto a base model for a while; afterwards the base is what it was.
+
+    Yields the model and the adapter's own tokenizer, which may have another chat template than the base's and end its
+    answers differently; `None` where it brings none.
 
     Args:
         base (`PreTrainedModel`): the base model.
@@ -109,9 +109,12 @@ def with_adapter(base: PreTrainedModel, name: str, *, allow_modified: bool = Fal
     """
     with open_adapter(name, allow_modified=allow_modified) as adapter:
         adapter.verify()
+        tokenizer = None
+        if adapter.tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(adapter.tokenizer[TOKENIZER_CONFIG].parent)
         model = load_with_peft(base, adapter)
     try:
-        yield model.eval()
+        yield model.eval(), tokenizer
     finally:
         model.unload()
         if hasattr(base, "peft_config"):

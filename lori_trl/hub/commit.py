@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def push_files(
     create_pr: bool = False,
     commit_message: str,
     token: str | None = None,
-    replaces: Callable[[str], bool] = lambda name: False,
+    left_over: Callable[[Iterable[str], Collection[str]], list[str]] = lambda there, new: [],
     memory: Path | None = None,
 ) -> CommitInfo:
     """
@@ -67,13 +67,14 @@ def push_files(
     Args:
         files (`Mapping[str, Path]`): name in the repository -> file.
         repo_id, private, revision, create_pr, commit_message, token: as in [`push_lori_to_hub`].
-        replaces (`Callable[[str], bool]`, *optional*): which other files in the repository the commit removes.
+        left_over (`Callable[[Iterable[str], Collection[str]], list[str]]`, *optional*):
+            Takes the names of the files in the repository and of the new ones, returns those that the commit removes.
         memory (`Path`, *optional*):
             Where to remember the commits made from here. A branch whose head is another is not pushed over.
 
     Raises: as [`push_lori_to_hub`].
     """
-    push = _Push(HfApi(token=token), repo_id, revision, create_pr, commit_message, dict(files), replaces, token)
+    push = _Push(HfApi(token=token), repo_id, revision, create_pr, commit_message, dict(files), left_over, token)
     try:
         push.repo_id = _make(push.api, repo_id, private)
         head = _look(push.api, push.repo_id, revision)
@@ -107,7 +108,7 @@ class _Push:
     create_pr: bool
     message: str
     files: dict[str, Path]
-    replaces: Callable[[str], bool]
+    left_over: Callable[[Iterable[str], Collection[str]], list[str]]
     token: str | None
 
     def changed(self, head: _Head) -> list[str]:
@@ -117,7 +118,7 @@ class _Push:
 
     def stale(self, head: _Head) -> list[str]:
         """Names in the commit that this push removes."""
-        return [name for name in head.files if name not in self.files and self.replaces(name)]
+        return self.left_over(head.files, self.files)
 
     def find(self, head: _Head) -> CommitInfo | None:
         """Return the commit that has these contents already: the head, or that of an open pull request."""

@@ -24,12 +24,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import get_session, httpx
 
+from ..adapter.layout import MAX_JSON_BYTES, is_tokenizers
+
 logger = logging.getLogger(__name__)
 
 WAITS = (1, 2, 4)  # seconds between the attempts of a request that the Hub could not answer
 # Seconds that a server may say nothing until a request has failed; the client would wait for ever.
 SILENCE = 120.0
-MAX_JSON_BYTES = 10_000_000  # an adapter's JSON has some kB; a parser would build gigabytes from 100 MB
+MAX_TOKENIZER_BYTES = 100_000_000  # a vocabulary of 262,144 tokens has 33 MB
 
 Answer = TypeVar("Answer")
 
@@ -174,10 +176,11 @@ def _checked_names(repo_id: str, names: list[str], choose: Callable[[list[str]],
 
 
 def _check_json_size(repo_id: str, name: str, size: int) -> None:
-    if name.endswith(".json") and size > MAX_JSON_BYTES:
+    largest = MAX_TOKENIZER_BYTES if is_tokenizers(name) else MAX_JSON_BYTES
+    if name.endswith(".json") and size > largest:
         raise ValueError(
-            f"`{name}` in `{repo_id}` has {size / 1e6:.0f} MB. An adapter's JSON has at most "
-            f"{MAX_JSON_BYTES / 1e6:.0f} MB. Do not use this repository."
+            f"`{name}` in `{repo_id}` has {size / 1e6:.0f} MB. Such a file has at most {largest / 1e6:.0f} MB. Do not "
+            "use this repository."
         )
 
 

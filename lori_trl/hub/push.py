@@ -11,11 +11,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import CommitInfo, HfApi
-from transformers import Trainer
 
 from ..adapter.compact import write_compact
 from ..adapter.folder import AdapterFolder, base_name
@@ -28,12 +27,16 @@ from ..adapter.layout import (
     PICTURE_NAME,
     RECIPE_NAME,
     RECORD_NAME,
-    is_ours,
+    left_over,
     masks_name,
+    tokenizer_files,
 )
 from ..adapter.record import read_record
 from ..adapter.write import refuse_link_out, write_card
 from .commit import push_files, refuse_tokens
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ MEMORY = Path(".cache", "lori_trl", "pushed.json")  # in the adapter's folder: w
 
 
 def push_lori_to_hub(
-    source: Trainer | str | Path,
+    source: "Trainer | str | Path",
     repo_id: str,
     *,
     private: bool | None = None,
@@ -57,9 +60,10 @@ def push_lori_to_hub(
     """
     Push an adapter to the Hub: its files in one commit, and no other files.
 
-    The commit has the adapter, its masks, `lori_config.json`, the recipe, evaluation results, the card and its
-    picture. Files of an earlier adapter that this one does not have are removed in the same commit; files that are
-    not an adapter's are left alone. Where the branch has the same contents already, no commit is made.
+    The commit has the adapter, its masks, `lori_config.json`, the tokenizer with its chat template, the recipe,
+    evaluation results, the card and its picture. Files of an earlier adapter that this one does not have are removed
+    in the same commit; files that are not an adapter's are left alone. Where the branch has the same contents already,
+    no commit is made.
 
     Args:
         source (`Trainer` or `str` or `Path`):
@@ -106,7 +110,7 @@ def push_lori_to_hub(
             create_pr=create_pr,
             commit_message=commit_message or f"{record.variant} adapter: {record.task}",
             token=token,
-            replaces=is_ours,
+            left_over=left_over,
             memory=folder / MEMORY,
         )
 
@@ -132,7 +136,7 @@ def push_in_background(folder: str | Path, memory: Path, repo_id: str, **argumen
 
     def push() -> None:
         with copy, logged("The push of a checkpoint failed, training goes on"):
-            push_files(copies, repo_id, replaces=is_ours, memory=memory, **arguments)
+            push_files(copies, repo_id, left_over=left_over, memory=memory, **arguments)
 
     return HfApi().run_as_future(push)
 
@@ -175,12 +179,14 @@ def adapter_files(
             "that `save_model()` wrote."
         )
     optional = [name for name in (RECIPE_NAME, EVAL_RESULTS_NAME, PICTURE_NAME) if (folder / name).is_file()]
-    for name in [*needed, *optional, CARD_NAME]:
+    tokenizer = tokenizer_files(folder)
+    for name in [*needed, *optional, *tokenizer, CARD_NAME]:
         refuse_link_out(folder, name)
     adapter = AdapterFolder(str(folder), folder, allow_modified)
     adapter.verify()
     with tempfile.TemporaryDirectory() as stage:
         files = {name: folder / name for name in [*(needed if "peft" in include else needed[:1]), *optional]}
+        files |= tokenizer
         public = _without_local_paths(adapter)
         for name in public.keys() & files.keys():
             files[name] = Path(stage, name)

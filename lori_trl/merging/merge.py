@@ -1,5 +1,6 @@
 """Several adapters into one, from their files: matrix by matrix, without the base model."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,11 +16,15 @@ from ..adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES, RECORD
 from ..adapter.record import LoriRecord
 from ..adapter.safetensors import SafetensorsWriter
 from ..adapter.write import check_output, complete, staged
+from ..files import copy_files
 from ..hub.download import hash_file
 from ..layers import tensor_name
 from ..projections import Fingerprint, Projection
+from ..vllm import DEFAULT_MAX_RANK, max_lora_rank
 from .checks import IndependenceOfA, check_dtypes, checked_weights
 from .plan import Plan, open_plan
+
+logger = logging.getLogger(__name__)
 
 
 def merge_lori_adapters(
@@ -40,7 +45,8 @@ def merge_lori_adapters(
     Merge adapters into one, from their files: matrix by matrix, without the base model.
 
     The result is a plain PEFT adapter in float32 with one rank and one alpha, so that PEFT and vLLM load it, with the
-    recipe of the merge, the inputs' hashes, the masks of every task and a card beside it.
+    recipe of the merge, the inputs' hashes, the masks of every task, a card, and the inputs' tokenizer, if those that
+    bring one bring the same, beside it.
 
     Args:
         adapters (`Sequence[str]`):
@@ -88,10 +94,12 @@ def merge_lori_adapters(
         weights = checked_weights(weights, len(plan.sources))
         check_output(output_dir, [*map(str, adapters)], overwrite=overwrite)
         check_dtypes(plan.sources)
+        _warn_of_rank(plan)
         with staged(output_dir) as stage, ThreadPoolExecutor(1) as pool:
             hashes = [pool.submit(_hashes, source) for source in plan.sources]
             projection, tensors, independence = _write_factors(plan, weights, stage / ADAPTER_WEIGHTS)
             plan.adapter_config().save_pretrained(stage)
+            copy_files(_common_tokenizer(plan.sources), stage)
             merge = Merge(
                 method=method,
                 adapters=_merged_adapters(plan, weights, [future.result() for future in hashes]),
@@ -165,6 +173,35 @@ def _store(writer: SafetensorsWriter, taken: Fingerprint, path: str, A: Tensor, 
     for part, tensor in (("lora_A", A), ("lora_B", B)):
         writer.write(tensor_name(path, part), tensor)
     taken.add(path, A)
+
+
+def _warn_of_rank(plan: Plan) -> None:
+    if plan.rank <= DEFAULT_MAX_RANK:
+        return
+    needed = max_lora_rank(plan.rank)
+    logger.warning(
+        f"The merged adapter has rank {plan.rank}, and vLLM takes ranks up to {DEFAULT_MAX_RANK} unless it is told "
+        + (f"otherwise. Serve it with `--max-lora-rank {needed}`" if needed else "otherwise, and none as high as this")
+        + (", or merge by another method, which keeps the rank." if plan.method == "concat" else ".")
+    )
+
+
+def _common_tokenizer(sources: Sequence[AdapterFolder]) -> dict[str, Path]:
+    """Return the tokenizer's files that the adapters have alike; none where two of them differ."""
+    first, *others = [source for source in sources if source.tokenizer] or [None]
+    if first is None:
+        return {}
+    contents = {name: file.read_bytes() for name, file in first.tokenizer.items()}
+    for other in others:
+        own = {name: file.read_bytes() for name, file in other.tokenizer.items()}
+        differing = sorted(name for name in contents.keys() | own.keys() if contents.get(name) != own.get(name))
+        if differing:
+            logger.warning(
+                f"`{first.title}` and `{other.title}` bring different tokenizers ({', '.join(differing)}), so the "
+                "merged adapter has none, and is used with its base's. If one serves all tasks, copy its files there."
+            )
+            return {}
+    return first.tokenizer
 
 
 def _merged_adapters(

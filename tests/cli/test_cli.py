@@ -16,8 +16,11 @@ def test_help_ends_in_an_example(command):
     assert "example:\n  lori" in text
 
 
-def test_only_training_takes_several_processes(monkeypatch, capsys):
+@pytest.mark.parametrize("call", [["recipes", "list"], ["merge", "a", "b"], ["inspect", "a"], ["push", "a", "me/a"]])
+def test_only_training_and_evaluation_take_several_processes(call, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as end:
-        main(["recipes", "list"])
-    assert end.value.code == 2 and "`lori recipes` was started in 2 processes" in capsys.readouterr().err
+        main(call)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and f"`lori {call[0]}` was started in 2 processes" in error
+    assert "Start it once, without `accelerate launch`" in error

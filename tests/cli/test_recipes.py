@@ -5,6 +5,7 @@ import os
 import pytest
 
 from lori_trl.cli import main, sft
+from lori_trl.recipes import shipped_folder
 
 
 def test_recipes_list_show_copy_validate(tmp_path, capsys):
@@ -24,7 +25,8 @@ def test_recipes_list_show_copy_validate(tmp_path, capsys):
     assert main(["recipes", "show", "quickstart"]) == 0
     text = capsys.readouterr().out
     assert main(["recipes", "copy", "quickstart", str(tmp_path / "mine.yaml")]) == 0
-    assert (tmp_path / "mine.yaml").read_text() == text
+    schema = shipped_folder("recipes") / "recipe.schema.json"
+    assert (tmp_path / "mine.yaml").read_text() == text.replace("$schema=recipe.schema.json", f"$schema={schema}")
     assert main(["recipes", "validate", str(tmp_path / "mine.yaml")]) == 0
     assert "no faults" in capsys.readouterr().out
     (tmp_path / "mine.yaml").write_text("sparsity: high\n")

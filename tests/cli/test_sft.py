@@ -135,7 +135,7 @@ def fails(arguments, capsys, *parts):
         (["--recipe", "baselines/nlu_fft.yaml"], ["is a baseline", "it sets `use_peft`", "take `use_peft` out"]),
         (["--use_peft", "False"], ["`use_peft=False` is no LoRI", "Leave `use_peft` out"]),
         (["--model_init_kwargs", "text"], ["`model_init_kwargs=text`", "Correct the call or the recipe"]),
-        (["--lr_scheduler_type", "text"], ["text", "`lori-sft --help` lists what is allowed"]),
+        (["--lr_scheduler_type", "text"], ["text", "`lori-sft --help-all` lists what is allowed"]),
         (["--ddp_timeout", "9" * 30], ["too large", "Correct the call or the recipe"]),
         (["--sparcity", "0.5"], ["`--sparcity` is no option (did you mean --sparsity?)"]),
         (["--learning_rate", "fast"], ["invalid float value: 'fast'", "Correct the call"]),
@@ -275,3 +275,18 @@ def test_help_shows_lori_s_own_options_first_in_groups():
     for field in fields(LoriArguments):
         assert 0 < shown.index(f"\n  --{field.name} ") < first_of_trl, field.name
     assert shown.count("\n  --learning_rate ") == 1 and "--learning-rate" not in shown
+
+
+def test_help_is_short_and_help_all_is_not(capsys):
+    short, everything = sft_parser().format_help(), sft_parser(help_all=True).format_help()
+    assert len(short.splitlines()) < 250 < 700 < len(everything.splitlines())
+    assert "--ddp_timeout" in everything and "--ddp_timeout" not in short and "--help-all" in short
+    assert sft(["--help-all"]) == 0 and "--ddp_timeout" in capsys.readouterr().out
+
+
+def test_preview_shows_rows_and_trains_nothing(call, tmp_path, capsys):
+    assert sft([*call, "--preview", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "row 1: 10 tokens, 5 bear loss" in shown and "row 2" not in shown and "</s>⟧" in shown
+    assert not (tmp_path / "out").exists()
+    fails([*call, "--preview", "0"], capsys, "`preview=0` is outside [1, inf)")

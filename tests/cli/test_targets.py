@@ -49,6 +49,8 @@ def refused(place, call, capsys):
         "export --gguf one link/new.gguf --overwrite",
         "export --gguf one c.safetensors",
         "export --gguf one rows.jsonl",
+        "export --gguf one new.gguf --dtype int8",
+        "export --compact one new.safetensors --base_model me/base",
         "export --gguf one math/lori_config.json --overwrite",
         "expand c.safetensors math",
         "expand c.safetensors c.safetensors --overwrite",

@@ -1,8 +1,9 @@
 """What test_engines.py starts on two ranks: `accelerate launch ... run.py ENGINE FOLDER REFERENCES [PHASE]`.
 
-With a phase, it makes the run that is killed in that phase, or that goes on to its end if the phase is "none".
+With a phase, it makes the run that is killed in that phase. Without one, it makes all runs, and that one to its end.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from transformers import TrainerCallback
 
 from lori_trl import LoriSFTTrainer
+from lori_trl.adapter import write
 from lori_trl.selection import select_largest
 
 
@@ -80,15 +82,14 @@ def run(engine: str, name: str, folder: Path, references: Path) -> None:
                 except Interrupted:
                     dist.barrier()
     trainer = make(engine, name, folder, references)
-    trainer.train(resume_from_checkpoint=name.startswith("interrupted"))
+    trainer.train(resume_from_checkpoint=name.startswith(("interrupted", "killed")))
     trainer.save_model()
 
 
 def run_to_be_killed(engine: str, folder: Path, references: Path, phase: str) -> None:
-    trainer = make(engine, "interrupted", folder, references)
+    trainer = make(engine, "killed", folder, references)
     trainer.add_callback(End(trainer, phase, kill))
     trainer.train(resume_from_checkpoint=any(folder.glob("**/trainer_state.json")))
-    trainer.save_model()
 
 
 def refuse(engine: str, name: str, words: str, folder: Path, references: Path) -> None:
@@ -119,6 +120,9 @@ def select_from_shards() -> None:
 if __name__ == "__main__":
     engine, folder, references, *phase = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
     allow_cpus(engine)
+    # What takes longer than these short runs: pictures, and looking for garbage in all that was imported.
+    write.draw_density = lambda *_: False
+    gc.freeze()
     if phase:
         run_to_be_killed(engine, folder / "killed", references, *phase)
     else:

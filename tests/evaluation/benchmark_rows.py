@@ -35,3 +35,18 @@ def write_rows(file: Path, rows) -> Path:
 
 def figure(task="gsm8k", metric="accuracy_strict", value=0.5, **more) -> Result:
     return Result(task, metric, value, 10, **more)
+
+
+def write_data(folder: Path) -> Path:
+    """Write local data for every benchmark, in words that the tiny tokenizer knows."""
+    nlu = [
+        {"prompt": f"w{i} w{i + 1} w{i + 2}", "choices": ["w7", "w80", "w9"], "answer": ["w7", "w80", "w7"][i % 3]}
+        for i in range(7)
+    ]
+    for name in NLU:
+        write_rows(folder / name / "test.jsonl", [{**row, "completion": row["answer"]} for row in nlu])
+    prompts = [{"prompt": f"w{i} w{2 * i}", "completion": f" w{i} w3"} for i in range(1, 7)]
+    write_rows(folder / "gsm8k" / "test.jsonl", [{**row, "answer": str(i)} for i, row in enumerate(prompts)])
+    write_rows(folder / "safety" / "test.jsonl", prompts)
+    write_rows(folder / "code" / "humaneval.jsonl", PROBLEMS)
+    return folder

@@ -3,27 +3,16 @@
 from pathlib import Path
 
 import pytest
-from evaluation.benchmark_rows import NLU, PROBLEMS, write_rows
+from evaluation.benchmark_rows import write_data
 from peft import get_peft_model
 from tiny import lora_config
 from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
+def data(tmp_path_factory) -> Path:
     """Local data for every benchmark, in words that the tiny tokenizer knows."""
-    folder = tmp_path_factory.mktemp("data")
-    nlu = [
-        {"prompt": f"w{i} w{i + 1} w{i + 2}", "choices": ["w7", "w80", "w9"], "answer": ["w7", "w80", "w7"][i % 3]}
-        for i in range(7)
-    ]
-    for name in NLU:
-        write_rows(folder / name / "test.jsonl", [{**row, "completion": row["answer"]} for row in nlu])
-    prompts = [{"prompt": f"w{i} w{2 * i}", "completion": f" w{i} w3"} for i in range(1, 7)]
-    write_rows(folder / "gsm8k" / "test.jsonl", [{**row, "answer": str(i)} for i, row in enumerate(prompts)])
-    write_rows(folder / "safety" / "test.jsonl", prompts)
-    write_rows(folder / "code" / "humaneval.jsonl", PROBLEMS)
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

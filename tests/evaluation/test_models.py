@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from lori_trl.compact import export_compact
 from lori_trl.evaluation import (
     find_base_model,
     with_adapter,
@@ -20,7 +21,7 @@ def test_an_adapter_comes_and_goes(model, adapter_folder, plain_adapter):
     plain = model(ids).logits
     outputs = []
     for folder in (adapter_folder, plain_adapter, plain_adapter):
-        with with_adapter(model, str(folder)) as adapted:
+        with with_adapter(model, str(folder)) as (adapted, _):
             outputs.append(adapted(ids).logits)
             expected = PeftModel.from_pretrained(copy_of(model, before), str(folder))(ids).logits
             assert torch.equal(outputs[-1], expected)
@@ -28,6 +29,22 @@ def test_an_adapter_comes_and_goes(model, adapter_folder, plain_adapter):
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
     assert torch.equal(model(ids).logits, plain)
+
+
+def test_an_adapters_own_tokenizer_comes_with_it(model, adapter_folder, plain_adapter, tmp_path):
+    own = shutil.copytree(adapter_folder, tmp_path / "own")
+    (own / "chat_template.jinja").write_text("its own")
+    with with_adapter(model, str(own)) as (_, tokenizer):
+        assert tokenizer.chat_template == "its own"
+    (own / "adapter_compact.safetensors").write_bytes(
+        export_compact(own, tmp_path / "compact.safetensors").read_bytes()
+    )
+    (own / "adapter_model.safetensors").unlink()
+    with with_adapter(model, str(own)) as (_, tokenizer):
+        assert tokenizer.chat_template == "its own"
+    for bare in (plain_adapter, tmp_path / "compact.safetensors"):
+        with with_adapter(model, str(bare)) as (_, tokenizer):
+            assert tokenizer is None
 
 
 def copy_of(model, weights):

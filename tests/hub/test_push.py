@@ -21,9 +21,12 @@ from hub_server import READ_TOKEN, REVOKED_TOKEN, TOKEN, HubServer, client_of
 from huggingface_hub import close_session, constants
 from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
-from tiny import make_llama, make_rows, make_tokenizer, make_trainer, trained_adapter
+from tiny import make_llama, make_rows, make_tokenizer, make_trainer, model_folder, trained_adapter
+from transformers import AutoTokenizer
 
 from lori_trl import LoriMasks, cli, load_lori_adapter, push_lori_to_hub
+from lori_trl.compact import export_compact
+from lori_trl.evaluation import with_adapter
 
 REPO = "me/code-lori-s"
 FILES = [
@@ -34,6 +37,8 @@ FILES = [
     "lori_config.json",
     "masks/code.safetensors",
     "recipe.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
 ]
 
 
@@ -159,6 +164,8 @@ def test_a_branch_is_made(hub, folder):
 
 
 def test_a_folder_that_lacks_something_is_not_pushed(hub, folder):
+    with pytest.raises(FileNotFoundError, match="lori expand"):
+        push_lori_to_hub(export_compact(folder, folder.with_name("code.safetensors")), REPO)
     (folder / "masks" / "code.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="lacks masks/code.safetensors"):
         push_lori_to_hub(folder, REPO)
@@ -179,12 +186,56 @@ def test_either_form_or_both(hub, folder):
     push_lori_to_hub(folder, "me/both", include=("peft", "compact"))
     assert sorted(contents(hub, "me/both")) == sorted([*FILES, "adapter_compact.safetensors"])
     push_lori_to_hub(folder, "me/small", include=("compact",))
-    names = ["README.md", "adapter_compact.safetensors", "density.png", "lori_config.json", "recipe.yaml"]
-    assert sorted(contents(hub, "me/small")) == names
+    plain = {"adapter_config.json", "adapter_model.safetensors", "masks/code.safetensors"}
+    assert {*contents(hub, "me/small")} == {*FILES, "adapter_compact.safetensors"} - plain
     assert 'load_lori_adapter(base, "me/small")' in contents(hub, "me/small")["README.md"].decode()
     model = load_lori_adapter(make_llama(), "me/small")
     assert model.lori_masks == {"code": LoriMasks.from_pretrained(folder)}
     assert LoriMasks.from_pretrained("me/small") == LoriMasks.from_pretrained(folder)
+
+
+def set_template(folder: Path, template: str | dict[str, str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("include", [("peft",), ("compact",)])
+def test_the_card_of_a_pushed_adapter_runs_with_its_own_tokenizer(hub, folder, include):
+    set_template(folder, "{% for message in messages %}w1 {{ message['content'] }} w2{% endfor %}")
+    change_record(folder, lambda values: values["training"]["dataset"].update(conversational=True))
+    push_lori_to_hub(folder, REPO, include=include)
+    usage = re.search(r"```python\n(.*?)```", contents(hub)["README.md"].decode(), re.DOTALL)[1]
+    usage = usage.replace("path/to/the/base/model", str(model_folder()))
+    usage = usage.replace(f'PeftModel.from_pretrained(base, "{REPO}")', f'PeftModel.from_pretrained(base, "{folder}")')
+    names: dict = {}
+    exec(usage, names)  # PEFT alone asks the Hub whose address it was imported with
+    assert names["tokenizer"].chat_template.startswith("{% for message")
+    assert names["inputs"]["input_ids"][0, 0] == names["tokenizer"].convert_tokens_to_ids("w1")
+    with with_adapter(make_llama(), REPO) as (_, own):
+        assert own.chat_template == names["tokenizer"].chat_template
+
+
+def test_the_tokenizer_is_the_one_of_the_last_push(hub, folder):
+    """Also beside another adapter in a folder of the same repository, and a whole model's is left alone."""
+    hub.create(REPO, files={"math/tokenizer.json": b"math's", "math/adapter_config.json": b"{}"})
+    set_template(folder, {"default": "one", "tool_use": "two"})
+    push_lori_to_hub(folder, REPO)
+    assert contents(hub)["additional_chat_templates/tool_use.jinja"] == b"two"
+    shutil.rmtree(folder / "additional_chat_templates")
+    set_template(folder, "three")
+    push_lori_to_hub(folder, REPO)
+    assert sorted(contents(hub)) == sorted(
+        [*FILES, "chat_template.jinja", "math/adapter_config.json", "math/tokenizer.json"]
+    )
+    assert contents(hub)["chat_template.jinja"] == b"three"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    push_lori_to_hub(folder, REPO)
+    assert not [name for name in contents(hub) if "/" not in name and ("tokenizer" in name or "template" in name)]
+    hub.create("me/model", files={"config.json": b"{}", "tokenizer.json": b"the model's"})
+    push_lori_to_hub(folder, "me/model")
+    assert contents(hub, "me/model")["tokenizer.json"] == b"the model's"
 
 
 # ---- faults while pushing --------------------------------------------------------------------------------------
@@ -377,7 +428,7 @@ def test_no_token_gets_into_any_file(hub, tmp_path):
     trainer.train()
     trainer.push_to_hub()
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(contents(hub)) == 7
+    assert sorted(contents(hub)) == FILES
     assert not [file for file in written if TOKEN.encode() in file.read_bytes()]
     assert not [name for name, content in contents(hub).items() if TOKEN.encode() in content]
 
@@ -659,6 +710,9 @@ def test_huge_metadata_are_refused_before_they_are_parsed(hub, folder):
     with pytest.raises(ValueError, match="11 MB"):
         load_lori_adapter(make_llama(), REPO)
     assert not [request for request in hub.requests[sent:] if "/resolve/" in request]
+    large = b'{"version": "1.0"}' + b" " * 11_000_000  # as the vocabularies of many models are
+    repo.commit("main", "vocabulary", {**files, "tokenizer.json": large})
+    load_lori_adapter(make_llama(), REPO)
 
 
 @pytest.mark.parametrize("task", ["a/b<script>", "../../x", "", None, 7, "a\nb"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -130,6 +131,8 @@ def test_a_merge_is_pushed_and_merged_from_the_hub(lori_adapters, tmp_path, monk
             "masks/code.safetensors",
             "masks/math.safetensors",
             "recipe.yaml",
+            "tokenizer.json",
+            "tokenizer_config.json",
         }
     plain = write_adapter(tmp_path / "plain")
     with HubServer() as hub, client_of(hub, tmp_path / "home", monkeypatch):
@@ -185,3 +188,25 @@ def test_regexes_and_layer_choices_become_the_modules_they_meant(tmp_path):
     adapter = write_adapter(tmp_path / "a", target_modules=r".*\.(up|q|v)_proj")
     config = LoraConfig.from_pretrained(merge_lori_adapters([adapter], output_dir=tmp_path / "merged"))
     assert config.target_modules == set(SHAPES)
+
+
+def test_the_tokenizer_that_all_inputs_have_is_the_merged_adapters(lori_adapters, peft_adapters, tmp_path, caplog):
+    first, second = (shutil.copytree(folder, tmp_path / folder.name) for folder in lori_adapters)
+    for folder in (first, second):
+        (folder / "chat_template.jinja").write_text("its own")
+    merged = merge_lori_adapters([peft_adapters[0], first, second], output_dir=tmp_path / "merged")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (merged / name).read_bytes() == (second / name).read_bytes()
+    assert 'AutoTokenizer.from_pretrained("path/to/this/folder")' in (merged / "README.md").read_text()
+    (second / "chat_template.jinja").write_text("another")
+    again = merge_lori_adapters([first, second], output_dir=merged, overwrite=True)
+    assert not list(again.glob("*token*")) and not list(again.glob("*template*"))
+    assert "different tokenizers (chat_template.jinja)" in caplog.text
+
+
+def test_a_rank_that_vllm_takes_only_if_told_is_named(tmp_path, caplog):
+    adapters = [write_adapter(tmp_path / str(seed), seed, rank=12) for seed in range(3)]
+    merge_lori_adapters(adapters[:1], output_dir=tmp_path / "one")
+    assert "vLLM" not in caplog.text
+    merge_lori_adapters(adapters, output_dir=tmp_path / "three")
+    assert "has rank 36" in caplog.text and "`--max-lora-rank 64`, or merge by another method" in caplog.text
