@@ -60,7 +60,7 @@ def export_gguf(
     if not is_gguf_available():
         raise ImportError(
             "`gguf` is not installed, and `lori export --gguf` writes with it. It comes with the extra `gguf`. Run "
-            "`pip install lori-trl[gguf]`."
+            "`pip install gguf`."
         )
     file = Path(file)
     modelfile = file.with_name(f"{file.name}.Modelfile")

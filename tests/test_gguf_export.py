@@ -235,5 +235,5 @@ def test_nothing_is_replaced_unasked(tmp_path):
 
 def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr("lori_trl.gguf_export.is_gguf_available", lambda: False)
-    with pytest.raises(ImportError, match=r"pip install lori-trl\[gguf\]"):
+    with pytest.raises(ImportError, match="Run `pip install gguf`"):
         export_gguf(trained_adapter(), tmp_path / "code.gguf")
