@@ -7,6 +7,20 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
 
+def quantization(model: PreTrainedModel) -> str | None:
+    """Return `4-bit` or `8-bit` for a model that bitsandbytes has packed."""
+    for bits in ("4", "8"):
+        if getattr(model, f"is_loaded_in_{bits}bit", False):
+            return f"{bits}-bit"
+    return None
+
+
+def precision(model: PreTrainedModel) -> dict[str, str]:
+    """Return a model's dtype, and how it is packed if it is, for the settings of a result."""
+    packed = quantization(model)
+    return {"dtype": str(model.dtype)} | ({} if packed is None else {"quantization": packed})
+
+
 def load_base_model(name_or_path: str, **arguments: Any) -> PreTrainedModel:
     """
     Load a base model, and never a pickle.

@@ -11,10 +11,12 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from trl.data_utils import is_conversational
 
 from .adapter.facts import BaseModel, Losses, Scalar, Training, TrainingData
+from .base_model import quantization
 from .card import hub_id
 from .rows import fingerprint_rows
 
@@ -99,8 +101,15 @@ def _base_model_facts(model: PreTrainedModel) -> BaseModel:
         id=hub_id(name),
         name=Path(name).name or None,  # of a local folder, not where it lies
         architecture=type(model).__name__,
-        parameters=sum(weight.numel() for path, weight in model.named_parameters() if not _OF_ADAPTERS.search(path)),
+        parameters=sum(_entries(weight) for path, weight in model.named_parameters() if not _OF_ADAPTERS.search(path)),
+        quantization=quantization(model),
     )
+
+
+def _entries(weight: nn.Parameter) -> int:
+    """Count a weight's entries, of which bitsandbytes packs two into a byte."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else state.shape.numel()
 
 
 def _dataset_facts(rows: Dataset | IterableDataset) -> TrainingData:

@@ -17,12 +17,15 @@ Source: paper section 3.1; the prompts are the authors', without the blanks that
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
 from trl import ScriptArguments
 
 from .files import describe_fault
@@ -144,7 +147,7 @@ class LoriScriptArguments(ScriptArguments):
         recipe (`str`, *optional*):
             A YAML file, or the name of a shipped recipe. The command line goes over it.
         dry_run (`bool`, *optional*, defaults to `False`):
-            Build the model without weights, print the counts and stop.
+            Build the model without weights, print the counts, look at the first row of the data and stop.
         preview (`int`, *optional*):
             Print so many rows as the model will see them and stop; no weights are loaded.
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -162,7 +165,8 @@ class LoriScriptArguments(ScriptArguments):
         default=None, metadata={"help": "A YAML file, or the name of a shipped recipe. The command line goes over it."}
     )
     dry_run: bool = field(
-        default=False, metadata={"help": "Build the model without weights, print the counts and stop."}
+        default=False,
+        metadata={"help": "Build the model without weights, print the counts, look at the data's first row and stop."},
     )
     preview: int | None = field(
         default=None, metadata={"help": "Print so many rows as the model will see them, and stop."}
@@ -226,6 +230,27 @@ def load_training_data(arguments: LoriScriptArguments, text_field: str = "text")
             "`#### n`). Rename the columns, or pass `dataset_text_field` for plain text."
         )
     return DatasetDict({name: _training_rows(rows, known) for name, rows in data.items()})
+
+
+def look_at_training_data(arguments: LoriScriptArguments, text_field: str = "text") -> dict[str, Any] | None:
+    """
+    Look at the first row of the data set that the arguments name. Of one on the Hub, no more is fetched.
+
+    Args and raises: as [`load_training_data`].
+
+    Returns:
+        `dict[str, Any]` or `None`: the row, with the columns that TRL trains on; `None` if the Hub cannot be reached.
+    """
+    if (name := arguments.dataset_name) is not None and not Path(name).exists():
+        try:
+            HfApi().dataset_info(name, timeout=5)
+        except HfHubHTTPError:
+            pass  # `load_dataset` says whether there is no such data set, or none for this user
+        except (OfflineModeIsEnabled, httpx.HTTPError):
+            return None
+    streamed = replace(arguments, dataset_streaming=True)  # type: ignore[call-arg]  # a field of TRL's
+    data = load_training_data(streamed, text_field)
+    return next(iter(data[arguments.dataset_train_split]))
 
 
 def load_benchmark(name: str, path: str | None = None) -> Dataset:

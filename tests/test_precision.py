@@ -117,6 +117,8 @@ def test_a_4bit_base(make_trainer, model_folder):
     trainer = make_trainer(model=model, peft_config=lora_config(), learning_rate=5e-2)
     trainer.train()
     check_trained(trainer)
+    base = trainer.record.training.base_model
+    assert (base.quantization, base.parameters) == ("4-bit", 24992)  # two of its entries are a byte
 
 
 # ---- other architectures -------------------------------------------------------------------------------------------

@@ -58,12 +58,14 @@ class BaseModel:
         name (`str` or `None`): the last part of its name or of its local folder's.
         architecture (`str`): its class.
         parameters (`int`): without the adapter's.
+        quantization (`str`, *optional*): `4-bit` or `8-bit`, where bitsandbytes had packed it while it was trained on.
     """
 
     id: str | None
     name: str | None
     architecture: str
     parameters: int
+    quantization: str | None = left_out()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import warnings
 from pathlib import Path
 
-from .options import add_allow_modified
+from .options import add_allow_modified, add_precision
 from .targets import check_targets
 from .terminal import show
 
@@ -36,7 +36,7 @@ def add_parser(commands) -> None:
     add("--max_new_tokens", type=int, help="the longest answer (default: 512)")
     add("--num_samples", type=int, help="samples a HumanEval problem (default: 20)")
     add("--seed", type=int, default=42, help="of the samples (default: 42)")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    add_precision(evaluation)
     add("--allow_code_execution", action="store_true", help="run the code that models write, in a sandbox")
     add("--require_isolation", action="store_true", help="refuse to run it on a machine without namespaces")
     add("--output_path", type=Path, help="one more JSON file, with the results of all models and the base")
@@ -107,9 +107,10 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
         if options.output_path is not None:
             results.write_file(options.output_path, on_file)
 
+    precision = {"dtype": options.dtype or "float32", "load_in_4bit": options.load_in_4bit}
     whole = [name for name in options.models if models.is_whole_model(name)]
     if base_name is not None:
-        model, tokenizer = models.load_model(base_name, options.dtype)
+        model, tokenizer = models.load_model(base_name, **precision)
         adapters = [name for name in options.models if name not in whole]
         for name in adapters:
             with models.with_adapter(model, name, allow_modified=options.allow_modified):
@@ -120,7 +121,7 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
                 measure(name, _label(name, options.models), adapted, own or tokenizer, base_name)
         del model
     for name in whole:
-        measure(name, _label(name, options.models), *models.load_model(name, options.dtype), None)
+        measure(name, _label(name, options.models), *models.load_model(name, **precision), None)
     show(results.results_table(compared))
     elsewhere = [name for name in options.models if name not in folders]
     if elsewhere and options.output_path is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..recipes import find_recipe, validate_recipe
-from .options import add_allow_modified
+from .options import add_allow_modified, add_precision
 from .terminal import show
 
 _EXAMPLE = """
@@ -25,6 +25,7 @@ def add_parser(commands) -> None:
     )
     _add_arguments(merge)
     merge.add_argument("--recipe", help="a YAML file or a shipped recipe's name; options go over it")
+    add_precision(merge)
     add_allow_modified(merge)
     merge.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --output_dir")
     merge.set_defaults(func=run)
@@ -90,13 +91,14 @@ def run(options: argparse.Namespace) -> None:
         settings["weights"] = weights[0]
     adapters = settings.pop("adapters", [])
     strategy, heldout, grid = (settings.pop(key, None) for key in ("search", "heldout", "grid"))
+    precision = {"dtype": options.dtype, "load_in_4bit": options.load_in_4bit or None}
     check_output(settings.setdefault("output_dir", "merged-lori"), adapters, overwrite=options.overwrite)
     if strategy is not None:
-        settings |= _search(adapters, strategy, heldout, grid, settings)
-    elif heldout is not None or grid is not None:
+        settings |= _search(adapters, strategy, heldout, grid, settings, _given(precision))
+    elif unused := _given({"heldout": heldout, "grid": grid, **precision}):
         raise ValueError(
-            f"`--heldout {heldout}`, `--grid {grid}` without `--search`. They are for the search for weights. Add "
-            "`--search shared`, or leave them out."
+            f"`{' '.join(f'--{name}' for name in unused)}` without `--search`. What is for the search for "
+            "weights has no other effect. Add `--search shared`, or leave it out."
         )
     folder = merge_lori_adapters(
         adapters, **settings, overwrite=options.overwrite, allow_modified=options.allow_modified
@@ -112,7 +114,11 @@ def run(options: argparse.Namespace) -> None:
     show(f"saved to {folder}")
 
 
-def _search(adapters, strategy, heldout, grid, settings) -> dict[str, Any]:
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _search(adapters, strategy, heldout, grid, settings, precision) -> dict[str, Any]:
     """Search for the weights of a merge, and print what was tried. Returns the weights and the search's record."""
     from rich.table import Table
 
@@ -132,7 +138,7 @@ def _search(adapters, strategy, heldout, grid, settings) -> dict[str, Any]:
         )
     rows = {name: load_training_data(LoriScriptArguments(dataset_path=file))["train"] for name, file in names.items()}
     facts = {key: settings[key] for key in ("method", "density", "seed", "base_model") if key in settings}
-    search = search_merge_weights(adapters, rows, strategy=strategy, grid=grid or GRID, **facts)
+    search = search_merge_weights(adapters, rows, strategy=strategy, grid=grid or GRID, **facts, **precision)
     table = Table(title=f"completion loss by weights, {strategy} search")
     for column in ("weights", *rows, *(["mean"] if len(rows) > 1 else [])):
         table.add_column(column, justify="right")

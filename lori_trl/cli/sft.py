@@ -281,6 +281,7 @@ def _dry_run(script, args, model_args, engine=None) -> None:
     from trl import get_peft_config
 
     from ..counting import KNOWN_CONFIGS, count_parameters
+    from ..tasks import look_at_training_data
 
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
@@ -294,6 +295,12 @@ def _dry_run(script, args, model_args, engine=None) -> None:
         show(counts.table(), counts.memory_table(base_bytes))
     else:
         show(counts.table(), engine.table(counts, base_bytes, args.sparse_backend))
+    row = look_at_training_data(script, args.dataset_text_field)
+    name = script.dataset_path or script.dataset_name
+    if row is None:
+        show(f"data: {name} was not looked at, for the Hub cannot be reached")
+    else:
+        show(f"data: {name}, rows of {', '.join(row)}")
 
 
 def _preview(script, args, model_args) -> None:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base_model import precision
 from ..recipes import nearest
 from ..sandbox import check_isolation, run_programs
 from ..tasks import BENCHMARKS, alpaca_prompt, hex_phi_prompt, load_benchmark
@@ -156,7 +157,7 @@ def evaluate(
             )
     results: dict[tuple[str, str], Result] = {}  # two parts of a benchmark have its majority baseline in common
     for name, task in tasks.items():
-        settings = {"batch_size": batch_size, "seed": seed, "dtype": str(model.dtype), "versions": versions("lm-eval")}
+        settings = {"batch_size": batch_size, "seed": seed, **precision(model), "versions": versions("lm-eval")}
         for result in _results(task, output["results"][name], settings):
             results[result.task, result.metric] = result
     return list(results.values())

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational
 
+from ..base_model import precision
 from ..tasks import LoriScriptArguments, load_training_data
 from .processes import share_out
 from .results import Result, rows_hash, versions
@@ -99,7 +100,7 @@ def measure_loss(
         n=measured.tokens,
         stderr=None if math.isnan(measured.stderr) else measured.stderr,
         data={"source": file.name, "rows": len(rows), "sha256": rows_hash(rows)},
-        settings={"batch_size": batch_size, "dtype": str(model.dtype), "versions": versions()},
+        settings={"batch_size": batch_size, **precision(model), "versions": versions()},
     )
 
 

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ..adapter.folder import base_name, may_be_one_base, open_adapter
+from ..adapter.folder import AdapterFolder, base_name, may_be_one_base, open_adapter
 from ..adapter.layout import ADAPTER_CONFIG, TOKENIZER_CONFIG
 from ..adapter.load import load_with_peft
-from ..base_model import load_base_model
+from ..base_model import load_base_model, quantization
 from .processes import device_map
 
 logger = logging.getLogger(__name__)
@@ -69,17 +75,28 @@ def find_base_model(base_model: str | None, models: Sequence[str], *, allow_modi
     return next(iter(bases.values()), None)
 
 
-def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, dtype: str = "float32", *, load_in_4bit: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Load a whole model and its tokenizer, on the GPU if there is one; of several processes, each on its own.
+    Load a whole model and its tokenizer, on the accelerator if there is one; of several processes, each on its own.
+
+    Args:
+        name (`str`): a folder, or a name on the Hub.
+        dtype (`str`, *optional*, defaults to `"float32"`): of the weights, and of the arithmetic with packed ones.
+        load_in_4bit (`bool`, *optional*, defaults to `False`): pack the linear layers as QLoRA trains on them (NF4).
 
     Raises:
         `FileNotFoundError`: there is no such model.
+        `ImportError`: bitsandbytes is not installed.
     """
-    try:
-        model = load_base_model(
-            name, architecture=AutoModelForCausalLM, dtype=getattr(torch, dtype), device_map=device_map()
+    arguments = {"dtype": getattr(torch, dtype), "device_map": device_map()}
+    if load_in_4bit:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=arguments["dtype"]
         )
+    try:
+        model = load_base_model(name, architecture=AutoModelForCausalLM, **arguments)
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
@@ -112,6 +129,7 @@ def with_adapter(
         tokenizer = None
         if adapter.tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(adapter.tokenizer[TOKENIZER_CONFIG].parent)
+        _compare_precision(adapter, base)
         model = load_with_peft(base, adapter)
     try:
         yield model.eval(), tokenizer
@@ -119,3 +137,17 @@ def with_adapter(
         model.unload()
         if hasattr(base, "peft_config"):
             del base.peft_config
+
+
+def _compare_precision(adapter: AdapterFolder, base: PreTrainedModel) -> None:
+    """Warn if the base was packed when the adapter was trained and is not now, or the other way round."""
+    run = adapter.record.training if adapter.record is not None else None
+    if run is None or run.base_model is None:
+        return
+    trained, now = run.base_model.quantization, quantization(base)
+    if trained != now:
+        logger.warning(
+            f"`{adapter.name}` was trained on a base in {trained or 'full precision'}, and this one is in "
+            f"{now or f'{base.dtype}'.removeprefix('torch.')}: its figures are not those that it was trained to. "
+            + ("Pass `--load_in_4bit`." if trained == "4-bit" else "Leave `--load_in_4bit` out." if now else "")
+        )

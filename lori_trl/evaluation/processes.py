@@ -47,7 +47,7 @@ def all_processes() -> Iterator[bool]:
                 "process, which spreads a model over all GPUs."
             )
     # Whoever is done waits for the slowest, however long that takes.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
     atexit.register(state.destroy_process_group)
     token = _launch.set(state)
     try:
@@ -63,9 +63,12 @@ def all_processes() -> Iterator[bool]:
 
 
 def device_map() -> dict[str, torch.device] | str | None:
-    """Return where this process puts a model: on its own GPU, over all GPUs if it is alone, or on the CPU (`None`)."""
+    """
+    Return where this process puts a model: on its own accelerator (a GPU, XPU, MPS, ...), over all if it is alone, or
+    on the CPU (`None`).
+    """
     state = _launch.get()
-    if not torch.cuda.is_available():
+    if not torch.accelerator.is_available():
         return None
     return "auto" if state is None else {"": state.device}
 

@@ -188,9 +188,10 @@ def _warn_of_rank(plan: Plan) -> None:
 
 def _common_tokenizer(sources: Sequence[AdapterFolder]) -> dict[str, Path]:
     """Return the tokenizer's files that the adapters have alike; none where two of them differ."""
-    first, *others = [source for source in sources if source.tokenizer] or [None]
-    if first is None:
+    with_one = [source for source in sources if source.tokenizer]
+    if not with_one:
         return {}
+    first, *others = with_one
     contents = {name: file.read_bytes() for name, file in first.tokenizer.items()}
     for other in others:
         own = {name: file.read_bytes() for name, file in other.tokenizer.items()}

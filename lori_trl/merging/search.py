@@ -96,6 +96,8 @@ def search_merge_weights(
     base_model: str | None = None,
     batch_size: int = 8,
     token: str | None = None,
+    dtype: str = "float32",
+    load_in_4bit: bool = False,
 ) -> Search:
     """
     Search the weights of a merge for the lowest loss on held-out completions, the mean over the held-out sets.
@@ -107,7 +109,7 @@ def search_merge_weights(
         heldout (`Mapping[str, Iterable]`): name -> prompt-completion rows that no adapter was trained on; one set a
             task, as a rule.
         model (`PreTrainedModel`, *optional*):
-            The base model, left as it was; by default the one that the adapters name is loaded, in float32.
+            The base model, left as it was; by default the one that the adapters name is loaded.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
         method (`str`, *optional*, defaults to `"concat"`): as in [`merge_lori_adapters`].
         strategy (`str`, *optional*, defaults to `"shared"`):
@@ -117,6 +119,8 @@ def search_merge_weights(
         grid (`Sequence[float]`, *optional*): the weights to try, in any order.
         density, seed, base_model, token: as in [`merge_lori_adapters`].
         batch_size (`int`, *optional*, defaults to 8): rows a forward pass.
+        dtype (`str`, *optional*, defaults to `"float32"`): what the base model is loaded in.
+        load_in_4bit (`bool`, *optional*, defaults to `False`): whether its linear layers are packed into 4 bits.
 
     Returns:
         [`Search`]: its `best.weights` are for [`merge_lori_adapters`].
@@ -136,7 +140,7 @@ def search_merge_weights(
                     "`base_model` is missing, and the adapters name none. The search needs the base model, a folder "
                     "or a name on the Hub. Pass it."
                 )
-            model, tokenizer = load_model(plan.base)
+            model, tokenizer = load_model(plan.base, dtype, load_in_4bit=load_in_4bit)
         factors = dict(read_modules(plan.sources, plan.paths, torch.float32))
         if not {*plan.paths} <= {module_path(name) for name, _ in model.named_modules()}:
             raise _no_base(plan)

@@ -96,7 +96,24 @@ def test_dry_run_counts_without_weights(call, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "this run is LoRI-S" in shown and "s = 0.8" in shown
     assert all(count in shown for count in (" 409 ", " 2,048 ", " 4,096 ", "0.19970703"))
+    assert "rows of prompt, completion" in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_opens_the_data(call, tmp_path, capsys):
+    (tmp_path / "odd.jsonl").write_text('{"question": "w1"}\n')
+    call.append("--dry-run")
+    fails([*call, "--dataset_path", str(tmp_path / "odd.jsonl")], capsys, "have the columns question", "Rename the")
+    fails([*call, "--dataset_path", str(tmp_path / "none.jsonl")], capsys, "none.jsonl` does not exist", "Correct the")
+    fails([*call, "--dataset_train_split", "training"], capsys, "dataset_train_split='training'", "Pass one of these")
+    assert sft([*call, "--dataset_name", "some/data"]) == 0
+    assert "some/data was not looked at, for the Hub cannot be reached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rate", ["0", "-1e-4", "nan", "inf"])
+@pytest.mark.parametrize("phase", ["", "calibration_"])
+def test_a_rate_that_trains_nothing_is_refused_in_a_dry_run_too(call, capsys, rate, phase):
+    fails([*call, "--dry-run", f"--{phase}learning_rate={rate}"], capsys, "outside (0, inf)", "Pass a number")
 
 
 def test_dry_run_of_the_papers_bases_needs_no_network(capsys):

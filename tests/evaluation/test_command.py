@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from evaluation.benchmark_rows import figure, write_rows
+from files_by_hand import change_record
 from hub_server import HubServer, client_of
 from transformers import AutoModelForCausalLM
 
@@ -107,7 +108,24 @@ def test_the_loss_alone_needs_no_lm_eval(adapters, data, monkeypatch, capsys):
     assert (result["task"], result["metric"], result["n"]) == ("gsm8k", "loss", 6 * 3)
     with pytest.raises(SystemExit):
         main(["eval", adapters[0], "--tasks", "gsm8k"])
-    assert "pip install 'lori-trl[eval]'" in capsys.readouterr().err
+    assert "`pip install lm-eval`" in capsys.readouterr().err
+
+
+def test_a_base_in_4_bits(adapters, data, capsys, caplog):
+    """As QLoRA has it; what an adapter was trained on is on record, and a difference is told."""
+    call = ["eval", adapters[0], "--metrics", "loss", "--dataset_path", str(data / "gsm8k" / "test.jsonl")]
+    assert main(call) == 0 and "full precision" not in caplog.text
+    (whole,) = read_results(adapters[0])
+    assert main([*call, "--load_in_4bit", "--dtype", "bfloat16"]) == 0
+    (packed,) = read_results(adapters[0])
+    assert packed["settings"]["quantization"] == "4-bit" and packed["settings"]["dtype"] == "torch.bfloat16"
+    assert packed["value"] != whole["value"] == pytest.approx(packed["value"], rel=0.05)
+    assert "trained on a base in full precision, and this one is in 4-bit" in caplog.text
+    caplog.clear()
+    change_record(Path(adapters[0]), lambda values: values["training"]["base_model"].update(quantization="4-bit"))
+    assert main(call) == 0
+    assert "trained on a base in 4-bit, and this one is in float32" in caplog.text
+    assert "Pass `--load_in_4bit`" in caplog.text
 
 
 def test_wrong_calls(adapters, data, tmp_path, capsys, model_folder):

@@ -88,6 +88,7 @@ def test_the_command_line_searches_merges_and_keeps_the_table(searched, tmp_path
     adapters, heldout = searched
     files = [str(file) for file in heldout.values()]
     arguments = [*map(str, adapters), "--search", "shared", "--grid", "0.2", "0.6", "--heldout", *files]
+    arguments += ["--dtype", "bfloat16", "--load_in_4bit"]
     assert main(["merge", *arguments, "--output_dir", str(tmp_path / "merged")]) == 0
     printed = capsys.readouterr().out
     assert "completion loss by weights" in printed and "base model" in printed
@@ -106,7 +107,8 @@ def test_a_wrong_search_is_one_message(searched, tmp_path, capsys, model_folder)
     file = str(heldout["w7"])
     other = str(write_adapter(tmp_path / "other", base=str(model_folder)))
     for arguments, says in (
-        (["--heldout", file], "without `--search`"),
+        (["--heldout", file], "`--heldout` without `--search`"),
+        (["--dtype", "bfloat16", "--load_in_4bit"], "`--dtype --load_in_4bit` without `--search`"),
         (["--search", "shared"], "`heldout` names no data"),
         (["--search", "shared", "--heldout", file, file], "names a file twice"),
         (["--search", "shared", "--heldout", file, "--grid", "0"], "`grid=[0.0]` is empty or has a 0"),
