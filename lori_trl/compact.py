@@ -1,5 +1,6 @@
 """An adapter as one small file, and back. What the file holds: `adapter/compact.py`."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -8,6 +9,8 @@ from .adapter.compact import read_compact, write_compact
 from .adapter.folder import open_adapter
 from .adapter.write import check_output, check_output_file, complete, staged, write_contents
 from .masks import LoriMasks
+
+logger = logging.getLogger(__name__)
 
 
 def export_compact(
@@ -43,6 +46,11 @@ def export_compact(
     check_output_file(file, folder, overwrite=overwrite)
     with open_adapter(folder, allow_modified=allow_modified) as adapter:
         write_compact(file, adapter.contents(), dtype)
+        if any("chat_template" in name for name in adapter.tokenizer):
+            logger.warning(
+                f"`{folder}` has a chat template, and a compact file has no tokenizer: with `{file}`, the base's is "
+                "used. Where that has another template, hand on the tokenizer's files too, or push the adapter."
+            )
     return file
 
 

@@ -2,12 +2,17 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lori_trl.evaluation.harness import benchmark_rows
+from lori_trl.recipes import shipped_folder
 from lori_trl.tasks import (
     BENCHMARKS,
     TASKS,
@@ -211,6 +216,39 @@ def test_half_an_instruction_is_refused(rows, says, tmp_path, monkeypatch):
     monkeypatch.setitem(BENCHMARKS, "hex_phi", local)
     with pytest.raises(ValueError, match=f"(?s)not whole: .*{says}.*Get the files anew"):
         load_benchmark("hex_phi")
+
+
+# ---- the columns that the sources publish ---------------------------------------------------------------------------
+
+COLUMNS = yaml.safe_load((Path(__file__).parent / "fixtures" / "columns.yaml").read_text())
+
+
+def data_of_recipes() -> set[str]:
+    """The data sets that recipes name, but for the quickstart's own and the folders that baselines make of them."""
+    recipes = [yaml.safe_load(file.read_text()) for file in shipped_folder("recipes").rglob("*.yaml")]
+    named = {recipe.get("dataset_name") or recipe.get("dataset_path") for recipe in recipes}
+    return {name for name in named if name and name != "quickstart" and not name.endswith("-data")}
+
+
+def test_every_source_has_its_columns_on_file():
+    assert {task.source.rpartition("training/")[2] for task in TASKS.values()} == data_of_recipes()
+    sources = {re.sub("/dataset/[^/]+/", "/dataset/{}/", benchmark.source) for benchmark in BENCHMARKS.values()}
+    assert data_of_recipes() | sources == COLUMNS.keys()
+    assert all(each["source"].startswith("https://") for each in COLUMNS.values())
+
+
+@pytest.mark.parametrize("name", sorted(data_of_recipes()))
+def test_the_columns_of_the_recipes_data_become_prompts_and_completions(name, tmp_path):
+    file = write(tmp_path, "train.jsonl", [COLUMNS[name]["row"]])
+    (row,) = load_training_data(LoriScriptArguments(dataset_path=file))["train"]
+    assert row.keys() == {"prompt", "completion"} and all(row.values())
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=list(BENCHMARKS))
+def test_the_columns_of_the_benchmarks_have_what_scoring_needs(benchmark, tmp_path):
+    raw = COLUMNS[re.sub("/dataset/[^/]+/", "/dataset/{}/", benchmark.source)]["row"]
+    file = write(tmp_path, "test.jsonl", [raw])
+    assert len(benchmark_rows(benchmark.name, {benchmark.name: file}, None)["test"]) == 1
 
 
 # ---- truncation ----------------------------------------------------------------------------------------------------

@@ -1,15 +1,16 @@
 """An adapter from disk onto its base model, through PEFT."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import describe_fault
 from ..layers import lora_layers
 from ..projections import fingerprint, freeze_projections, projections
 from .folder import AdapterFolder, open_adapter
-from .layout import ADAPTER_CONFIG, RECORD_NAME
+from .layout import ADAPTER_CONFIG, RECORD_NAME, TOKENIZER_CONFIG
 from .record import read_record
 
 
@@ -68,6 +69,11 @@ def load_lori_adapter(
         )
     model.lori_tasks = [task.to_dict() for task in record.history]
     return model
+
+
+def load_tokenizer(files: Mapping[str, Path]) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of an adapter from its files, name -> file; `None` if there are none."""
+    return AutoTokenizer.from_pretrained(files[TOKENIZER_CONFIG].parent) if files else None
 
 
 def load_with_peft(

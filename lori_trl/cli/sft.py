@@ -310,7 +310,7 @@ def _preview(script, args, model_args) -> None:
     from ..tasks import load_training_data
 
     rows = load_training_data(script, args.dataset_text_field)[script.dataset_train_split]
-    for number, row in enumerate(preview_rows(rows, args, _load_tokenizer(args, model_args), script.preview)):
+    for number, row in enumerate(preview_rows(rows, args, _load_tokenizer(script, args, model_args), script.preview)):
         text = Text()
         for piece, bears_loss in row.pieces:
             piece = printable(piece)
@@ -318,9 +318,17 @@ def _preview(script, args, model_args) -> None:
         show(f"row {number}: {row.num_tokens:,} tokens, {row.num_with_loss:,} bear loss: those in ⟦⟧", text, "")
 
 
-def _load_tokenizer(args, model_args):
+def _load_tokenizer(script, args, model_args):
+    """Load the tokenizer of an adapter that is continued, if it brings one, else the base model's."""
     from transformers import AutoTokenizer
 
+    from ..adapter.folder import open_adapter
+    from ..adapter.load import load_tokenizer
+
+    if script.adapter_name_or_path is not None:
+        with open_adapter(script.adapter_name_or_path, allow_modified=script.allow_modified) as adapter:
+            if (own := load_tokenizer(adapter.tokenizer)) is not None:
+                return own
     return AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
@@ -378,7 +386,7 @@ def _build_trainer(script, args, model_args):
         args,
         train_dataset=data[script.dataset_train_split],
         eval_dataset=data[script.dataset_test_split] if evaluated else None,
-        processing_class=_load_tokenizer(args, model_args),
+        processing_class=_load_tokenizer(script, args, model_args),
         peft_config=peft_config,
     )
 

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from ..adapter.folder import AdapterFolder, base_name, may_be_one_base, open_adapter
-from ..adapter.layout import ADAPTER_CONFIG, TOKENIZER_CONFIG
-from ..adapter.load import load_with_peft
+from ..adapter.layout import ADAPTER_CONFIG
+from ..adapter.load import load_tokenizer, load_with_peft
 from ..base_model import load_base_model, quantization
 from .processes import device_map
 
@@ -126,9 +126,7 @@ def with_adapter(
     """
     with open_adapter(name, allow_modified=allow_modified) as adapter:
         adapter.verify()
-        tokenizer = None
-        if adapter.tokenizer:
-            tokenizer = AutoTokenizer.from_pretrained(adapter.tokenizer[TOKENIZER_CONFIG].parent)
+        tokenizer = load_tokenizer(adapter.tokenizer)
         _compare_precision(adapter, base)
         model = load_with_peft(base, adapter)
     try:

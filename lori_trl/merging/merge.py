@@ -99,7 +99,7 @@ def merge_lori_adapters(
             hashes = [pool.submit(_hashes, source) for source in plan.sources]
             projection, tensors, independence = _write_factors(plan, weights, stage / ADAPTER_WEIGHTS)
             plan.adapter_config().save_pretrained(stage)
-            copy_files(_common_tokenizer(plan.sources), stage)
+            copy_files(plan.tokenizer, stage)
             merge = Merge(
                 method=method,
                 adapters=_merged_adapters(plan, weights, [future.result() for future in hashes]),
@@ -184,25 +184,6 @@ def _warn_of_rank(plan: Plan) -> None:
         + (f"otherwise. Serve it with `--max-lora-rank {needed}`" if needed else "otherwise, and none as high as this")
         + (", or merge by another method, which keeps the rank." if plan.method == "concat" else ".")
     )
-
-
-def _common_tokenizer(sources: Sequence[AdapterFolder]) -> dict[str, Path]:
-    """Return the tokenizer's files that the adapters have alike; none where two of them differ."""
-    with_one = [source for source in sources if source.tokenizer]
-    if not with_one:
-        return {}
-    first, *others = with_one
-    contents = {name: file.read_bytes() for name, file in first.tokenizer.items()}
-    for other in others:
-        own = {name: file.read_bytes() for name, file in other.tokenizer.items()}
-        differing = sorted(name for name in contents.keys() | own.keys() if contents.get(name) != own.get(name))
-        if differing:
-            logger.warning(
-                f"`{first.title}` and `{other.title}` bring different tokenizers ({', '.join(differing)}), so the "
-                "merged adapter has none, and is used with its base's. If one serves all tasks, copy its files there."
-            )
-            return {}
-    return first.tokenizer
 
 
 def _merged_adapters(

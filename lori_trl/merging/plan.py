@@ -1,5 +1,6 @@
 """How several adapters become one: what the merged adapter looks like, and each of its modules and masks."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,8 @@ from ..adapter.plain import check_plain
 from ..masks import LoriMasks
 from .checks import check_bases, check_method, check_ranks
 from .methods import METHODS, PAPERS, Factors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -162,6 +165,26 @@ class Plan:
         first = next(iter(found.values()))
         metadata = first.metadata if len(found) == 1 else MasksMetadata(task, granularity=first.granularity)
         return LoriMasks(entries, **vars(metadata))
+
+    @cached_property
+    def tokenizer(self) -> dict[str, Path]:
+        """The tokenizer's files that all sources with one have alike; none, with a warning, where two differ."""
+        with_one = [source for source in self.sources if source.tokenizer]
+        if not with_one:
+            return {}
+        first, *others = with_one
+        contents = {name: file.read_bytes() for name, file in first.tokenizer.items()}
+        for other in others:
+            own = {name: file.read_bytes() for name, file in other.tokenizer.items()}
+            differing = sorted(name for name in contents.keys() | own.keys() if contents.get(name) != own.get(name))
+            if differing:
+                logger.warning(
+                    f"`{first.title}` and `{other.title}` bring different tokenizers ({', '.join(differing)}), so the "
+                    "merged adapter has none, and is used with its base's. If one serves all tasks, copy its files "
+                    "into the merged adapter's folder."
+                )
+                return {}
+        return first.tokenizer
 
     def adapter_config(self) -> LoraConfig:
         """Return PEFT's configuration of the merged adapter."""

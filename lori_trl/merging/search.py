@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter.folder import read_modules
+from ..adapter.load import load_tokenizer
 from ..evaluation import completion_loss
 from ..evaluation.models import load_model
 from ..layers import lora_layers, module_path
@@ -110,7 +111,8 @@ def search_merge_weights(
             task, as a rule.
         model (`PreTrainedModel`, *optional*):
             The base model, left as it was; by default the one that the adapters name is loaded.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Its tokenizer; where the model is loaded here, the adapters' own if they bring the same, else the base's.
         method (`str`, *optional*, defaults to `"concat"`): as in [`merge_lori_adapters`].
         strategy (`str`, *optional*, defaults to `"shared"`):
             `"shared"` tries every weight of the grid, the same for all adapters. `"coordinate"` goes on from the best
@@ -140,7 +142,8 @@ def search_merge_weights(
                     "`base_model` is missing, and the adapters name none. The search needs the base model, a folder "
                     "or a name on the Hub. Pass it."
                 )
-            model, tokenizer = load_model(plan.base, dtype, load_in_4bit=load_in_4bit)
+            model, of_base = load_model(plan.base, dtype, load_in_4bit=load_in_4bit)
+            tokenizer = load_tokenizer(plan.tokenizer) or of_base
         factors = dict(read_modules(plan.sources, plan.paths, torch.float32))
         if not {*plan.paths} <= {module_path(name) for name, _ in model.named_modules()}:
             raise _no_base(plan)

@@ -73,10 +73,12 @@ def test_the_recipe_as_run_runs_again_and_gives_the_same(call, tmp_path):
 
 def test_continuing_an_adapter(call, tmp_path):
     sft([*call, "--task_name", "first"])
+    (tmp_path / "out" / "chat_template.jinja").write_text("the adapter's own")
     continued = ["--adapter_name_or_path", str(tmp_path / "out"), "--task_name", "second"]
     sft([*call[:4], "--output_dir", str(tmp_path / "two"), *continued])
     config = json.loads((tmp_path / "two" / "lori_config.json").read_text())
     assert [record["task"] for record in config["tasks"]] == ["first", "second"]
+    assert (tmp_path / "two" / "chat_template.jinja").read_text() == "the adapter's own"
 
 
 def test_lori_sft_is_lori_sft(call, tmp_path):

@@ -31,7 +31,7 @@ def test_an_adapter_comes_and_goes(model, adapter_folder, plain_adapter):
     assert torch.equal(model(ids).logits, plain)
 
 
-def test_an_adapters_own_tokenizer_comes_with_it(model, adapter_folder, plain_adapter, tmp_path):
+def test_an_adapters_own_tokenizer_comes_with_it(model, adapter_folder, plain_adapter, tmp_path, caplog):
     own = shutil.copytree(adapter_folder, tmp_path / "own")
     (own / "chat_template.jinja").write_text("its own")
     with with_adapter(model, str(own)) as (_, tokenizer):
@@ -39,6 +39,7 @@ def test_an_adapters_own_tokenizer_comes_with_it(model, adapter_folder, plain_ad
     (own / "adapter_compact.safetensors").write_bytes(
         export_compact(own, tmp_path / "compact.safetensors").read_bytes()
     )
+    assert "has a chat template, and a compact file has no tokenizer" in caplog.text
     (own / "adapter_model.safetensors").unlink()
     with with_adapter(model, str(own)) as (_, tokenizer):
         assert tokenizer.chat_template == "its own"

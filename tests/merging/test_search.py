@@ -1,6 +1,7 @@
 """The search for weights: its losses are those of the merges."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,16 @@ def test_a_coordinate_search_goes_on_from_the_best_shared_weight(searched, token
             weights[number] = weight
             tried = {trial.weights: trial.objective for trial in search.trials}
             assert tried[tuple(weights)] >= search.best.objective
+
+
+def test_conversations_are_measured_in_the_template_that_the_adapters_bring(searched, tmp_path):
+    adapters = [shutil.copytree(folder, tmp_path / folder.name) for folder in searched[0]]
+    for folder in adapters:
+        (folder / "chat_template.jinja").write_text(
+            "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        )
+    heldout = {"chat": [{name: [{"role": "user", "content": "w1"}] for name in ("prompt", "completion")}]}
+    assert search_merge_weights(adapters, heldout, grid=[0.5]).best.losses["chat"] > 0
 
 
 def test_the_command_line_searches_merges_and_keeps_the_table(searched, tmp_path, capsys):
