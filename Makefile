@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test test-release test-distributed test-serving docs lint format bench clean
+.PHONY: quickstart test test-release test-lowest test-distributed test-serving docs lint format bench clean
 
 quickstart: .venv/installed .venv/smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
@@ -15,6 +15,11 @@ test: .venv/dev .venv/smollm2
 # What takes minutes: every code block of the documentation, the notebook, the wheel in a fresh environment.
 test-release: .venv/dev .venv/smollm2
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m release
+
+# The lowest versions that pyproject.toml allows, in an environment of their own, on what uses most of them.
+test-lowest: .venv-lowest/installed
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest tests/adapter/test_safetensors.py tests/cli tests/inspection \
+		tests/merging/test_search.py tests/test_card.py tests/test_preview.py tests/test_private_names.py
 
 # Two CPU ranks of DDP, FSDP2, ZeRO-2 and ZeRO-3 against one process.
 test-distributed: .venv/deepspeed
@@ -50,6 +55,13 @@ bench: .venv/installed .venv/smollm2
 	$(BIN)/python -m pip install --quiet --editable ".[plots]"
 	touch $@
 
+.venv-lowest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python tests/lowest_versions.py > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install --quiet --requirement .venv-lowest/requirements.txt "pytest>=8.0"
+	.venv-lowest/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 .venv/dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
@@ -74,4 +86,4 @@ bench: .venv/installed .venv/smollm2
 	touch $@
 
 clean:
-	rm -rf .venv dist build site
+	rm -rf .venv .venv-lowest dist build site

@@ -39,9 +39,9 @@ from .masks import LoriMasks
 from .projections import Fingerprint, Projection, derive_projection_seed, freeze_projections, init_projections
 from .rows import have_images, name_of_data
 from .saliency import GradientAgreement, random_saliency
-from .selection import num_to_select
 from .sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
 from .sparse import fold_values, refresh_values, sparse_training, values_in_state_dict
+from .sparsity import num_to_select
 from .tasks import kept_positions
 from .trackers import Trackers
 

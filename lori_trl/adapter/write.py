@@ -20,7 +20,6 @@ from ..files import read_json
 from ..heatmaps import draw_density
 from ..layers import lora_layers, tensor_name
 from ..masks import LoriMasks
-from ..sharding import full_shape
 from .contents import Contents
 from .layout import (
     ADAPTER_CONFIG,
@@ -299,6 +298,8 @@ def _write_record(folder: Path, record: LoriRecord, tensors: Mapping[str, str] |
 
 def _check_complete(file: Path, model: "PeftModel", adapter_name: str) -> None:
     """Raise `RuntimeError` unless a file has every A and B of an adapter, whole: gathering shards can go wrong."""
+    from ..sharding import full_shape  # not before: it takes a second, and only a model's save needs it
+
     expected = {}
     for path, layer in lora_layers(model, adapter_name).items():
         for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):

@@ -89,9 +89,10 @@ def test_conversations_are_measured_in_the_template_that_the_adapters_bring(sear
     adapters = [shutil.copytree(folder, tmp_path / folder.name) for folder in searched[0]]
     for folder in adapters:
         (folder / "chat_template.jinja").write_text(
-            "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+            "{% for message in messages %}{{ message['content'] }} {% endfor %}"
         )
-    heldout = {"chat": [{name: [{"role": "user", "content": "w1"}] for name in ("prompt", "completion")}]}
+    prompt, completion = ([{"role": "user", "content": word}] for word in ("w1", "w2"))
+    heldout = {"chat": [{"prompt": prompt, "completion": completion}]}
     assert search_merge_weights(adapters, heldout, grid=[0.5]).best.losses["chat"] > 0
 
 
