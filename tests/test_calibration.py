@@ -16,7 +16,7 @@ from lori_trl.adapter.record import read_record
 from lori_trl.layers import lora_layers
 from lori_trl.projections import derive_projection_seed, init_projections
 from lori_trl.saliency import GradientAgreement, random_saliency
-from lori_trl.selection import num_to_select
+from lori_trl.sparsity import num_to_select
 
 
 class GradientTrainer(RecordingTrainer):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("accelerate", "datasets", "peft", "torch", "transformers", "trl")
+HEAVY = ("accelerate", "datasets", "peft", "torch", "torch.distributed.tensor", "transformers", "trl")
 # All commands run in one process: what one of them imports is there at the end.
 CODE = """
 import contextlib, io, sys

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lori_trl.selection import num_to_select, select_largest
+from lori_trl.selection import select_largest
+from lori_trl.sparsity import num_to_select
 
 
 def by_sorting(tensors, k, exclude=None):

@@ -20,7 +20,6 @@ from ..files import read_json
 from ..heatmaps import draw_density
 from ..layers import lora_layers, tensor_name
 from ..masks import LoriMasks
-from ..sharding import full_shape
 from .contents import Contents
 from .layout import (
     ADAPTER_CONFIG,
@@ -82,6 +81,32 @@ def check_output(output_dir: str | Path, inputs: Iterable[str | Path] = (), *, o
         raise FileExistsError(
             f"`output_dir={output_dir}` holds an adapter already ({there[0]}). An output goes to a new folder. Pass "
             "another name, or `overwrite=True` (`--overwrite`) to replace that adapter."
+        )
+
+
+def check_output_file(file: str | Path, adapter: str | Path, *, overwrite: bool = False) -> None:
+    """
+    Check that an adapter written as one file destroys nothing.
+
+    Args:
+        file (`str` or `Path`): the file.
+        adapter (`str` or `Path`): what is read: a folder, a file or a name on the Hub.
+        overwrite (`bool`, *optional*, defaults to `False`): whether a file that is there may be replaced.
+
+    Raises:
+        `ValueError`: it is a folder, or lies in the adapter's.
+        `FileExistsError`: it exists.
+    """
+    file, source = Path(file), Path(adapter).resolve()
+    if source in (file.resolve(), *file.resolve().parents) or file.is_dir():
+        raise ValueError(
+            f"`{file}` is a folder or lies in `{adapter}`, which is read. An output never replaces an input. Pass a "
+            "file outside of it."
+        )
+    if file.exists() and not overwrite:
+        raise FileExistsError(
+            f"`{file}` exists. An adapter goes to a new file. Pass another name, or `overwrite=True` (`--overwrite`) "
+            "to replace it."
         )
 
 
@@ -273,6 +298,8 @@ def _write_record(folder: Path, record: LoriRecord, tensors: Mapping[str, str] |
 
 def _check_complete(file: Path, model: "PeftModel", adapter_name: str) -> None:
     """Raise `RuntimeError` unless a file has every A and B of an adapter, whole: gathering shards can go wrong."""
+    from ..sharding import full_shape  # not before: it takes a second, and only a model's save needs it
+
     expected = {}
     for path, layer in lora_layers(model, adapter_name).items():
         for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
