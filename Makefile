@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test test-release test-lowest test-distributed docs lint format bench clean
+.PHONY: quickstart test test-release test-lowest test-distributed test-serving docs lint format bench clean
 
 quickstart: .venv/installed .venv/smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
@@ -18,12 +18,16 @@ test-release: .venv/dev .venv/smollm2
 
 # The lowest versions that pyproject.toml allows, in an environment of their own, on what uses most of them.
 test-lowest: .venv-lowest/installed
-	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest tests/adapter/test_safetensors.py tests/cli tests/inspection \
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest tests/cli/test_recipes.py tests/cli/test_sft.py tests/inspection \
 		tests/merging/test_search.py tests/test_card.py tests/test_preview.py tests/test_private_names.py
 
 # Two CPU ranks of DDP, FSDP2, ZeRO-2 and ZeRO-3 against one process.
 test-distributed: .venv/deepspeed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m distributed tests/distributed
+
+# Adapters in llama.cpp against PEFT. Compiling it takes longer than all other tests, so CI leaves it out.
+test-serving: .venv/llama-cpp .venv/smollm2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving
 
 # The site, in site/. A broken link fails.
 docs: .venv/docs
@@ -69,6 +73,11 @@ bench: .venv/installed .venv/smollm2
 # Its operators are compiled where they are needed; on CPUs none is.
 .venv/deepspeed: .venv/dev
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable ".[deepspeed]"
+	touch $@
+
+# Without what reads pictures, which takes half of the compiling.
+.venv/llama-cpp: .venv/dev
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36
 	touch $@
 
 .venv/smollm2: .venv/installed

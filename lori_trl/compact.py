@@ -7,7 +7,7 @@ import torch
 
 from .adapter.compact import read_compact, write_compact
 from .adapter.folder import open_adapter
-from .adapter.write import check_output, complete, staged, write_contents
+from .adapter.write import check_output, check_output_file, complete, staged, write_contents
 from .masks import LoriMasks
 
 logger = logging.getLogger(__name__)
@@ -43,16 +43,7 @@ def export_compact(
         `ValueError`: `file` lies in the adapter's folder, or a file of the adapter is unreadable or changed.
     """
     folder, file = Path(folder), Path(file)
-    if folder.resolve() in (file.resolve(), *file.resolve().parents) or file.is_dir():
-        raise ValueError(
-            f"`{file}` is a folder or lies in `{folder}`, which is read. An output never replaces an input. Pass a "
-            "file outside of it."
-        )
-    if file.exists() and not overwrite:
-        raise FileExistsError(
-            f"`{file}` exists. An adapter goes to a new file. Pass another name, or `overwrite=True` (`--overwrite`) "
-            "to replace it."
-        )
+    check_output_file(file, folder, overwrite=overwrite)
     with open_adapter(folder, allow_modified=allow_modified) as adapter:
         write_compact(file, adapter.contents(), dtype)
         if any("chat_template" in name for name in adapter.tokenizer):

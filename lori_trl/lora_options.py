@@ -47,8 +47,8 @@ BEGINNINGS = {
     "lora_ga_config": "LoRA-GA changes the base model, and LoRI draws A itself",
 }
 
-# Field -> why a trained adapter can't be merged from its A and B alone.
-UNMERGEABLE = {**REFUSED, **DENSE, "layer_replication": "its base model has copied layers"}
+# Field -> why A and B are not all there is of a trained adapter.
+NOT_PLAIN = {**REFUSED, **DENSE, "layer_replication": "its base model has copied layers"}
 
 _INTERVALS = {"r": "[1, inf)", "lora_alpha": "(0, inf)", "lora_dropout": "[0, 1)"}
 

@@ -260,6 +260,12 @@ class AdapterFolder:
         return base_name(self.config.get("base_model_name_or_path"))
 
     @property
+    def base_location(self) -> str | None:
+        """Where the base model can be loaded from: its folder if that is here, else its name; `None` if unknown."""
+        path = self.config.get("base_model_name_or_path")
+        return path if path and Path(path).exists() else self.base
+
+    @property
     def title(self) -> str:
         """The Hub name, or the name of the local folder or file: never where that lies."""
         return self.name if is_repo_id(self.name) else Path(self.name).resolve().name

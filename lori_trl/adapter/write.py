@@ -84,6 +84,32 @@ def check_output(output_dir: str | Path, inputs: Iterable[str | Path] = (), *, o
         )
 
 
+def check_output_file(file: str | Path, adapter: str | Path, *, overwrite: bool = False) -> None:
+    """
+    Check that an adapter written as one file destroys nothing.
+
+    Args:
+        file (`str` or `Path`): the file.
+        adapter (`str` or `Path`): what is read: a folder, a file or a name on the Hub.
+        overwrite (`bool`, *optional*, defaults to `False`): whether a file that is there may be replaced.
+
+    Raises:
+        `ValueError`: it is a folder, or lies in the adapter's.
+        `FileExistsError`: it exists.
+    """
+    file, source = Path(file), Path(adapter).resolve()
+    if source in (file.resolve(), *file.resolve().parents) or file.is_dir():
+        raise ValueError(
+            f"`{file}` is a folder or lies in `{adapter}`, which is read. An output never replaces an input. Pass a "
+            "file outside of it."
+        )
+    if file.exists() and not overwrite:
+        raise FileExistsError(
+            f"`{file}` exists. An adapter goes to a new file. Pass another name, or `overwrite=True` (`--overwrite`) "
+            "to replace it."
+        )
+
+
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
     """

@@ -9,7 +9,7 @@ from .completion import add_print_completion
 from .errors import bad_input
 from .sft import sft  # the function, which the installed `lori-sft` calls, not its module
 from .terminal import printable, show, show_logs_as_text
-from .version import version_line
+from .version import ShowVersion
 
 _VERBS = (recipes, tasks, merge, push, export, expand, eval, inspect)
 
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="example:\n  lori recipes list",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=version_line())
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the versions of what is installed")
     add_print_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sft", add_help=False, help="train an adapter (the same as lori-sft)")

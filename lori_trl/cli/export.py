@@ -1,4 +1,4 @@
-"""`lori export`: an adapter as one small file."""
+"""`lori export`: an adapter as one file, small or for llama.cpp."""
 
 import argparse
 from pathlib import Path
@@ -11,28 +11,40 @@ from .terminal import show
 def add_parser(commands) -> None:
     export = commands.add_parser(
         "export",
-        help="write an adapter as one small file",
-        epilog="example:\n  lori export --compact code-lori-s code-lori-s.safetensors --dtype bfloat16",
+        help="write an adapter as one file, small or for llama.cpp",
+        epilog="example:\n  lori export --compact code-lori-s code-lori-s.safetensors --dtype bfloat16\n"
+        "  lori export --gguf code-lori-s code-lori-s.gguf",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument("--compact", action="store_true", required=True, help="the form: seed, positions and values")
+    form = export.add_mutually_exclusive_group(required=True)
+    form.add_argument("--compact", action="store_true", help="seed, positions and values, which `lori expand` reads")
+    form.add_argument("--gguf", action="store_true", help="llama.cpp's LoRA file, and Ollama's .Modelfile beside it")
     export.add_argument("folder", type=Path, help="the adapter's folder")
     export.add_argument("file", type=Path, help="the new file")
     export.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "int8"], help="round the values; by default they are exact"
+        "--dtype", choices=["bfloat16", "float16", "int8"], help="with --compact: round the values; by default exact"
     )
+    export.add_argument("--base_model", help="with --gguf: the base model; by default the one that the adapter names")
     export.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     add_allow_modified(export)
     export.set_defaults(func=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    import torch
-
-    from ..compact import export_compact
-
+    for option, form in (("dtype", "compact"), ("base_model", "gguf")):
+        if getattr(options, option) is not None and not getattr(options, form):
+            raise ValueError(f"`--{option}` goes with `--{form}` alone. Both must be given, or neither. Leave it out.")
     check_targets({"file": options.file}, [options.folder])
-    dtype = getattr(torch, options.dtype) if options.dtype else None
     changes = {"overwrite": options.overwrite, "allow_modified": options.allow_modified}
-    file = export_compact(options.folder, options.file, dtype=dtype, **changes)
+    if options.gguf:
+        from ..gguf_export import export_gguf
+
+        file = export_gguf(options.folder, options.file, base_model=options.base_model, **changes)
+    else:
+        import torch
+
+        from ..compact import export_compact
+
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        file = export_compact(options.folder, options.file, dtype=dtype, **changes)
     show(f"{file}: {file.stat().st_size:,} bytes")

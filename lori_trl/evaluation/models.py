@@ -45,7 +45,11 @@ def find_base_model(base_model: str | None, models: Sequence[str], *, allow_modi
         `ValueError`: no base is named, or several are.
         `FileNotFoundError`: one of `models` is neither an adapter nor a model.
     """
-    bases = {name: _base_on_record(name, allow_modified) for name in models if not is_whole_model(name)}
+    bases = {}
+    for name in models:
+        if not is_whole_model(name):
+            with open_adapter(name, allow_modified=allow_modified) as adapter:
+                bases[name] = adapter.base_location
     names = {name: base_name(base) for name, base in bases.items()}
     if base_model is not None:
         for name, base in names.items():
@@ -145,10 +149,3 @@ def _compare_precision(adapter: AdapterFolder, base: PreTrainedModel) -> None:
             f"{now or f'{base.dtype}'.removeprefix('torch.')}: its figures are not those that it was trained to. "
             + ("Pass `--load_in_4bit`." if trained == "4-bit" else "Leave `--load_in_4bit` out." if now else "")
         )
-
-
-def _base_on_record(name: str, allow_modified: bool) -> str | None:
-    """Return the base that an adapter was trained on: its folder if that is here, else its name; `None` if unknown."""
-    with open_adapter(name, allow_modified=allow_modified) as adapter:
-        path = adapter.config.get("base_model_name_or_path")
-        return path if path and Path(path).exists() else adapter.base

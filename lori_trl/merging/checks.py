@@ -10,43 +10,10 @@ from torch import Tensor
 
 from ..adapter.facts import Independence
 from ..adapter.folder import AdapterFolder, may_be_one_base
-from ..lora_options import UNMERGEABLE
 from ..recipes import nearest
 from .methods import METHODS, PRUNING
 
 logger = logging.getLogger(__name__)
-
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model
-
-
-def check_mergeable(source: AdapterFolder) -> None:
-    """Raise `ValueError` unless an adapter is plain LoRA, whose A and B are all there is."""
-    config = source.config
-    faults = [f"{key}={config[key]!r} ({what})" for key, what in UNMERGEABLE.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        faults.append(f"bias={config['bias']!r} (biases were trained)")
-    if config.get("init_lora_weights") not in _PLAIN_STARTS:
-        faults.append(f"init_lora_weights={config['init_lora_weights']!r} (it belongs to a changed base model)")
-    if faults:
-        raise ValueError(
-            f"`{source.name}` has {', '.join(faults)}. Plain LoRA and LoRI adapters can be merged: their A and B are "
-            "all there is. Train it as one of these, or convert it with PEFT first."
-        )
-    met = [*source.others, *source.unpaired, *sorted(source.dtypes - {"F32", "BF16", "F16"})]
-    if met or not source.shapes:
-        raise ValueError(
-            f"`{source.name}` holds {len(met) or 'no'} tensors that cannot be merged"
-            f"{': ' if met else ''}{', '.join(met[:3])}{', ...' if len(met) > 3 else ''}. An adapter to merge has "
-            "a pair lora_A `(rank, in_features)`, lora_B `(out_features, rank)` for each of its linear layers, in "
-            "float32, bfloat16 or float16, and nothing else (no DoRA, embeddings, biases or modules_to_save). "
-            "Train it as plain LoRA or LoRI."
-        )
-    for path, (_, rank, _) in source.shapes.items():
-        if rank != (expected := source.setting(path, "r", "rank_pattern")):
-            raise ValueError(
-                f"`{source.name}`: {path} has rank {rank}, adapter_config.json says {expected}. They must agree, "
-                "for alpha / rank depends on it. Fetch or save the adapter again."
-            )
 
 
 def check_method(method: str, density: float | None) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..adapter.folder import AdapterFolder, open_adapter
 from ..adapter.mask_files import MasksMetadata
+from ..adapter.plain import check_plain
 from ..masks import LoriMasks
-from .checks import check_bases, check_mergeable, check_method, check_ranks
+from .checks import check_bases, check_method, check_ranks
 from .methods import METHODS, PAPERS, Factors
 
 logger = logging.getLogger(__name__)
@@ -254,7 +255,7 @@ def open_plan(
         sources = []
         for name in map(str, adapters):
             sources.append(stack.enter_context(open_adapter(name, token=token, allow_modified=allow_modified)))
-            check_mergeable(sources[-1])
+            check_plain(sources[-1], "merged")
         base = check_bases(sources, base_model)
         check_ranks(sources, method)
         yield Plan(sources, method, density, seed, base)

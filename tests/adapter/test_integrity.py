@@ -14,6 +14,7 @@ from lori_trl import cli, load_lori_adapter, merge_lori_adapters, push_lori_to_h
 from lori_trl.compact import export_compact
 from lori_trl.continual import extract_task, read_ledger
 from lori_trl.evaluation import with_adapter
+from lori_trl.gguf_export import export_gguf
 from lori_trl.inspection import inspect_adapters
 
 B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
@@ -41,6 +42,7 @@ READERS = {
     "merge": lambda folder, out, **options: merge_lori_adapters([folder], 1.0, output_dir=out, **options),
     "inspect": lambda folder, out, **options: inspect_adapters([folder], **options),
     "export": lambda folder, out, **options: export_compact(folder, out, **options),
+    "gguf": lambda folder, out, **options: export_gguf(folder, out, **options),
     "extract": lambda folder, out, **options: extract_task(folder, "code", out, **options),
     "eval": lambda folder, out, **options: evaluate(folder, **options),
 }
