@@ -1,9 +1,14 @@
 """Where a run can be resumed, and which run a folder holds."""
 
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from accelerate.logging import get_logger
+from accelerate.utils import patch_environment
+from torch.serialization import safe_globals
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
@@ -95,3 +100,29 @@ def _last_complete_checkpoint(folder: Path, run: str | None) -> Path | None:
 def _run_of(folder: Path) -> str | None:
     training = read_record(folder).training
     return training.run if training is not None else None
+
+
+@contextmanager
+def deepspeed_checkpoints_as_data() -> Iterator[None]:
+    """
+    Let DeepSpeed's checkpoints be read as tensors and plain data.
+
+    DeepSpeed 0.19 calls `torch.load(..., weights_only=False)`, which runs what is pickled in a file. A variable of
+    torch's in the environment overrules it. The classes named here are those that DeepSpeed leaves: they hold data.
+
+    Raises:
+        `ValueError`: a checkpoint names anything else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"), safe_globals(classes):
+            yield
+    except UnpicklingError as error:
+        raise ValueError(
+            "DeepSpeed's part of the checkpoint names code that reading it would run. Allowed are tensors, numbers "
+            "and text, as DeepSpeed leaves them. Resume from a checkpoint of a run of your own."
+        ) from error

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import Tensor
 
 from .config import LoriArguments
@@ -13,13 +14,19 @@ from .sharding import engine_dtype
 
 
 def check_engine(
-    accelerator: Accelerator, args: LoriArguments, *, calibrate: bool, initial_weights: Mapping[str, Tensor]
+    accelerator: Accelerator,
+    model: PeftModel,
+    args: LoriArguments,
+    *,
+    calibrate: bool,
+    initial_weights: Mapping[str, Tensor],
 ) -> None:
     """
     Refuse, before training, what the engine of a run can't do.
 
     Args:
         accelerator (`Accelerator`): knows the engine.
+        model (`PeftModel`): what is trained.
         args ([`LoriArguments`]): the run's arguments.
         calibrate (`bool`): whether both phases are ahead.
         initial_weights (`Mapping[str, Tensor]`): module path -> B before training.
@@ -31,6 +38,7 @@ def check_engine(
         _check_mesh(accelerator.parallelism_config)
     if accelerator.distributed_type == DistributedType.FSDP:
         _check_fsdp(accelerator.state, packed_later=calibrate and args.sparse_backend == "packed")
+        _check_head(model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _check_zero(accelerator.state, args, calibrate)
         _check_rounding(accelerator, initial_weights)
@@ -60,6 +68,16 @@ def _check_fsdp(state: AcceleratorState, packed_later: bool) -> None:
             "`sparse_backend='packed'` without masks: FSDP2 shards the parameters that are there when training "
             "begins, and packed values come to be after the calibration. Allowed with FSDP2 is 'hook'. Pass "
             "`sparse_backend='hook'`, or the masks of an earlier calibration as `mask_name_or_path`."
+        )
+
+
+def _check_head(model: PeftModel) -> None:
+    head = model.get_output_embeddings()
+    if head is not None and any(weight.requires_grad for weight in head.parameters()):
+        raise ValueError(
+            "The output embeddings are trained, by `modules_to_save` or `trainable_token_indices`. TRL 1.16 reads "
+            "their weight whole, and under FSDP2 nothing adds up its gradient over the devices. Allowed there are "
+            "other modules. Pass an adapter without them, or use DDP or DeepSpeed."
         )
 
 

@@ -26,7 +26,7 @@ from .adapter.facts import Calibration, Counts, TaskRecord
 from .adapter.record import LoriRecord, read_record
 from .adapter.write import save_lori_adapter
 from .card_facts import CardFacts, hyperparameters
-from .checkpoints import begin_run, find_checkpoint, note_run
+from .checkpoints import begin_run, deepspeed_checkpoints_as_data, find_checkpoint, note_run
 from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
@@ -173,7 +173,13 @@ class LoriTrainerMixin(HubPushes):
         """
         phase, checkpoint = self._resume_phase(resume_from_checkpoint)
         self._begin_run()
-        check_engine(self.accelerator, self.args, calibrate=self.masks is None, initial_weights=self.initial_weights)
+        check_engine(
+            self.accelerator,
+            self.model,
+            self.args,
+            calibrate=self.masks is None,
+            initial_weights=self.initial_weights,
+        )
         metrics = self.calibrate(checkpoint if phase == "calibration" else None) if self.masks is None else {}
         if self.calibration is not None and self.calibration.method != "random":
             self._name_tracked_run(self.args)
@@ -277,7 +283,7 @@ class LoriTrainerMixin(HubPushes):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
         """Mask the gradients of the shards, too, once FSDP2 has made them. It does so in a run's first phase."""
-        with values_in_state_dict(self.model, self.adapter_name):
+        with self._engine_checkpoint():
             prepared = super()._prepare_for_training(*args, **kwargs)
         for hook in mask_shards(self.weights, self.trained_masks):
             self.phase_end.callback(hook.remove)
@@ -530,9 +536,16 @@ class LoriTrainerMixin(HubPushes):
         self.calibration = record.calibration
         self.masks = self._adopt(LoriMasks.from_pretrained(folder, task=self.task_name))
 
+    @contextmanager
+    def _engine_checkpoint(self) -> Iterator[None]:
+        """Let an engine's own checkpoint, which holds what is trained, hold the packed values, and run no code."""
+        with values_in_state_dict(self.model, self.adapter_name), ExitStack() as stack:
+            if self.is_deepspeed_enabled:
+                stack.enter_context(deepspeed_checkpoints_as_data())
+            yield
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Let an engine's own checkpoint, which holds what is trained, hold the packed values."""
-        with values_in_state_dict(self.model, self.adapter_name):
+        with self._engine_checkpoint():
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -540,7 +553,7 @@ class LoriTrainerMixin(HubPushes):
         self._take_over_loaded_adapter()
 
     def _load_best_model(self) -> None:
-        with values_in_state_dict(self.model, self.adapter_name):
+        with self._engine_checkpoint():
             super()._load_best_model()
         self._take_over_loaded_adapter()
 

@@ -19,8 +19,12 @@ CASES = {
     "given masks": {"mask_name_or_path": "sgd, model-wide"},
     "continued, disjoint": {"adapter_name_or_path": "adamw, accumulated", "task_name": "math", "disjoint_masks": True},
     "gradients' agreement": {"calibration_method": "gradient"},
+    "with a head": {"modules_to_save": ["lm_head"]},
+    "with embeddings": {"modules_to_save": ["embed_tokens"]},
+    "with new tokens": {"trainable_token_indices": [3, 5]},
     "packed": {"sparse_backend": "packed"},
     "packed, given masks": {"sparse_backend": "packed", "mask_name_or_path": "sgd, model-wide"},
+    "bfloat16": {"bf16": True},
     "undisturbed": {},
     "undisturbed, again": {},
     "interrupted": SAVING,
@@ -32,10 +36,14 @@ REFERENCE = {name: name for name in CASES} | dict.fromkeys(
     ["undisturbed, again", "interrupted", "killed"], "undisturbed"
 )
 KILLED = ("fsdp2", "zero2")
+ROUNDED = ("zero2", "zero3")  # DeepSpeed holds all in bfloat16, the others the adapter in float32
 # What an engine refuses, and with which words.
 REFUSED = {
     "ddp": {},
-    "fsdp2": {"packed": "packed values come to be after the calibration"},
+    "fsdp2": {
+        "packed": "packed values come to be after the calibration",
+        "with a head": "nothing adds up its gradient over the devices",
+    },
     "zero2": {"gradients' agreement": "flat parts"},
     "zero3": {
         "gradients' agreement": "flat parts",
@@ -44,8 +52,13 @@ REFUSED = {
         "interrupted, packed": "keeps it partitioned",
     },
 }
+ONLY = {
+    "killed": KILLED,
+    "bfloat16": ROUNDED,
+    "with new tokens": ("ddp", "fsdp2", "zero2"),  # under ZeRO-3, PEFT asks for CUDA
+}
 RUNS = {
-    engine: [name for name in CASES if name not in refused and (name != "killed" or engine in KILLED)]
+    engine: [name for name in CASES if name not in refused and engine in ONLY.get(name, REFUSED)]
     for engine, refused in REFUSED.items()
 }
 
@@ -80,7 +93,8 @@ def make_trainer(name: str, folder: Path, references: Path, **changes) -> LoriSF
         **changes: configuration on top.
     """
     case = CASES[name] | changes
-    model, peft_config = make_model(), lora_config()
+    beside = {key: case.pop(key) for key in ("modules_to_save", "trainable_token_indices") if key in case}
+    model, peft_config = make_model(), lora_config(**beside)
     if started := case.pop("adapter_name_or_path", None):
         model, peft_config = load_lori_adapter(model, references / started, is_trainable=True), None
     if "mask_name_or_path" in case:
@@ -103,6 +117,7 @@ def make_trainer(name: str, folder: Path, references: Path, **changes) -> LoriSF
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "ddp_backend": "gloo" if ranks > 1 else None,
+        "use_cpu": ranks == 1,
     }
     return LoriSFTTrainer(
         model,

@@ -16,7 +16,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from cases import REFUSED, RUNS, make_trainer
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-from transformers import TrainerCallback
+from transformers import TrainerCallback, training_args
 
 from lori_trl import LoriSFTTrainer
 from lori_trl.adapter import write
@@ -30,7 +30,7 @@ def allow_cpus(engine: str) -> None:
     `AcceleratorState` takes FSDP only where the processes belong to one of the accelerators in its list. The CPU is
     not among them, though gloo can do all that is needed. So the processes say here that they are GPUs', with gloo for
     a backend; ACCELERATE_TORCH_DEVICE=cpu puts every tensor on the CPU. DDP has an option for CPUs. DeepSpeed would
-    first compile an operator that exchanges tensors through shared memory.
+    first compile an operator that exchanges tensors through shared memory, and transformers wants a GPU for bfloat16.
     """
     if engine == "ddp":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -38,6 +38,7 @@ def allow_cpus(engine: str) -> None:
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     else:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 class Interrupted(Exception):
@@ -92,6 +93,30 @@ def run_to_be_killed(engine: str, folder: Path, references: Path, phase: str) ->
     trainer.train(resume_from_checkpoint=any(folder.glob("**/trainer_state.json")))
 
 
+class Code:
+    """What runs when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def resume_from_code(engine: str, folder: Path, references: Path) -> None:
+    """DeepSpeed's checkpoints are read as data: what is pickled in one is not run."""
+    if dist.get_rank() == 0:
+        for file in folder.glob("checkpoint-*/global_step*/*.pt"):
+            torch.save({"module": Code(folder / "has_run")}, file)
+    dist.barrier()
+    try:
+        make(engine, "interrupted", folder, references).train(resume_from_checkpoint=True)
+    except ValueError as error:
+        assert "names code that reading it would run" in str(error) and not (folder / "has_run").exists()
+    else:
+        raise AssertionError("the checkpoint was taken")
+
+
 def refuse(engine: str, name: str, words: str, folder: Path, references: Path) -> None:
     """What can't be done is refused before training, with what to do instead."""
     try:
@@ -130,6 +155,8 @@ if __name__ == "__main__":
             run(engine, name, folder / name, references)
         for name, words in REFUSED[engine].items():
             refuse(engine, name, words, folder / name, references)
+        if engine.startswith("zero"):
+            resume_from_code(engine, folder / "interrupted", references)
         select_from_shards()
     dist.barrier()
     if dist.get_rank() == 0:

@@ -11,7 +11,7 @@ from tiny import trained_adapter
 pytestmark = pytest.mark.distributed
 
 
-def test_two_ranks_evaluate_as_one_process_does(tmp_path):
+def test_two_ranks_evaluate_as_one_process_does(tmp_path, table):
     folders = [tmp_path / "alone", tmp_path / "together"]
     for folder in folders:
         folder.mkdir()
@@ -27,6 +27,9 @@ def test_two_ranks_evaluate_as_one_process_does(tmp_path):
     assert answers[0] == answers[1]
     assert answers[0]["greedy"] != answers[0]["sampled"][:11] != answers[0]["sampled"][11:]
     results = [json.loads((folder / "results.json").read_text())["results"] for folder in folders]
+    pairs = zip(*results, strict=True)
+    difference = max(abs(each["value"] - expected["value"]) for expected, each in pairs)
+    table.append(("ddp", "lori eval", "", "evaluation", f"{difference:.1e}", ""))
     assert results[0] == results[1]
     assert len({(result["task"], result["metric"]) for result in results[0]}) > 10
     assert together.stdout.split() == alone.stdout.split()  # one table
