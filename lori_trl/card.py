@@ -144,7 +144,7 @@ def _target_names(target_modules: str | Sequence[str]) -> str:
 
 def _max_rank_of(adapter_config: Mapping[str, Any]) -> int | None:
     """Return vLLM's `--max-lora-rank` for an adapter; None if it is one that vLLM does not read."""
-    if adapter_config.get("rank_pattern") or adapter_config.get("alpha_pattern"):
+    if any(adapter_config.get(name) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")):
         return None
     rank = adapter_config["r"]
     return max_lora_rank(rank) if isinstance(rank, int) else None

@@ -103,11 +103,13 @@ TASKS: dict[str, Task] = {
             "zwhe99/commonsense_170k",
             tuple(Benchmark(name, _LLM_ADAPTERS.format(folder)) for name, folder in _NLU.items()),
         ),
-        Task("math", "openai/gsm8k", (Benchmark("gsm8k", "openai/gsm8k", "main", "test"),), config="main"),
+        Task(
+            "math", "openai/gsm8k", (Benchmark("gsm8k", "openai/gsm8k", "main", "test", sizes=(1319,)),), config="main"
+        ),
         Task(
             "code",
             "sahil2801/CodeAlpaca-20k",
-            (Benchmark("humaneval", "openai/openai_humaneval", split="test"),),
+            (Benchmark("humaneval", "openai/openai_humaneval", split="test", sizes=(164,)),),
         ),
         Task(
             "safety",

@@ -195,12 +195,20 @@ def test_a_local_base_is_called_local():
         ({"r": 96}, "--max-lora-rank 128\n"),
         ({"r": 513}, None),
         ({"rank_pattern": {"q_proj": 8}}, None),
+        ({"modules_to_save": ["lm_head"]}, None),
     ],
 )
 def test_the_line_for_vllm(changes, says):
     text = render_model_card(record(), PEFT | changes, None, repo_id="me/x")
     line = re.search("vllm serve meta-llama/Meta-Llama-3-8B --enable-lora .*\n", text)
     assert line is None if says is None else line[0].endswith(says)
+
+
+def test_a_card_says_that_the_base_was_in_4_bits():
+    config = changed()
+    assert "bitsandbytes" not in render_model_card(record(config), PEFT, masks())
+    config["training"]["base_model"]["quantization"] = "4-bit"
+    assert "packed to 4-bit by bitsandbytes" in render_model_card(record(config), PEFT, masks())
 
 
 def test_where_the_package_is_to_be_had_is_one_address(monkeypatch):
