@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))["project"]
-for requirement in [*project["dependencies"], *project["optional-dependencies"]["plots"]]:
+extras = project["optional-dependencies"]
+for requirement in [*project["dependencies"], *extras["plots"], *extras["quantization"]]:
     name, version = re.match(r"([\w-]+)>=([\w.]+)", requirement).groups()
     print(f"{name}=={version}")

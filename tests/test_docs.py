@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -117,6 +118,15 @@ def run_command(statement: str, model: str) -> None:
         assert (main(arguments) if program == "lori" else sft(on_tiny_model(arguments, model))) == 0
 
 
+def run_block(block: Block, names: dict, model: str) -> None:
+    code = block.code.replace(SMOLLM2, model)
+    if block.language == "python":
+        exec(compile(code, str(block), "exec"), names)
+    else:
+        for statement in statements(code):
+            run_command(statement, model)
+
+
 def on_tiny_model(arguments: list[str], model: str) -> list[str]:
     """Put the tiny model in the place of a recipe's. What is meant for GPUs is checked as far as its counts."""
     if "--accelerate_config" in arguments or any("_lori_" in argument for argument in arguments):
@@ -126,10 +136,17 @@ def on_tiny_model(arguments: list[str], model: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, HubServer() as server:
-        with client_of(server, tmp_path_factory.mktemp("hub"), patch):
+    """Return a context in which the Hub is the tests' own. Outside of it there is none."""
+    home = tmp_path_factory.mktemp("hub")
+
+    @contextmanager
+    def reach():
+        with pytest.MonkeyPatch.context() as patch, client_of(server, home, patch):
             patch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)  # PEFT asks it
-            yield server
+            yield
+
+    with HubServer() as server:
+        yield reach
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +170,9 @@ def run(places, hub, model_folder, monkeypatch):
             if each.number > block.number:
                 break
             place.done += 1
-            code = each.code.replace(SMOLLM2, str(model_folder))
-            if each.reason is None and each.language == "python":
-                exec(compile(code, str(each), "exec"), place.names)
-            elif each.reason is None:
-                for statement in statements(code):
-                    run_command(statement, str(model_folder))
+            if each.reason is None:
+                with hub() if re.search(r"\bme/", each.code) else nullcontext():
+                    run_block(each, place.names, str(model_folder))
 
     return run
 

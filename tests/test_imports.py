@@ -70,3 +70,4 @@ def test_completion_knows_verbs_and_options(program, words, shell, capsys):
         {"lori": main, "lori-sft": sft}[program](["--print-completion", shell])
     script = capsys.readouterr().out
     assert end.value.code in (None, 0) and all(word in script for word in words)
+    assert {"bash": "_shtab_compgen_files", "zsh": "_files"}[shell] in script

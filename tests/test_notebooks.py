@@ -19,7 +19,8 @@ def test_a_notebook_is_kept_without_outputs(file):
 
 @pytest.mark.release
 @each
-def test_a_notebook_runs(file):
+def test_a_notebook_runs(file, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests run beside it, and threads that wait for each other spin
     notebook = nbformat.read(file, as_version=4)
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(file.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

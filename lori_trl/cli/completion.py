@@ -17,8 +17,19 @@ class PrintCompletion(argparse.Action):
     ) -> None:
         import shtab
 
+        _complete_with(shtab.FILE, parser)
         print(shtab.complete(parser, values))
         parser.exit()
+
+
+def _complete_with(files: Any, parser: argparse.ArgumentParser) -> None:
+    """Offer files where an option takes a value that is not one of a few: most are folders, files or numbers."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                _complete_with(files, verb)
+        elif action.choices is None and action.nargs != 0:
+            action.complete = files  # type: ignore[attr-defined]
 
 
 def add_print_completion(parser: argparse.ArgumentParser) -> None:

@@ -72,6 +72,14 @@ def test_what_the_run_would_refuse_is_a_fault(line, fault, tmp_path, capsys):
     assert code == 2 and fault in error and "Correct the" in error
 
 
+@pytest.fixture
+def dry_run(tmp_path, model_folder):
+    """Return a function that runs mine.yaml dry, on a model and rows that are there."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1 w2", "completion": "w3"}\n')
+    options = ["--model_name_or_path", str(model_folder), "--dataset_path", str(tmp_path / "rows.jsonl"), "--dry-run"]
+    return lambda: sft(["--recipe", str(tmp_path / "mine.yaml"), *options])
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -84,9 +92,9 @@ def test_what_the_run_would_refuse_is_a_fault(line, fault, tmp_path, capsys):
         "env: {A: 1, B: text}",
     ],
 )
-def test_what_is_valid_the_run_takes(line, tmp_path, capsys, model_folder):
+def test_what_is_valid_the_run_takes(line, tmp_path, capsys, dry_run):
     assert validate(tmp_path, capsys, line)[0] == 0
-    assert sft(["--recipe", str(tmp_path / "mine.yaml"), "--model_name_or_path", str(model_folder), "--dry-run"]) == 0
+    assert dry_run() == 0
 
 
 @pytest.mark.parametrize(
@@ -99,11 +107,11 @@ def test_what_is_valid_the_run_takes(line, tmp_path, capsys, model_folder):
         ("env: {OMP_NUM_THREADS: 1}\ntrust_remote_code: false", None),
     ],
 )
-def test_code_from_elsewhere_is_told_before_it_runs(text, told, tmp_path, capsys, model_folder, monkeypatch):
+def test_code_from_elsewhere_is_told_before_it_runs(text, told, tmp_path, capsys, dry_run, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     code, _, error = validate(tmp_path, capsys, text)
     assert code == 0 and (told in error and "Go on only if you trust" in error if told else error == "")
-    sft(["--recipe", str(tmp_path / "mine.yaml"), "--model_name_or_path", str(model_folder), "--dry-run"])
+    dry_run()
     assert not told or told in capsys.readouterr().err
 
 
