@@ -12,7 +12,7 @@ quickstart: .venv/installed .venv/smollm2
 test: .venv/dev .venv/smollm2
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# What takes minutes: every code block of the documentation, the notebook, the wheel in a fresh environment.
+# What takes minutes: the real SmolLM2-135M, kills, the documentation, the notebook, the wheel in a fresh environment.
 test-release: .venv/dev .venv/smollm2
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m release
 

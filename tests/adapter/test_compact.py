@@ -188,7 +188,6 @@ def test_the_code_is_exact_at_its_edges(positions, tmp_path):
     assert [mask.flatten().nonzero().flatten().tolist() for mask in masks.values()] == positions
 
 
-@pytest.mark.slow
 def test_llama_3_8b_fits_into_12_megabytes(tmp_path):
     """8 of its 32 layers, in a quarter of the bytes."""
     shapes = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}

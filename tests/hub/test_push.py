@@ -485,6 +485,7 @@ def run(hub, home, code: str, *arguments, **environment) -> subprocess.Completed
     )
 
 
+@pytest.mark.release
 def test_plain_peft_in_a_new_process_gives_the_same_logits(hub, folder, tmp_path):
     push_lori_to_hub(folder, REPO, private=True)
     make_llama().save_pretrained(tmp_path / "base")

@@ -30,7 +30,7 @@ def lori_A(seed: int):
 def test_independent_a_bring_no_warning(tmp_path, caplog, rank):
     adapters = [write_adapter(tmp_path / str(seed), rank=rank, change=lori_A(seed)) for seed in range(4)]
     merged = merge_lori_adapters(adapters, output_dir=tmp_path / "merged")
-    assert not caplog.records
+    assert all("--max-lora-rank" in record.getMessage() for record in caplog.records)  # of vLLM, not of A
     report = json.loads((merged / "lori_config.json").read_text())["merge"]["independence"]
     assert len(report) == 6 and not any(pair["same_A"] for pair in report)
 

@@ -161,6 +161,7 @@ def test_dare_leaves_torchs_generator_alone_and_follows_its_seed(peft_adapters, 
     assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
 
 
+@pytest.mark.release
 def test_plain_peft_gives_the_sum_of_the_adapters_outputs(peft_adapters, tmp_path):
     """In a process that has never heard of lori_trl."""
     merged = merge_lori_adapters(peft_adapters, [0.5, 0.25, 1.0], output_dir=tmp_path / "merged")
