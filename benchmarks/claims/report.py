@@ -143,6 +143,8 @@ class Page:
     def length(self) -> list[str]:
         """Return the picture of what the tables of masks say."""
         drawn = {task: curve for task in CURVE_TASKS if (curve := self._curve(task))["points"]}
+        if not drawn:
+            return ["Not measured yet.", ""]
         draw_curves(drawn, DOCS / "results_masks.png")
         return ["![Loss against calibration length](results_masks.png)", ""]
 
