@@ -143,7 +143,7 @@ def _target_names(target_modules: str | Sequence[str]) -> str:
 
 
 def _max_rank_of(adapter_config: Mapping[str, Any]) -> int | None:
-    """Return vLLM's `--max-lora-rank` for an adapter; None if it is one that vLLM does not read."""
+    """Return vLLM's `--max-lora-rank` for an adapter; None for one that not every release of vLLM reads rightly."""
     if any(adapter_config.get(name) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")):
         return None
     rank = adapter_config["r"]

@@ -10,7 +10,7 @@ import transformers
 from datasets import Dataset
 from invariants import check_run
 from PIL import Image
-from tiny import lora_config, make_llama, make_rows, make_tokenizer, tiny_args
+from tiny import SMALL, lora_config, make_llama, make_rows, make_tokenizer, tiny_args
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -24,18 +24,6 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from lori_trl import LoriSFTTrainer
-
-SMALL = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 1,
-}
 
 
 def build(config_name: str, **changes):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import lora_config
+from tiny import SMALL, lora_config
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from lori_trl.projections import fingerprint, projections
@@ -122,18 +122,6 @@ def test_a_4bit_base(make_trainer, model_folder):
 
 
 # ---- other architectures -------------------------------------------------------------------------------------------
-
-SMALL = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 1,
-}
 
 
 def build(architecture):

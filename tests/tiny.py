@@ -13,6 +13,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lori_trl import LoriSFTConfig, LoriSFTTrainer
 
+# Of the models of most architectures.
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SMALL = SIZES | {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}  # as of the tokenizer
+
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(97)}
@@ -26,18 +37,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_llama() -> LlamaForCausalLM:
     """The same weights every time."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SMALL))
 
 
 def make_rows() -> Dataset:

@@ -7,10 +7,10 @@ from typing import Any
 
 TASKS = ("gsm8k", "safety", "nlu", "code")
 SEEDS = (0, 1, 2)
-RANK, STEPS, BATCH = 32, 30, 4
+RANK, STEPS, BATCH = 32, 30, 2
 MAX_LENGTH = 160  # tokens; longer rows are left out
-DEV_ROWS, TEST_ROWS = 24, 40
-PROTOCOL = 2  # to be raised when rows, lengths or anything else that all cells share is changed
+DEV_ROWS, TEST_ROWS = 16, 32
+PROTOCOL = 3  # to be raised when rows, lengths or anything else that all cells share is changed
 UNTUNED = -1.0  # in place of a learning rate or weight that is not chosen yet
 CHEAP = 3  # batches: a tenth of a run
 SNAPSHOTS = (CHEAP, 8, 15, 30)  # steps, or batches, after which a mask is taken

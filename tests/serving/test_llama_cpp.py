@@ -7,7 +7,7 @@ import pytest
 import torch
 from base_gguf import write_base
 from peft import get_peft_model
-from tiny import lora_config
+from tiny import SIZES, lora_config
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,20 +24,13 @@ from lori_trl.gguf_export import ARCHITECTURES, export_gguf
 
 pytestmark = pytest.mark.serving
 
-SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,  # so large that attention is far from even, and a wrong order of rows shows
-}
+# So large that attention is far from even, and a wrong order of rows shows.
+CONFIG = SIZES | {"initializer_range": 0.3}
 MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**CONFIG)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**CONFIG)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**CONFIG)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**CONFIG, head_dim=16)),
 }
 
 
