@@ -11,9 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer, load_lori_adapter
-from lori_trl.layers import lora_layers
-from lori_trl.projections import derive_projection_seed
-from lori_trl.saliency import GradientAgreement, random_saliency
+from lori_trl.saliency import GradientAgreement
 
 from .cells import BATCH, MAX_LENGTH, RANK, SALIENCIES, SNAPSHOTS, STEPS, Gradients, Train
 from .data import Rows, tokenizer
@@ -49,11 +47,13 @@ def lora_trainer(cell: Train, rows: Rows, folder: Folder) -> SFTTrainer:
 def lori_trainer(cell: Train, rows: Rows, folder: Folder) -> LoriSFTTrainer:
     """Make the trainer of a LoRI cell, with its mask; a dense one keeps masks on its way."""
     model = _started_model(cell, folder)
-    fields: dict[str, Any] = {"learning_rate": cell.rate, "sparsity": 0.0 if cell.mask is None else cell.mask.sparsity}
+    fields: dict[str, Any] = {"sparsity": 0.0 if cell.mask is None else cell.mask.sparsity}
     if cell.disjoint:
         fields |= {"disjoint_masks": True, "calibration_learning_rate": cell.mask.rate}
+    elif cell.mask is not None and cell.mask.method == "random":
+        fields |= {"calibration_method": "random", "mask_granularity": cell.mask.granularity}
     elif cell.mask is not None:
-        fields["mask_name_or_path"] = str(mask_file(cell, model, folder))
+        fields["mask_name_or_path"] = str(mask_file(cell, folder))
     trainer = _lori_trainer(cell, model, rows, folder, fields)
     if cell.mask is None:
 
@@ -66,7 +66,7 @@ def lori_trainer(cell: Train, rows: Rows, folder: Folder) -> LoriSFTTrainer:
 
 def take_gradients(cell: Gradients, rows: Rows, folder: Folder) -> None:
     """Run a cell's batches through the model at B0, and keep the masks of every saliency on the way."""
-    fields = {"sparsity": 0.0, "max_grad_norm": 0.0, "max_steps": cell.batches}
+    fields = {"sparsity": 0.0, "max_grad_norm": 0.0, "max_steps": cell.batches}  # and no optimizer that moves B
     inputs = {"optimizer_cls_and_kwargs": (GradientRecorder, {})}
     trainer = _lori_trainer(cell, _started_model(cell, folder), rows, folder, fields, inputs)
 
@@ -78,17 +78,9 @@ def take_gradients(cell: Gradients, rows: Rows, folder: Folder) -> None:
     trainer.train()
 
 
-def mask_file(cell: Train, model: nn.Module, folder: Folder) -> Path:
+def mask_file(cell: Train, folder: Folder) -> Path:
     """Return the file of a cell's mask; make it where it is not one of those kept on the way."""
     mask, own = cell.mask, folder(cell) / "given"
-    if mask.method == "random":
-        seed = derive_projection_seed(cell.seed, cell.task)
-        saliency = {path: random_saliency(path, shape, seed=seed) for path, shape in _shapes(model).items()}
-        projection = {"init": "gaussian", "seed": cell.seed if cell.shared_A else seed, "fingerprint": None}
-        for earlier in vars(model).get("lori_masks", {}).values():
-            projection = earlier.projection
-        masks = LoriMasks.select(saliency, mask.sparsity, mask.granularity, task=cell.task, projection=projection)
-        return masks.save_pretrained(own)
     if (mask.sparsity, mask.granularity) == (SPARSITY, "model"):
         return folder(cell.calibration) / "masks_on_the_way" / "masks" / f"{mask.method}-{mask.batches}.safetensors"
     if (mask.method, mask.batches) != ("train", STEPS):
@@ -160,18 +152,9 @@ def _inputs(cell: Train | Gradients, rows: Rows) -> dict[str, Any]:
 def _arguments(cell: Train | Gradients, folder: Folder) -> dict[str, Any]:
     return {
         "output_dir": str(folder(cell)), "seed": cell.seed, "max_steps": STEPS, "max_length": MAX_LENGTH,
-        "learning_rate": getattr(cell, "rate", 0.0), "lr_scheduler_type": "constant", "warmup_steps": 0,
+        "learning_rate": getattr(cell, "rate", 1.0), "lr_scheduler_type": "constant", "warmup_steps": 0,
         "weight_decay": 0.0, "per_device_train_batch_size": BATCH,
         "train_sampling_strategy": "sequential", "bf16": False, "activation_checkpointing": False,
         "use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "no", "report_to": "none",
         "logging_steps": STEPS, "disable_tqdm": True,
     }  # fmt: skip
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return B's shapes: module path -> (out_features, rank)."""
-    if isinstance(model, PeftModel):
-        name = model.active_adapters[0]
-        return {path: tuple(layer.lora_B[name].weight.shape) for path, layer in lora_layers(model, name).items()}
-    linear = {path: module for path, module in model.named_modules() if path.rpartition(".")[2] in TARGETS}
-    return {path: (module.out_features, RANK) for path, module in linear.items()}
