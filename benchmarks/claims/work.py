@@ -1,6 +1,7 @@
 """Running the cells that are not done, one after the other, beside other processes that do the same."""
 
 import fcntl
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -82,7 +83,8 @@ class Worker:
         """Measure a cell and keep the figures. A cell measured before must give the same again."""
         console.print(f"{time.strftime('%H:%M:%S')} {cell}", soft_wrap=True, highlight=False)
         started = time.process_time()
-        self.folder(cell).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder(cell), ignore_errors=True)  # what a kill, or an earlier run, has left
+        self.folder(cell).mkdir(parents=True)
         figures = measure(cell, self.rows, self.folder)
         seconds = round(time.process_time() - started, 1)
         if cell not in self.store:
