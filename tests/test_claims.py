@@ -7,7 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.claims.cells import UNTUNED, Base, Mask, Merge, Train  # noqa: E402
+from benchmarks.claims import report  # noqa: E402
+from benchmarks.claims.cells import UNTUNED, Base, Cell, Held, Mask, Merge, Overlaps, Refusals, Train  # noqa: E402
 from benchmarks.claims.evidence import estimate, is_lower, is_no_worse  # noqa: E402
 from benchmarks.claims.parts import plan  # noqa: E402
 from benchmarks.claims.store import Store  # noqa: E402
@@ -56,6 +57,44 @@ def test_nothing_is_begun_that_waits_for_a_search(store):
     assert all(cell.seed == 0 for cell in settled if isinstance(cell, Train))
     order = [cell.key for cell in cells]
     assert all(order.index(need.key) < order.index(cell.key) for cell in cells for need in cell.needs)
+
+
+def made_up(cell: Cell) -> dict:
+    """Figures as a cell has them: a rate of 1.5e-3 and a weight of 0.3 are the best, each seed has its own noise."""
+    match cell:
+        case Train():
+            off = abs(RATES.index(cell.rate) - 4) / 10
+            return {"loss": 1 + off + 0.01 * cell.seed, "dev_loss": off}
+        case Merge():
+            off = abs(cell.weight - 0.3)
+            return {adapter.task: {"loss": 1.5 + off, "dev_loss": off} for adapter in cell.adapters}
+        case Held():
+            return {task: {"loss": 1.25} for task in cell.tasks}
+        case Refusals():
+            return {"harmful": 0.5, "harmless": 0.25, "of": 24}
+        case Overlaps():
+            return {f"{name}-{count}": 0.3 for name in ("train", "agreement", "adam", "gradient", "fisher")
+                    for count in (3, 8, 15, 30)}  # fmt: skip
+    return {"loss": 2.0}
+
+
+def test_the_report_says_all_that_was_measured(store, tmp_path, monkeypatch):
+    while any(cell not in store for cell in plan(Tuning(store))):
+        for cell in plan(Tuning(store)):
+            if cell.settled and cell not in store:
+                store.add(cell, made_up(cell))
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    report.write_report(store)
+    text = (tmp_path / "results.md").read_text()
+    assert "not measured" not in text.replace("– is not measured yet", "").lower() and "nan" not in text
+    assert "| 1. LoRI-D is as good as LoRA | **holds here** | +0.000 ± 0.000 |" in text
+    assert (
+        "| 6. disjoint masks forget less than LoRI-S's own | **can't be told at this size** | +0.000 ± 0.000 |" in text
+    )
+    assert {file.name for file in tmp_path.glob("*.png")} == {"results_masks.png", "results_merging.png"}
+
+    report.write_report(Store(tmp_path / "none.jsonl"))
+    assert "holds" not in (tmp_path / "results.md").read_text().split("## In short")[1]
 
 
 def test_verdicts_need_three_seeds_and_more_than_noise():

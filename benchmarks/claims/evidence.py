@@ -1,7 +1,7 @@
 """From cells to numbers with standard errors, and from these to verdicts."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .cells import SEEDS, Cell
@@ -10,6 +10,7 @@ from .store import Store
 MARGIN = 0.02  # nats a token: losses that lie closer are as good as the same
 
 SeededCell = Callable[[int], Cell]  # seed -> cell
+BySeed = Callable[[int], float | None]  # seed -> a figure, None where it is not measured
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,28 @@ class Evidence:
 
     def mean(self, cell: SeededCell, *path: str) -> Estimate:
         """Return a figure's mean over the seeds that are measured."""
-        values = [self.value(cell(seed), *path) for seed in SEEDS]
-        return estimate([value for value in values if value is not None])
+        return pooled([lambda seed: self.value(cell(seed), *path)])
 
-    def difference(self, cell: SeededCell, other: SeededCell, *path: str) -> Estimate:
-        """Return the mean of the differences to another cell of the same seed, and so of the same rows."""
-        pairs = [(self.value(cell(seed), *path), self.value(other(seed), *path)) for seed in SEEDS]
-        return estimate([a - b for a, b in pairs if a is not None and b is not None])
+    def paired(self, cell: SeededCell, other: SeededCell) -> BySeed:
+        """Return how much higher a cell's loss is than that of another of the same seed, and so of the same rows."""
+        return minus(lambda seed: self.value(cell(seed)), lambda seed: self.value(other(seed)))
+
+    def difference(self, cell: SeededCell, other: SeededCell) -> Estimate:
+        """Return the mean of the paired differences."""
+        return pooled([self.paired(cell, other)])
+
+
+def minus(figure: BySeed, other: BySeed) -> BySeed:
+    """Return the difference of two figures of the same seed."""
+
+    def difference(seed: int) -> float | None:
+        pair = figure(seed), other(seed)
+        return None if None in pair else pair[0] - pair[1]
+
+    return difference
+
+
+def pooled(figures: Sequence[BySeed]) -> Estimate:
+    """Return the mean over figures of the same kind, say of all tasks; a seed counts where all are measured."""
+    by_seed = [[figure(seed) for figure in figures] for seed in SEEDS]
+    return estimate([statistics.fmean(values) for values in by_seed if None not in values])

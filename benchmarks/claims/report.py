@@ -23,7 +23,7 @@ from .cells import (
     Refusals,
     Train,
 )
-from .evidence import MARGIN, Estimate, Evidence, estimate, is_lower, is_no_worse
+from .evidence import MARGIN, BySeed, Estimate, Evidence, SeededCell, is_lower, is_no_worse, minus, pooled
 from .parts import (
     COMPARED,
     CONTINUED,
@@ -80,6 +80,11 @@ TITLES = {
     "single": "One task", "sparsity": "Sparsity", "length": "Calibration length", "granularity": "Granularity",
 }  # fmt: skip
 
+CLAIMS_FOOT = """
+A difference is the mean over the tasks, merges or methods that a claim is about, which are told apart below. Less is
+better.
+"""
+
 MASKS_HEAD = f"""
 LoRI-S at sparsity 0.9 with masks from elsewhere than the whole dense run. The cost is that of the whole run,
 calibration and {STEPS} steps of adaptation, in runs of plain LoRA of {STEPS} steps, from the measured times of a step
@@ -92,6 +97,7 @@ the best of a search on seed 0.
 """
 
 Row = list[str]
+Judge = Callable[[Estimate], str]
 
 
 def write_report(store: Store) -> None:
@@ -123,7 +129,74 @@ class Page:
             cells = [cell for cell in plan(self.tuning, (part,)) if cell.key not in counted]
             counted |= {cell.key for cell in cells}
             rows.append([part, str(sum(cell in self.store for cell in cells)), str(len(cells))])
-        return [*HEAD.strip().splitlines(), "", *_table("part, cells measured, planned", rows)]
+        return [
+            *HEAD.strip().splitlines(), "", "## In short", "", *self._claims(), *CLAIMS_FOOT.strip().splitlines(), "",
+            *_table("part, cells measured, planned", rows),
+        ]  # fmt: skip
+
+    def _claims(self) -> list[str]:
+        """Return the table of all claims."""
+        train, merged, forgotten = self._train, self._merging_difference, self._forgotten_difference
+        full = self._from_full
+
+        def on_tasks(method: str, other: str) -> list[BySeed]:
+            return [self.evidence.paired(train(method, task=task), train(other, task=task)) for task in TASKS]
+
+        def merges_of(method: str) -> list[BySeed]:
+            return [merged((method, tasks, "concat"), ("LoRA", tasks, "concat")) for tasks in MERGED]
+
+        two = MERGED[0]
+        claims: list[tuple[str, list[BySeed], Judge]] = [
+            ("1. LoRI-D is as good as LoRA", on_tasks("LoRI-D", "LoRA"), is_no_worse),
+            ("2. LoRI-S is as good as LoRI-D", on_tasks("LoRI-S", "LoRI-D"), is_no_worse),
+            *(
+                (
+                    f"2. so is sparsity {sparsity:g} ({SPARSITY_TASK})",
+                    [self.evidence.paired(train(f"s={sparsity}", SPARSITY_TASK), train("LoRI-D", SPARSITY_TASK))],
+                    is_no_worse,
+                )
+                for sparsity in SPARSITIES
+            ),
+            ("3. LoRI-D loses less by merging (`concat`) than LoRA", merges_of("LoRI-D"), is_lower),
+            ("3. LoRI-S loses less by merging (`concat`) than LoRA", merges_of("LoRI-S"), is_lower),
+            (
+                "3. independent A lose less by merging than one A",
+                [merged(("random", two, "concat"), ("random", two, "concat", True))],
+                is_lower,
+            ),
+            (
+                "4. `concat` loses less than `linear`",
+                [merged((method, two, "concat"), (method, two, "linear")) for method in COMPARED],
+                is_lower,
+            ),
+            (
+                "5. LoRI-S forgets less of safety than LoRA",
+                [forgotten("LoRI-S", "LoRA", ("safety", "gsm8k"))],
+                is_lower,
+            ),
+            ("6. disjoint masks forget less than LoRI-S's own", [forgotten("LoRAF", "LoRI-S", SEQUENCE)], is_lower),
+            (
+                "7. a mask over the model is better than one a matrix",
+                [self.evidence.paired(train("LoRI-S", task), self._pooled("matrix", task)) for task in POOLED_TASKS],
+                is_lower,
+            ),
+            (
+                f"8. the mask of {CHEAP} dense steps is as good as the whole run's",
+                [full(self._masked(Mask("train", CHEAP), task), task) for task in TASKS],
+                is_no_worse,
+            ),
+            (
+                f"8. so is that of {CHEAP} batches' gradients (agreement of signs)",
+                [full(self._masked(Mask("agreement", CHEAP), task), task) for task in TASKS],
+                is_no_worse,
+            ),
+            ("8. so is a random mask", [full(train("random", task=task), task) for task in TASKS], is_no_worse),
+        ]
+        rows = []
+        for text, differences, judge in claims:
+            mean = pooled(differences)
+            rows.append([text, judge(mean), mean.text(sign=True)])
+        return _table("claim, verdict, difference in nats", rows)
 
     def section(self, part: str) -> list[str]:
         """Return a part's section, or that nothing of it is measured."""
@@ -174,8 +247,9 @@ class Page:
         table = _table("mask, cost, loss, more than with the paper's mask, overlap", rows)
         return [f"**{task}** (without an adapter {base:.3f})", "", *table, *verdicts, ""]
 
-    def _mask_row(self, name: str, batches: int, cell, task: str, overlap: str) -> Row:
-        return [name, _cost(batches), self._loss(cell), self._from_full(cell, task).text(sign=True), overlap]
+    def _mask_row(self, name: str, batches: int, cell: SeededCell, task: str, overlap: str) -> Row:
+        more = pooled([self._from_full(cell, task)]).text(sign=True)
+        return [name, _cost(batches), self._loss(cell), more, overlap]
 
     def _overlap(self, mask: Mask, task: str) -> str:
         """Return the share of a mask's entries that the whole dense run's mask selects, too."""
@@ -185,19 +259,19 @@ class Page:
         shared = self.evidence.mean(lambda seed: Overlaps(task, seed, rate, looked_at), name)
         return f"{100 * shared.mean:.0f} %" if shared.seeds else ""
 
-    def _from_full(self, cell, task: str) -> Estimate:
-        return self.evidence.difference(cell, self._train("LoRI-S", task=task))
+    def _from_full(self, cell: SeededCell, task: str) -> BySeed:
+        return self.evidence.paired(cell, self._train("LoRI-S", task=task))
 
     def _curve(self, task: str) -> dict:
         """Return what the picture shows of a task: differences to the paper's mask by method and batches."""
         points = {}
         for method in ("train", "agreement", "adam"):
             for mask in CURVE_MASKS[method]:
-                difference = self._from_full(self._masked(mask, task), task)
+                difference = pooled([self._from_full(self._masked(mask, task), task)])
                 if difference.seeds:
                     points.setdefault(method, []).append((mask.batches, difference))
         levels = {"random, per matrix": self._train("random", task=task), "LoRI-D": self._train("LoRI-D", task=task)}
-        levels = {name: self._from_full(cell, task) for name, cell in levels.items()}
+        levels = {name: pooled([self._from_full(cell, task)]) for name, cell in levels.items()}
         return {"points": points, "levels": {name: level for name, level in levels.items() if level.seeds}}
 
     # ---- one task ----------------------------------------------------------------------------------------------
@@ -210,7 +284,7 @@ class Page:
                                    for cell, task in zip(cells, TASKS, strict=True))])  # fmt: skip
         for claim, method, other in (("1", "LoRI-D", "LoRA"), ("2", "LoRI-S", "LoRI-D")):
             for task in TASKS:
-                difference = self.evidence.difference(self._train(method, task=task), self._train(other, task=task))
+                difference = self.evidence.paired(self._train(method, task=task), self._train(other, task=task))
                 verdicts.append(_claim(f"({claim}) {method} is as good as {other} on {task}", difference, is_no_worse))
         return [*_table("method (learning rate), " + ", ".join(TASKS), rows), *verdicts, ""]
 
@@ -256,23 +330,25 @@ class Page:
         return [*lines, ""]
 
     def _merging_loss(self, *merge) -> Estimate:
-        return estimate([loss for seed in SEEDS if (loss := self._merged(seed, *merge)) is not None])
+        return pooled([self._merged(*merge)])
 
-    def _merging_difference(self, merge: tuple, other: tuple) -> Estimate:
-        pairs = [(self._merged(seed, *merge), self._merged(seed, *other)) for seed in SEEDS]
-        return estimate([a - b for a, b in pairs if a is not None and b is not None])
+    def _merging_difference(self, merge: tuple, other: tuple) -> BySeed:
+        return minus(self._merged(*merge), self._merged(*other))
 
-    def _merged(
-        self, seed: int, method: str, tasks: tuple[str, ...], how: str, shared_A: bool = False
-    ) -> float | None:
-        """Return how much is lost in the merge of a seed, the mean over tasks."""
+    def _merged(self, method: str, tasks: tuple[str, ...], how: str, shared_A: bool = False) -> BySeed:
+        """Return how much is lost in a merge, the mean over its tasks."""
         fields = {"shared_A": True} if shared_A else {}
         _, weight = self.tuning.merges(single_adapters(self.tuning, method, tasks, 0, **fields), how)
-        adapters = single_adapters(self.tuning, method, tasks, seed, **fields)
-        merge, value = Merge(adapters, how, weight), self.evidence.value
-        if merge not in self.store or not all(adapter in self.store for adapter in adapters):
-            return None
-        return sum(value(merge, cell.task, "loss") - value(cell) for cell in adapters) / len(adapters)
+        value = self.evidence.value
+
+        def lost(seed: int) -> float | None:
+            adapters = single_adapters(self.tuning, method, tasks, seed, **fields)
+            merge = Merge(adapters, how, weight)
+            if merge not in self.store or not all(adapter in self.store for adapter in adapters):
+                return None
+            return sum(value(merge, cell.task, "loss") - value(cell) for cell in adapters) / len(adapters)
+
+        return lost
 
     # ---- sequences ---------------------------------------------------------------------------------------------
 
@@ -287,7 +363,7 @@ class Page:
         lines += ["", f"{', then '.join(SEQUENCE)}: how much more the loss is at the end than when it was learnt.", ""]
         rows = []
         for method in CONTINUED:
-            forgotten = self._forgotten(method, SEQUENCE).text(sign=True)
+            forgotten = pooled([self._forgotten(method, SEQUENCE)]).text(sign=True)
             rows.append([method, forgotten, self._loss(lambda seed, m=method: self._sequence(m, SEQUENCE, seed)[-1])])
         lines += _table(f"method, forgotten of {' and '.join(SEQUENCE[:2])}, loss on {SEQUENCE[-1]}", rows)
         difference = self._forgotten_difference("LoRAF", "LoRI-S", SEQUENCE)
@@ -303,20 +379,21 @@ class Page:
                 row.append(mean(lambda seed, cell=cell: Refusals(cell(seed)), kind).text(2))  # noqa: B023
         return row
 
-    def _forgotten(self, method: str, tasks: tuple[str, ...]) -> Estimate:
-        return estimate([loss for seed in SEEDS if (loss := self._forgotten_on(seed, method, tasks)) is not None])
-
-    def _forgotten_difference(self, method: str, other: str, tasks: tuple[str, ...]) -> Estimate:
-        pairs = [tuple(self._forgotten_on(seed, name, tasks) for name in (method, other)) for seed in SEEDS]
-        return estimate([a - b for a, b in pairs if a is not None and b is not None])
-
-    def _forgotten_on(self, seed: int, method: str, tasks: tuple[str, ...]) -> float | None:
+    def _forgotten(self, method: str, tasks: tuple[str, ...]) -> BySeed:
         """Return how much more the loss on the earlier tasks is at the end, the mean over them."""
-        cells = self._sequence(method, tasks, seed)
-        held, value = Held(cells[-1], tasks[:-1]), self.evidence.value
-        if held not in self.store or not all(cell in self.store for cell in cells):
-            return None
-        return sum(value(held, cell.task, "loss") - value(cell) for cell in cells[:-1]) / len(cells[:-1])
+        value = self.evidence.value
+
+        def forgotten(seed: int) -> float | None:
+            cells = self._sequence(method, tasks, seed)
+            held = Held(cells[-1], tasks[:-1])
+            if held not in self.store or not all(cell in self.store for cell in cells):
+                return None
+            return sum(value(held, cell.task, "loss") - value(cell) for cell in cells[:-1]) / len(cells[:-1])
+
+        return forgotten
+
+    def _forgotten_difference(self, method: str, other: str, tasks: tuple[str, ...]) -> BySeed:
+        return minus(self._forgotten(method, tasks), self._forgotten(other, tasks))
 
     def _sequence(self, method: str, tasks: tuple[str, ...], seed: int) -> list[Train]:
         return sequence(self.tuning, method, tasks, seed)
@@ -329,25 +406,25 @@ class Page:
             cells = {task: self._pooled(name, task) for task in POOLED_TASKS}
             rows.append([name, *map(self._loss, cells.values())])
             for task, cell in cells.items():
-                difference = self.evidence.difference(self._train("LoRI-S", task=task), cell)
+                difference = self.evidence.paired(self._train("LoRI-S", task=task), cell)
                 text = f"(7) model-wide masks are better than {name}-wide ones on {task}"
                 verdicts.append(_claim(text, difference, is_lower))
         table = _table("entries compete within, " + ", ".join(POOLED_TASKS), rows)
         return [*table, *verdicts, ""]
 
-    def _pooled(self, granularity: str, task: str) -> Callable[[int], Train]:
+    def _pooled(self, granularity: str, task: str) -> SeededCell:
         mask = self.tuning.full_mask(task, granularity=granularity)
         return lambda seed: self.tuning.masked(mask, task, seed)
 
     # ---- cells -------------------------------------------------------------------------------------------------
 
-    def _train(self, method: str, task: str) -> Callable[[int], Train]:
+    def _train(self, method: str, task: str) -> SeededCell:
         return lambda seed: self.tuning.train(method, task, seed)
 
-    def _masked(self, mask: Mask, task: str) -> Callable[[int], Train]:
+    def _masked(self, mask: Mask, task: str) -> SeededCell:
         return lambda seed: with_mask(self.tuning, mask, task, seed)
 
-    def _loss(self, cell: Callable[[int], Train]) -> str:
+    def _loss(self, cell: SeededCell) -> str:
         return self.evidence.mean(cell).text()
 
 
@@ -359,9 +436,10 @@ def _cost(batches: int) -> str:
     return f"{(batches * calibration + STEPS * step) / STEPS:.2f}"
 
 
-def _claim(text: str, difference: Estimate, judge: Callable[[Estimate], str]) -> str:
+def _claim(text: str, difference: BySeed, judge: Judge) -> str:
     """Return a claim with its verdict and the paired difference behind it."""
-    return f"- {text}: {judge(difference)}" + (f", {difference.text(sign=True)}" if difference.seeds else "")
+    mean = pooled([difference])
+    return f"- {text}: {judge(mean)}" + (f", {mean.text(sign=True)}" if mean.seeds else "")
 
 
 def _table(header: str, rows: Iterable[Row]) -> list[str]:
