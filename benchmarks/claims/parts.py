@@ -53,21 +53,25 @@ def with_mask(tuning: Tuning, mask: Mask, task: str, seed: int) -> Train:
 
 
 def merging(tuning: Tuning) -> Iterator[Cell]:
-    """Two, three and four tasks in one adapter; weights are searched on seed 0."""
-    for tasks in MERGED:
+    """Two tasks in one adapter."""
+    for how in ("concat", "linear"):
         for method in COMPARED:
-            for task in tasks:
-                yield from tuning.cells(method, task)
-        for method in COMPARED:
-            yield from merges(tuning, method, tasks, "concat")
-    for method in COMPARED:
-        yield from merges(tuning, method, MERGED[0], "linear")
+            yield from merges(tuning, method, MERGED[0], how)
     # LoRI's own explanation is that A are independent.
     yield from merges(tuning, "random", MERGED[0], "concat", shared_A=True)
 
 
+def more_merging(tuning: Tuning) -> Iterator[Cell]:
+    """Three and four tasks in one adapter."""
+    for tasks in MERGED[1:]:
+        for method in COMPARED:
+            yield from merges(tuning, method, tasks, "concat")
+
+
 def merges(tuning: Tuning, method: str, tasks: tuple[str, ...], how: str, **fields) -> Iterator[Cell]:
     """One method's single adapters and their merges; the weight is searched on seed 0."""
+    for task in tasks:
+        yield from tuning.cells(method, task)
     by_seed = [single_adapters(tuning, method, tasks, seed, **fields) for seed in SEEDS]
     searched, weight = tuning.merges(by_seed[0], how)
     yield from by_seed[0]
@@ -128,7 +132,7 @@ def granularity(tuning: Tuning) -> Iterator[Cell]:
 
 PARTS: dict[str, Callable[[Tuning], Iterator[Cell]]] = {
     "masks": masks, "single": single, "merging": merging, "sequences": sequences, "sparsity": sparsity,
-    "length": length, "granularity": granularity,
+    "more_merging": more_merging, "length": length, "granularity": granularity,
 }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def write_report(store: Store) -> None:
     DOCS.mkdir(exist_ok=True)
     page = Page(store)
     lines = page.head()
-    for part in PARTS:
+    for part in TITLES:
         lines += page.section(part)
     (DOCS / "results.md").write_text("\n".join(lines), encoding="utf-8")
 
