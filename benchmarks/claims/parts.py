@@ -36,6 +36,10 @@ def length(tuning: Tuning) -> Iterator[Cell]:
     for task in CURVE_TASKS:
         yield from curve(tuning, task, CURVE)
         yield from (Overlaps(task, seed, tuning.rate("LoRI-D", task), STEPS) for seed in SEEDS)
+
+
+def saliencies(tuning: Tuning) -> Iterator[Cell]:
+    """What else can be made of a few gradients."""
     yield from curve(tuning, CURVE_TASKS[0], OTHERS)
 
 
@@ -131,8 +135,8 @@ def granularity(tuning: Tuning) -> Iterator[Cell]:
 
 
 PARTS: dict[str, Callable[[Tuning], Iterator[Cell]]] = {
-    "masks": masks, "single": single, "merging": merging, "sequences": sequences, "sparsity": sparsity,
-    "more_merging": more_merging, "length": length, "granularity": granularity,
+    "masks": masks, "single": single, "length": length, "merging": merging, "sequences": sequences,
+    "sparsity": sparsity, "saliencies": saliencies, "more_merging": more_merging, "granularity": granularity,
 }  # fmt: skip
 
 
