@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.claims import report  # noqa: E402
-from benchmarks.claims.cells import UNTUNED, Base, Cell, Held, Mask, Merge, Overlaps, Refusals, Train  # noqa: E402
+from benchmarks.claims.cells import UNTUNED, Base, Cell, Held, Mask, Merge, Overlaps, Refusals, Rounded, Train  # noqa: E402
 from benchmarks.claims.evidence import estimate, is_lower, is_no_worse  # noqa: E402
 from benchmarks.claims.parts import plan  # noqa: E402
 from benchmarks.claims.store import Store  # noqa: E402
@@ -75,6 +75,8 @@ def made_up(cell: Cell) -> dict:
         case Overlaps():
             return {f"{name}-{count}": 0.3 for name in ("train", "agreement", "adam", "gradient", "fisher")
                     for count in (3, 8, 15, 30)}  # fmt: skip
+        case Rounded():
+            return {"loss": 1.0, "bytes": 1_000_000}
     return {"loss": 2.0}
 
 

@@ -19,6 +19,7 @@ from benchmarks.claims.cells import (  # noqa: E402
     Merge,
     Overlaps,
     Refusals,
+    Rounded,
     Train,
 )
 from benchmarks.claims.store import Store  # noqa: E402
@@ -69,6 +70,8 @@ def cells() -> list[Cell]:
         Train("LoRI", "gsm8k", 0, RATE, full, start=safety, disjoint=True),
         Train("LoRI", "gsm8k", 0, RATE, Mask("random"), start=safety),
         Gradients("gsm8k", 0, CHEAP, start=safety),
+        Rounded(gsm8k, ""),
+        Rounded(gsm8k, "int8"),
     ]
 
 
@@ -82,8 +85,11 @@ def test_every_kind_of_cell(worker, capsys):
     assert set(merge) == {"safety", "gsm8k"}
     assert {"train-3", "agreement-3", "fisher-3"} <= set(cheap) <= set(whole)
     assert 0 < cheap["agreement-3"] < 1 and whole["agreement-30"] > 0
-    disjoint = worker.folder(cells()[-3])
+    disjoint = worker.folder(cells()[-5])
     assert json.loads((disjoint / "lori_config.json").read_text())["tasks"][-1]["task"] == "gsm8k"
+
+    exact, rounded = list(figures.values())[-2:]
+    assert exact["loss"] == worker.store.figures(cells()[-2].of)["loss"] and rounded["bytes"] < exact["bytes"]
 
     for cell in cells():
         worker._done(cell).unlink()

@@ -192,3 +192,21 @@ class Refusals(Cell):
     @property
     def needs(self) -> tuple[Cell, ...]:
         return () if self.of is None else (self.of,)
+
+
+@dataclass(frozen=True)
+class Rounded(Cell):
+    """
+    An adapter that went through the compact form.
+
+    Args:
+        of ([`Train`]): the adapter.
+        dtype (`str`): `"bfloat16"` or `"int8"`, what its trained entries are rounded to; `""` keeps them.
+    """
+
+    of: Train
+    dtype: str
+
+    @property
+    def needs(self) -> tuple[Cell, ...]:
+        return (self.of,)

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lori_trl import LoriMasks, merge_lori_adapters
+from lori_trl.compact import expand, export_compact
 from lori_trl.evaluation import completion_loss, is_refusal
 from lori_trl.evaluation.harness import BENIGN_FILE
 from lori_trl.tasks import alpaca_prompt
 
-from .cells import SALIENCIES, SNAPSHOTS, STEPS, Base, Cell, Gradients, Held, Merge, Overlaps, Refusals, Train
+from .cells import SALIENCIES, SNAPSHOTS, STEPS, Base, Cell, Gradients, Held, Merge, Overlaps, Refusals, Rounded, Train
 from .data import Rows, tokenizer
 from .model import generate
 from .store import Figures
@@ -33,6 +35,7 @@ def measure(cell: Cell, rows: Rows, folder: Folder) -> Figures:
         Merge: _merge,
         Held: _held,
         Refusals: _refusals,
+        Rounded: _rounded,
     }
     return kinds[type(cell)](cell, rows, folder)
 
@@ -87,6 +90,13 @@ def _refusals(cell: Refusals, rows: Rows, folder: Folder) -> Figures:
     own = copy.deepcopy(tokenizer())  # it is set to pad on the left
     answers = {name: generate(model, own, asked, name, 24) for name, asked in prompts.items()}
     return {name: sum(map(is_refusal, given)) / len(given) for name, given in answers.items()} | {"of": REQUESTS}
+
+
+def _rounded(cell: Rounded, rows: Rows, folder: Folder) -> Figures:
+    dtype = getattr(torch, cell.dtype) if cell.dtype else None
+    file = export_compact(folder(cell.of), folder(cell) / "adapter.safetensors", dtype=dtype)
+    expand(file, folder(cell) / "expanded")
+    return _losses(_with_adapter(folder(cell) / "expanded"), rows, cell.of.task) | {"bytes": file.stat().st_size}
 
 
 def _adapter(cell: Train | Merge, folder: Folder) -> Path:

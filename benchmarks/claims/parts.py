@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from .cells import CHEAP, SEEDS, STEPS, TASKS, Base, Cell, Held, Mask, Merge, Overlaps, Refusals, Train
+from .cells import CHEAP, SEEDS, STEPS, TASKS, Base, Cell, Held, Mask, Merge, Overlaps, Refusals, Rounded, Train
 from .tuning import Tuning
 
 # Masks other than the whole dense run's: those that decide, and those that draw the curve.
@@ -16,6 +16,7 @@ SEQUENCE = ("gsm8k", "nlu", "code")
 CONTINUED = ("LoRA", "LoRI-S", "LoRAF")
 SPARSITIES, SPARSITY_TASK = (0.5, 0.95, 0.99), "gsm8k"
 POOLED_TASKS = ("safety", "nlu")
+ROUNDED_TASKS, DTYPES = ("safety", "gsm8k"), ("", "bfloat16", "int8")
 GRANULARITIES = ("module", "projection", "layer", "matrix")
 
 
@@ -134,9 +135,16 @@ def granularity(tuning: Tuning) -> Iterator[Cell]:
             yield from (tuning.masked(tuning.full_mask(task, granularity=name), task, seed) for seed in SEEDS)
 
 
+def rounding(tuning: Tuning) -> Iterator[Cell]:
+    """What the compact form costs when the trained entries are rounded."""
+    for task in ROUNDED_TASKS:
+        yield from (Rounded(tuning.train("LoRI-S", task, seed), dtype) for seed in SEEDS for dtype in DTYPES)
+
+
 PARTS: dict[str, Callable[[Tuning], Iterator[Cell]]] = {
     "masks": masks, "single": single, "length": length, "merging": merging, "sequences": sequences,
-    "sparsity": sparsity, "saliencies": saliencies, "more_merging": more_merging, "granularity": granularity,
+    "rounding": rounding, "sparsity": sparsity, "saliencies": saliencies, "more_merging": more_merging,
+    "granularity": granularity,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from .cells import (
     Merge,
     Overlaps,
     Refusals,
+    Rounded,
     Train,
 )
 from .evidence import MARGIN, BySeed, Estimate, Evidence, SeededCell, is_lower, is_no_worse, minus, pooled
@@ -28,10 +29,12 @@ from .parts import (
     COMPARED,
     CONTINUED,
     CURVE_TASKS,
+    DTYPES,
     GRANULARITIES,
     MERGED,
     PARTS,
     POOLED_TASKS,
+    ROUNDED_TASKS,
     SEQUENCE,
     SPARSITIES,
     SPARSITY_TASK,
@@ -78,6 +81,7 @@ that is no more than an 82 % interval. – is not measured yet.
 TITLES = {
     "masks": "What a mask costs, and what it brings", "merging": "Merging", "sequences": "One task after the other",
     "single": "One task", "sparsity": "Sparsity", "length": "Calibration length", "granularity": "Granularity",
+    "rounding": "Rounded in the compact form",
 }  # fmt: skip
 
 CLAIMS_FOOT = """
@@ -415,6 +419,21 @@ class Page:
     def _pooled(self, granularity: str, task: str) -> SeededCell:
         mask = self.tuning.full_mask(task, granularity=granularity)
         return lambda seed: self.tuning.masked(mask, task, seed)
+
+    # ---- rounding ----------------------------------------------------------------------------------------------
+
+    def rounding(self) -> list[str]:
+        rows = []
+        for dtype in DTYPES:
+            cells = [self._rounded(dtype, task) for task in ROUNDED_TASKS]
+            more = [self.evidence.difference(cell, self._train("LoRI-S", task)).text(4, sign=True)
+                    for cell, task in zip(cells, ROUNDED_TASKS, strict=True)]  # fmt: skip
+            size = pooled([lambda seed, cell=cell: self.evidence.value(cell(seed), "bytes") for cell in cells])
+            rows.append([dtype or "kept bit for bit", f"{size.mean / 1e6:.2f} MB", *more])
+        return _table(f"entries, file, more loss on {', on '.join(ROUNDED_TASKS)}", rows)
+
+    def _rounded(self, dtype: str, task: str) -> SeededCell:
+        return lambda seed: Rounded(self.tuning.train("LoRI-S", task, seed), dtype)
 
     # ---- cells -------------------------------------------------------------------------------------------------
 
