@@ -277,6 +277,12 @@ def test_the_readme_is_a_page():
     assert not re.search(r"!\[[^]]*\]\((?!https://)", PAGES["README.md"])
 
 
+def test_the_figures_of_the_study_are_on_its_page():
+    page = r"[+-]?\d+\.\d+ ± \d+\.\d+"
+    figures = {figure for name in ("docs/training.md",) for figure in re.findall(page, PAGES[name])}
+    assert figures and figures <= set(re.findall(page, PAGES["docs/results.md"]))
+
+
 def test_the_figures_of_the_readme_are_on_file():
     results = ROOT / "benchmarks" / "results"
     seconds = json.loads((results / "step_time_dropout_0.0.json").read_text())["results"]["seconds"]
