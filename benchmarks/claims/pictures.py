@@ -9,11 +9,12 @@ from .evidence import Estimate
 
 COLORS = {
     "train": "#0072b2", "agreement": "#d55e00", "adam": "#009e73", "random, per matrix": "#7f7f7f", "LoRI-D": "black",
-    "LoRA": "#cc79a7", "LoRI-S": "#0072b2", "random": "#7f7f7f",
+    "LoRA": "#cc79a7", "LoRI-S": "#0072b2", "random": "#7f7f7f", "cheap": "#d55e00",
 }  # fmt: skip
 LABELS = {
     "train": "first steps of a dense run", "agreement": "agreement of signs at B0",
     "adam": "Adam's moves on gradients at B0", "random": "LoRI-S, random mask",
+    "cheap": "LoRI-S, cheap mask",
 }  # fmt: skip
 
 

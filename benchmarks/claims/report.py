@@ -100,6 +100,8 @@ How much more the loss on each task is than the single adapter's, the mean over 
 the best of a search on seed 0.
 """
 
+METHOD_NAMES = {"random": "LoRI-S, random mask", "cheap": f"LoRI-S, mask of {CHEAP} batches"}
+
 Row = list[str]
 Judge = Callable[[Estimate], str]
 
@@ -282,9 +284,10 @@ class Page:
 
     def single(self) -> list[str]:
         rows, verdicts = [], []
-        for method in ("LoRA", "LoRI-D", "LoRI-S", "random"):
+        for method in COMPARED:
             cells = [self._train(method, task=task) for task in TASKS]
-            rows.append([method, *(f"{self._loss(cell)}{self._rate(method, task)}"
+            name = METHOD_NAMES.get(method, method)
+            rows.append([name, *(f"{self._loss(cell)}{self._rate(method, task)}"
                                    for cell, task in zip(cells, TASKS, strict=True))])  # fmt: skip
         for claim, method, other in (("1", "LoRI-D", "LoRA"), ("2", "LoRI-S", "LoRI-D")):
             for task in TASKS:
@@ -313,17 +316,19 @@ class Page:
         lines = [*MERGING_HEAD.strip().splitlines(), ""]
         loss, rows = self._merging_loss, []
         for method in COMPARED:
-            rows.append([method, *(loss(method, tasks, "concat").text(sign=True) for tasks in MERGED),
+            name = METHOD_NAMES.get(method, method)
+            rows.append([name, *(loss(method, tasks, "concat").text(sign=True) for tasks in MERGED),
                          loss(method, MERGED[0], "linear").text(sign=True)])  # fmt: skip
         lines += _table("method, 2 tasks, 3 tasks, 4 tasks, 2 tasks: linear", rows)
         for method in COMPARED[1:]:
             for tasks in MERGED:
                 difference = self._merging_difference((method, tasks, "concat"), ("LoRA", tasks, "concat"))
-                text = f"(3) {method} loses less than LoRA in a merge of {len(tasks)}"
+                text = f"(3) {METHOD_NAMES.get(method, method)} loses less than LoRA in a merge of {len(tasks)}"
                 lines.append(_claim(text, difference, is_lower))
         for method in COMPARED:
             difference = self._merging_difference((method, MERGED[0], "concat"), (method, MERGED[0], "linear"))
-            lines.append(_claim(f"(4) concat loses less than linear with {method}", difference, is_lower))
+            text = f"(4) concat loses less than linear with {METHOD_NAMES.get(method, method)}"
+            lines.append(_claim(text, difference, is_lower))
         own, shared = ("random", MERGED[0], "concat"), ("random", MERGED[0], "concat", True)
         text = "LoRI-S (random masks) loses less with independent A than with one A"
         lines.append(_claim(text, self._merging_difference(own, shared), is_lower))
@@ -358,12 +363,13 @@ class Page:
 
     def sequences(self) -> list[str]:
         lines = ["Safety, then gsm8k: what is left of safety.", ""]
-        rows = [[method, *self._safety_row(method)] for method in COMPARED]
+        rows = [[METHOD_NAMES.get(method, method), *self._safety_row(method)] for method in COMPARED]
         header = "method, safety before, after, gsm8k, harmful refused before, after, harmless refused before, after"
         lines += _table(header, rows)
         for method in COMPARED[1:]:
             difference = self._forgotten_difference(method, "LoRA", ("safety", "gsm8k"))
-            lines.append(_claim(f"(5) {method} forgets less of safety than LoRA", difference, is_lower))
+            text = f"(5) {METHOD_NAMES.get(method, method)} forgets less of safety than LoRA"
+            lines.append(_claim(text, difference, is_lower))
         lines += ["", f"{', then '.join(SEQUENCE)}: how much more the loss is at the end than when it was learnt.", ""]
         rows = []
         for method in CONTINUED:

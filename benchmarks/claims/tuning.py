@@ -2,15 +2,12 @@
 
 from collections.abc import Callable
 
-from .cells import STEPS, UNTUNED, Cell, Mask, Merge, Train
+from .cells import CHEAP, STEPS, UNTUNED, Cell, Mask, Merge, Train
 from .store import Store
 
 RATES = (1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 0.15, 0.5)
 WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
 FIRST_RATES, FIRST_WEIGHTS = (3, 6), (2, 5)  # every search begins with these: positions, the end excluded
-
-SPARSE = ("LoRI-S", "random", "s=0.5", "s=0.95", "s=0.99")
-METHODS = ("LoRA", "LoRI-D", *SPARSE)
 
 
 class Tuning:
@@ -26,11 +23,11 @@ class Tuning:
 
     def cells(self, method: str, task: str) -> list[Cell]:
         """Return the cells of a method's search on a task, as far as it has come."""
-        return self._search(lambda rate: self._train(method, task, 0, rate), RATES, FIRST_RATES)[0]
+        return self._search_rate(method, task)[0]
 
     def rate(self, method: str, task: str) -> float:
         """Return a method's learning rate for a task, `UNTUNED` while it is not chosen."""
-        return self._search(lambda rate: self._train(method, task, 0, rate), RATES, FIRST_RATES)[1]
+        return self._search_rate(method, task)[1]
 
     def train(self, method: str, task: str, seed: int, **fields) -> Train:
         """Return the cell of a method on a task, at its own learning rate."""
@@ -48,6 +45,10 @@ class Tuning:
         """Return the merges of adapters at the weights of the search so far, and the weight with the lowest loss."""
         return self._search(lambda weight: Merge(adapters, how, weight, "dev"), WEIGHTS, FIRST_WEIGHTS)
 
+    def _search_rate(self, method: str, task: str) -> tuple[list[Cell], float]:
+        searched = "LoRI-S" if method == "cheap" else method
+        return self._search(lambda rate: self._train(searched, task, 0, rate), RATES, FIRST_RATES)
+
     def _train(self, method: str, task: str, seed: int, rate: float, **fields) -> Train:
         if method == "LoRA":
             return Train("LoRA", task, seed, rate, **fields)
@@ -55,6 +56,8 @@ class Tuning:
             return Train("LoRI", task, seed, rate, **fields)
         if method == "random":
             return Train("LoRI", task, seed, rate, Mask("random", granularity="matrix"), **fields)
+        if method == "cheap":
+            return Train("LoRI", task, seed, rate, Mask("agreement", CHEAP), **fields)
         sparsity = 0.9 if method == "LoRI-S" else float(method.removeprefix("s="))
         return Train("LoRI", task, seed, rate, self.full_mask(task, sparsity), **fields)
 
