@@ -47,20 +47,13 @@ def saliencies(tuning: Tuning) -> Iterator[Cell]:
 def curve(tuning: Tuning, task: str, masks: tuple[Mask, ...], seeds: tuple[int, ...] = SEEDS) -> Iterator[Cell]:
     """LoRI-S with other masks."""
     for mask in masks:
-        yield from (with_mask(tuning, mask, task, seed) for seed in seeds)
-
-
-def with_mask(tuning: Tuning, mask: Mask, task: str, seed: int) -> Train:
-    """LoRI-S with another mask; the one that needs a dense run takes the tuned one's."""
-    if mask.method == "train":
-        mask = Mask("train", mask.batches, tuning.rate("LoRI-D", task))
-    return tuning.masked(mask, task, seed)
+        yield from (tuning.masked(mask, task, seed) for seed in seeds)
 
 
 def merging(tuning: Tuning) -> Iterator[Cell]:
     """Two tasks in one adapter."""
     for how in ("concat", "linear"):
-        for method in COMPARED:
+        for method in (*COMPARED, "short"):
             yield from merges(tuning, method, MERGED[0], how)
     # LoRI's own explanation is that A are independent.
     yield from merges(tuning, "random", MERGED[0], "concat", shared_A=True)
@@ -132,7 +125,8 @@ def granularity(tuning: Tuning) -> Iterator[Cell]:
     """Over what the entries of B compete."""
     for task in POOLED_TASKS:
         for name in GRANULARITIES:
-            yield from (tuning.masked(tuning.full_mask(task, granularity=name), task, seed) for seed in SEEDS)
+            mask = Mask("train", STEPS, granularity=name)
+            yield from (tuning.masked(mask, task, seed) for seed in SEEDS)
 
 
 def rounding(tuning: Tuning) -> Iterator[Cell]:

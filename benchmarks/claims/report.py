@@ -41,7 +41,6 @@ from .parts import (
     plan,
     sequence,
     single_adapters,
-    with_mask,
 )
 from .pictures import draw_curves, draw_merges
 from .setting import ROOT
@@ -100,7 +99,11 @@ How much more the loss on each task is than the single adapter's, the mean over 
 the best of a search on seed 0.
 """
 
-METHOD_NAMES = {"random": "LoRI-S, random mask", "cheap": f"LoRI-S, mask of {CHEAP} batches"}
+METHOD_NAMES = {
+    "random": "LoRI-S, random mask",
+    "cheap": f"LoRI-S, mask of {CHEAP} batches",
+    "short": "LoRI-S, mask of 8 dense steps",
+}
 
 Row = list[str]
 Judge = Callable[[Estimate], str]
@@ -315,7 +318,7 @@ class Page:
     def merging(self) -> list[str]:
         lines = [*MERGING_HEAD.strip().splitlines(), ""]
         loss, rows = self._merging_loss, []
-        for method in COMPARED:
+        for method in (*COMPARED, "short"):
             name = METHOD_NAMES.get(method, method)
             rows.append([name, *(loss(method, tasks, "concat").text(sign=True) for tasks in MERGED),
                          loss(method, MERGED[0], "linear").text(sign=True)])  # fmt: skip
@@ -423,7 +426,7 @@ class Page:
         return [*table, *verdicts, ""]
 
     def _pooled(self, granularity: str, task: str) -> SeededCell:
-        mask = self.tuning.full_mask(task, granularity=granularity)
+        mask = Mask("train", STEPS, granularity=granularity)
         return lambda seed: self.tuning.masked(mask, task, seed)
 
     # ---- rounding ----------------------------------------------------------------------------------------------
@@ -447,7 +450,7 @@ class Page:
         return lambda seed: self.tuning.train(method, task, seed)
 
     def _masked(self, mask: Mask, task: str) -> SeededCell:
-        return lambda seed: with_mask(self.tuning, mask, task, seed)
+        return lambda seed: self.tuning.masked(mask, task, seed)
 
     def _loss(self, cell: SeededCell) -> str:
         return self.evidence.mean(cell).text()

@@ -1,6 +1,7 @@
 """What is chosen on dev rows: learning rates, per method and task, and weights of merges."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from .cells import CHEAP, STEPS, UNTUNED, Cell, Mask, Merge, Train
 from .store import Store
@@ -8,6 +9,8 @@ from .store import Store
 RATES = (1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 0.15, 0.5)
 WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
 FIRST_RATES, FIRST_WEIGHTS = (3, 6), (2, 5)  # every search begins with these: positions, the end excluded
+# LoRI-S with other masks than the paper's, where these are compared with the other methods.
+OTHER_MASKS = {"cheap": Mask("agreement", CHEAP), "short": Mask("train", 8)}
 
 
 class Tuning:
@@ -31,22 +34,22 @@ class Tuning:
 
     def train(self, method: str, task: str, seed: int, **fields) -> Train:
         """Return the cell of a method on a task, at its own learning rate."""
+        if method in OTHER_MASKS:
+            return self.masked(OTHER_MASKS[method], task, seed, **fields)
         return self._train(method, task, seed, self.rate(method, task), **fields)
 
-    def masked(self, mask: Mask, task: str, seed: int) -> Train:
+    def masked(self, mask: Mask, task: str, seed: int, **fields) -> Train:
         """Return the cell of LoRI-S with another mask, at the rate chosen for LoRI-S's own."""
-        return Train("LoRI", task, seed, self.rate("LoRI-S", task), mask)
-
-    def full_mask(self, task: str, sparsity: float = 0.9, granularity: str = "model") -> Mask:
-        """Return the paper's mask: that of a whole dense run."""
-        return Mask("train", STEPS, self.rate("LoRI-D", task), sparsity, granularity)
+        if mask.method == "train":  # a dense run has a rate
+            mask = replace(mask, rate=self.rate("LoRI-D", task))
+        return Train("LoRI", task, seed, self.rate("LoRI-S", task), mask, **fields)
 
     def merges(self, adapters: tuple[Train, ...], how: str) -> tuple[list[Merge], float]:
         """Return the merges of adapters at the weights of the search so far, and the weight with the lowest loss."""
         return self._search(lambda weight: Merge(adapters, how, weight, "dev"), WEIGHTS, FIRST_WEIGHTS)
 
     def _search_rate(self, method: str, task: str) -> tuple[list[Cell], float]:
-        searched = "LoRI-S" if method == "cheap" else method
+        searched = "LoRI-S" if method in OTHER_MASKS else method
         return self._search(lambda rate: self._train(searched, task, 0, rate), RATES, FIRST_RATES)
 
     def _train(self, method: str, task: str, seed: int, rate: float, **fields) -> Train:
@@ -56,10 +59,9 @@ class Tuning:
             return Train("LoRI", task, seed, rate, **fields)
         if method == "random":
             return Train("LoRI", task, seed, rate, Mask("random", granularity="matrix"), **fields)
-        if method == "cheap":
-            return Train("LoRI", task, seed, rate, Mask("agreement", CHEAP), **fields)
         sparsity = 0.9 if method == "LoRI-S" else float(method.removeprefix("s="))
-        return Train("LoRI", task, seed, rate, self.full_mask(task, sparsity), **fields)
+        mask = Mask("train", STEPS, self.rate("LoRI-D", task), sparsity)  # the paper's: that of a whole dense run
+        return Train("LoRI", task, seed, rate, mask, **fields)
 
     def _search(
         self, make: Callable[[float], Cell], ladder: tuple[float, ...], window: tuple[int, int]
