@@ -10,7 +10,7 @@ import argparse
 import tempfile
 
 import torch
-from common import ROOT, interleaved, report, summary
+from common import PROJECTIONS, ROOT, interleaved, report, summary
 from datasets import load_dataset
 from peft import LoraConfig
 from quickstart import smollm2
@@ -18,8 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from lori_trl import LoriSFTConfig, LoriSFTTrainer
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:

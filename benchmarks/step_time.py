@@ -9,7 +9,7 @@ calibration's step (A frozen, all of B trained), and at sparsity 0.9 the hook an
 import argparse
 
 import torch
-from common import interleaved, report, summary
+from common import PROJECTIONS, interleaved, report, summary
 from peft import LoraConfig, get_peft_model
 from quickstart import smollm2
 from transformers import AutoModelForCausalLM
@@ -18,8 +18,6 @@ from lori_trl import LoriMasks
 from lori_trl.layers import lora_layers
 from lori_trl.projections import init_projections
 from lori_trl.sparse import sparse_training
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def make_step(kind: str, tokens: torch.Tensor, dropout: float):
@@ -36,13 +34,13 @@ def make_step(kind: str, tokens: torch.Tensor, dropout: float):
             init_projections(model, "default", seed=0)
         if kind == "dense":
             context = sparse_training(model, "default", None)
-            context.__enter__()
         if kind in ("hook", "packed"):
             layers = lora_layers(model, "default")
             generator = torch.Generator().manual_seed(0)
             shapes = {path: layer.lora_B["default"].weight.shape for path, layer in layers.items()}
             saliency = {path: torch.rand(shape, generator=generator) for path, shape in shapes.items()}
             context = sparse_training(model, "default", LoriMasks.select(saliency, 0.9), kind)
+        if context is not None:
             context.__enter__()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
     model.get_input_embeddings().register_forward_hook(lambda _, x, y: y.requires_grad_())

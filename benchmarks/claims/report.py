@@ -289,8 +289,7 @@ class Page:
         rows, verdicts = [], []
         for method in COMPARED:
             cells = [self._train(method, task=task) for task in TASKS]
-            name = METHOD_NAMES.get(method, method)
-            rows.append([name, *(f"{self._loss(cell)}{self._rate(method, task)}"
+            rows.append([_name(method), *(f"{self._loss(cell)}{self._rate(method, task)}"
                                    for cell, task in zip(cells, TASKS, strict=True))])  # fmt: skip
         for claim, method, other in (("1", "LoRI-D", "LoRA"), ("2", "LoRI-S", "LoRI-D")):
             for task in TASKS:
@@ -319,18 +318,17 @@ class Page:
         lines = [*MERGING_HEAD.strip().splitlines(), ""]
         loss, rows = self._merging_loss, []
         for method in (*COMPARED, "short"):
-            name = METHOD_NAMES.get(method, method)
-            rows.append([name, *(loss(method, tasks, "concat").text(sign=True) for tasks in MERGED),
+            rows.append([_name(method), *(loss(method, tasks, "concat").text(sign=True) for tasks in MERGED),
                          loss(method, MERGED[0], "linear").text(sign=True)])  # fmt: skip
         lines += _table("method, 2 tasks, 3 tasks, 4 tasks, 2 tasks: linear", rows)
         for method in COMPARED[1:]:
             for tasks in MERGED:
                 difference = self._merging_difference((method, tasks, "concat"), ("LoRA", tasks, "concat"))
-                text = f"(3) {METHOD_NAMES.get(method, method)} loses less than LoRA in a merge of {len(tasks)}"
+                text = f"(3) {_name(method)} loses less than LoRA in a merge of {len(tasks)}"
                 lines.append(_claim(text, difference, is_lower))
         for method in COMPARED:
             difference = self._merging_difference((method, MERGED[0], "concat"), (method, MERGED[0], "linear"))
-            text = f"(4) concat loses less than linear with {METHOD_NAMES.get(method, method)}"
+            text = f"(4) concat loses less than linear with {_name(method)}"
             lines.append(_claim(text, difference, is_lower))
         own, shared = ("random", MERGED[0], "concat"), ("random", MERGED[0], "concat", True)
         text = "LoRI-S (random masks) loses less with independent A than with one A"
@@ -366,12 +364,12 @@ class Page:
 
     def sequences(self) -> list[str]:
         lines = ["Safety, then gsm8k: what is left of safety.", ""]
-        rows = [[METHOD_NAMES.get(method, method), *self._safety_row(method)] for method in COMPARED]
+        rows = [[_name(method), *self._safety_row(method)] for method in COMPARED]
         header = "method, safety before, after, gsm8k, harmful refused before, after, harmless refused before, after"
         lines += _table(header, rows)
         for method in COMPARED[1:]:
             difference = self._forgotten_difference(method, "LoRA", ("safety", "gsm8k"))
-            text = f"(5) {METHOD_NAMES.get(method, method)} forgets less of safety than LoRA"
+            text = f"(5) {_name(method)} forgets less of safety than LoRA"
             lines.append(_claim(text, difference, is_lower))
         lines += ["", f"{', then '.join(SEQUENCE)}: how much more the loss is at the end than when it was learnt.", ""]
         rows = []
@@ -454,6 +452,11 @@ class Page:
 
     def _loss(self, cell: SeededCell) -> str:
         return self.evidence.mean(cell).text()
+
+
+def _name(method: str) -> str:
+    """Return what a method is called on the page."""
+    return METHOD_NAMES.get(method, method)
 
 
 def _cost(batches: int) -> str:
