@@ -21,6 +21,26 @@ def precision(model: PreTrainedModel) -> dict[str, str]:
     return {"dtype": str(model.dtype)} | ({} if packed is None else {"quantization": packed})
 
 
+def keep_4bit_layers(model: PreTrainedModel) -> None:
+    """
+    Keep bitsandbytes from repacking 4-bit layers, which it does at their first inference on a CPU with AVX512-BF16.
+
+    No gradient goes through a repacked layer, so training after an evaluation would be silently wrong; and a layer
+    narrower than the 64 entries of a block fails.
+
+    Raises:
+        `ValueError`: layers have been repacked already.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "support_avx512bf16_for_cpu")}
+    for name, layer in layers.items():
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"The 4-bit layer {name} was repacked by bitsandbytes when the model was run for inference on this "
+                "CPU, and no gradient goes through it. Allowed is a model as it was loaded. Load it again."
+            )
+        layer.support_avx512bf16_for_cpu = False
+
+
 def load_base_model(name_or_path: str, **arguments: Any) -> PreTrainedModel:
     """
     Load a base model, and never a pickle.
@@ -35,7 +55,7 @@ def load_base_model(name_or_path: str, **arguments: Any) -> PreTrainedModel:
         `OSError`: there is no such model.
     """
     try:
-        return create_model_from_path(name_or_path, **arguments | {"use_safetensors": True})
+        model = create_model_from_path(name_or_path, **arguments | {"use_safetensors": True})
     except SafetensorError as error:
         raise ValueError(
             f"`model_name_or_path={name_or_path}` has a damaged file of weights: {error}. Whole safetensors are "
@@ -49,3 +69,5 @@ def load_base_model(name_or_path: str, **arguments: Any) -> PreTrainedModel:
             "run code when they are read, and are left alone. Where you trust them, convert them once: "
             "`AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)`. Then pass that folder."
         ) from error
+    keep_4bit_layers(model)
+    return model

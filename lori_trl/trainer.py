@@ -25,6 +25,7 @@ from trl.trainer.utils import global_then_local_main_first
 from .adapter.facts import Calibration, Counts, TaskRecord
 from .adapter.record import LoriRecord, read_record
 from .adapter.write import save_lori_adapter
+from .base_model import keep_4bit_layers
 from .card_facts import CardFacts, hyperparameters
 from .checkpoints import begin_run, deepspeed_checkpoints_as_data, find_checkpoint, note_run
 from .checks import check_arguments, check_selection, check_trained
@@ -121,6 +122,7 @@ class LoriTrainerMixin(HubPushes):
         self.adapter_name = self.model.active_adapters[0]
         self.lora_layers = lora_layers(self.model, self.adapter_name)
         check_variants(self.lora_layers, self.adapter_name)
+        keep_4bit_layers(self.model)
         show_bias_of_tied_head(self.model)
         self.earlier_masks: dict[str, LoriMasks] = dict(vars(self.model).get("lori_masks", {}))
         self.earlier_tasks = [TaskRecord.from_dict(task) for task in vars(self.model).get("lori_tasks", [])]
