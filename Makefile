@@ -43,7 +43,7 @@ format: .venv/dev
 	$(BIN)/ruff format .
 
 bench: .venv/installed .venv/smollm2
-	cd benchmarks && for script in selection storage merging step_time "step_time --dropout 0.05" run_time; do \
+	cd benchmarks && for script in selection "selection --busy 5" storage merging step_time "step_time --dropout 0.05" run_time; do \
 		set -- $$script; name=$$1; shift; ../$(BIN)/python $$name.py "$$@" || exit 1; done
 
 .venv/torch:

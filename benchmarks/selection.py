@@ -1,11 +1,13 @@
 """Exact mask of 44 million entries: B of Llama-3-8B, r = 32, 224 matrices, float32.
 
-    python benchmarks/selection.py [--rounds 15]
+    python benchmarks/selection.py [--rounds 15] [--busy 0]
 
-Peer, interleaved in one process: `torch.topk` over the concatenation, and the masks made from its threshold.
+Peer, interleaved in one process: `torch.topk` over the concatenation, and the masks made from its threshold. `--busy`
+says how many other processes are at work meanwhile.
 """
 
 import argparse
+import multiprocessing
 import resource
 
 import torch
@@ -43,9 +45,18 @@ def by_topk(B: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {path: tensor.abs() >= threshold for path, tensor in B.items()}
 
 
+def work() -> None:
+    """Multiply matrices for ever, with one thread."""
+    torch.set_num_threads(1)
+    matrix = torch.rand(512, 512)
+    while True:
+        matrix @ matrix
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--busy", type=int, default=0)
     options = parser.parse_args()
     B = make_B()
     B_bytes = sum(4 * tensor.numel() for tensor in B.values())
@@ -56,6 +67,9 @@ def main() -> None:
     expected = by_topk(B)
     equal = all(torch.equal(masks[path], expected[path]) for path in B)
     runs = {"lori_trl": lambda: LoriMasks.select(B, SPARSITY), "topk": lambda: by_topk(B)}
+    others = [multiprocessing.get_context("spawn").Process(target=work, daemon=True) for _ in range(options.busy)]
+    for other in others:
+        other.start()
     seconds = {name: summary(times) for name, times in interleaved(runs, options.rounds).items()}
     results = {
         "entries": masks.numel,
@@ -63,9 +77,10 @@ def main() -> None:
         "equal to topk's masks": equal,
         "seconds": seconds,
         "lori_trl / topk": seconds["lori_trl"]["median"] / seconds["topk"]["median"],
+        "other processes at work": options.busy,
         "peak memory on top of B / bytes of B": on_top / B_bytes,
     }
-    report("selection", results)
+    report(f"selection_busy_{options.busy}" if options.busy else "selection", results)
 
 
 if __name__ == "__main__":
