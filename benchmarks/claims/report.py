@@ -433,7 +433,7 @@ class Page:
         rows = []
         for dtype in DTYPES:
             cells = [self._rounded(dtype, task) for task in ROUNDED_TASKS]
-            more = [self.evidence.difference(cell, self._train("LoRI-S", task)).text(4, sign=True)
+            more = [self.evidence.difference(cell, self._train("LoRI-S", task)).text(5, sign=True)
                     for cell, task in zip(cells, ROUNDED_TASKS, strict=True)]  # fmt: skip
             size = pooled([lambda seed, cell=cell: self.evidence.value(cell(seed), "bytes") for cell in cells])
             rows.append([dtype or "kept bit for bit", f"{size.mean / 1e6:.2f} MB", *more])
