@@ -463,7 +463,7 @@ def _cost(batches: int) -> str:
     """Return the time of a calibration of so many batches and of the adaptation, in LoRA runs."""
     file = ROOT / "benchmarks" / "results" / "step_time_dropout_0.0.json"
     times = json.loads(file.read_text(encoding="utf-8"))["results"]
-    calibration, step = times["hook / peft_lora"], times["packed / peft_lora"]
+    calibration, step = times["dense / peft_lora"], times["packed / peft_lora"]
     return f"{(batches * calibration + STEPS * step) / STEPS:.2f}"
 
 
