@@ -92,6 +92,8 @@ class Worker:
             self.store.add(cell, figures, seconds=seconds, commit=self.commit, versions=versions)
         elif figures != self.store.figures(cell):
             console.print(f"[red]not the same again:[/] {self.store.figures(cell)} before, {figures} now", cell)
+        else:
+            console.print("the same again, to the last digit")
         self._done(cell).touch()
 
     def folder(self, cell: Cell) -> Path:
