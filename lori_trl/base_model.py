@@ -31,8 +31,9 @@ def keep_4bit_layers(model: PreTrainedModel) -> None:
     Raises:
         `ValueError`: layers have been repacked already.
     """
-    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "support_avx512bf16_for_cpu")}
-    for name, layer in layers.items():
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "support_avx512bf16_for_cpu"):
+            continue
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             raise ValueError(
                 f"The 4-bit layer {name} was repacked by bitsandbytes when the model was run for inference on this "

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterator
 
 from .cells import CHEAP, SEEDS, STEPS, TASKS, Base, Cell, Held, Mask, Merge, Overlaps, Refusals, Rounded, Train
-from .tuning import Tuning
+from .tuning import OTHER_MASKS, Tuning
 
 # Masks other than the whole dense run's: those that decide, and those that draw the curve.
-CHEAP_MASKS = (Mask("agreement", CHEAP), Mask("train", CHEAP))
+CHEAP_MASKS = (OTHER_MASKS["cheap"], Mask("train", CHEAP))
 CURVE = (Mask("agreement", 8), Mask("train", 8), Mask("agreement", 15), Mask("train", 15))
 CURVE_TASKS = ("gsm8k", "safety")
 OTHERS = (Mask("random"), Mask("adam", CHEAP), Mask("gradient", CHEAP), Mask("fisher", CHEAP))  # on one task
 MERGED = tuple(("safety", "gsm8k", "nlu", "code")[:count] for count in (2, 3, 4))
 COMPARED = ("LoRA", "LoRI-D", "LoRI-S", "random", "cheap")
+COMPARED_IN_PAIRS = (*COMPARED, "short")
 SEQUENCE = ("gsm8k", "nlu", "code")
 CONTINUED = ("LoRA", "LoRI-S", "LoRAF")
 SPARSITIES, SPARSITY_TASK = (0.5, 0.95, 0.99), "gsm8k"
@@ -53,7 +54,7 @@ def curve(tuning: Tuning, task: str, masks: tuple[Mask, ...], seeds: tuple[int, 
 def merging(tuning: Tuning) -> Iterator[Cell]:
     """Two tasks in one adapter."""
     for how in ("concat", "linear"):
-        for method in (*COMPARED, "short"):
+        for method in COMPARED_IN_PAIRS:
             yield from merges(tuning, method, MERGED[0], how)
     # LoRI's own explanation is that A are independent.
     yield from merges(tuning, "random", MERGED[0], "concat", shared_A=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from .evidence import Estimate
+from .tuning import OTHER_MASKS
 
 COLORS = {
     "train": "#0072b2", "agreement": "#d55e00", "adam": "#009e73", "random, per matrix": "#7f7f7f", "LoRI-D": "black",
@@ -13,9 +14,13 @@ COLORS = {
 }  # fmt: skip
 LABELS = {
     "train": "first steps of a dense run", "agreement": "agreement of signs at B0",
-    "adam": "Adam's moves on gradients at B0", "random": "LoRI-S, random mask",
-    "cheap": "LoRI-S, cheap mask",
+    "adam": "Adam's moves on gradients at B0",
 }  # fmt: skip
+# On the page, too.
+METHOD_NAMES = {"random": "LoRI-S, random mask"} | {
+    method: f"LoRI-S, mask of {mask.batches} {'dense steps' if mask.method == 'train' else 'batches'}"
+    for method, mask in OTHER_MASKS.items()
+}
 
 
 def draw_curves(tasks: dict[str, dict], file: Path) -> None:
@@ -66,7 +71,7 @@ def draw_merges(losses: dict[str, list[Estimate]], counts: list[int], file: Path
     for number, (method, estimates) in enumerate(losses.items()):
         aside = 0.04 * (number - (len(losses) - 1) / 2)
         measured = [(count + aside, point) for count, point in zip(counts, estimates, strict=True) if point.seeds]
-        _line(axes, *zip(*measured, strict=True), COLORS[method], LABELS.get(method, method))
+        _line(axes, *zip(*measured, strict=True), COLORS[method], METHOD_NAMES.get(method, method))
     axes.set_xticks(counts)
     axes.set_xlabel("tasks in one adapter (concat)")
     axes.set_ylabel("loss, more than the single\nadapters' (nats, mean over tasks)")

@@ -27,6 +27,7 @@ from .cells import (
 from .evidence import MARGIN, BySeed, Estimate, Evidence, SeededCell, is_lower, is_no_worse, minus, pooled
 from .parts import (
     COMPARED,
+    COMPARED_IN_PAIRS,
     CONTINUED,
     CURVE_TASKS,
     DTYPES,
@@ -42,7 +43,7 @@ from .parts import (
     sequence,
     single_adapters,
 )
-from .pictures import draw_curves, draw_merges
+from .pictures import METHOD_NAMES, draw_curves, draw_merges
 from .setting import ROOT
 from .store import Store
 from .tuning import Tuning
@@ -98,12 +99,6 @@ MERGING_HEAD = """
 How much more the loss on each task is than the single adapter's, the mean over the merged tasks; one weight for all,
 the best of a search on seed 0.
 """
-
-METHOD_NAMES = {
-    "random": "LoRI-S, random mask",
-    "cheap": f"LoRI-S, mask of {CHEAP} batches",
-    "short": "LoRI-S, mask of 8 dense steps",
-}
 
 Row = list[str]
 Judge = Callable[[Estimate], str]
@@ -196,7 +191,7 @@ class Page:
             ),
             (
                 f"8. so is that of {CHEAP} batches' gradients (agreement of signs)",
-                [full(self._masked(Mask("agreement", CHEAP), task), task) for task in TASKS],
+                [full(train("cheap", task=task), task) for task in TASKS],
                 is_no_worse,
             ),
             ("8. so is a random mask", [full(train("random", task=task), task) for task in TASKS], is_no_worse),
@@ -249,7 +244,7 @@ class Page:
             _claim(f"{name} is as good as the whole dense run's", self._from_full(cell, task), is_no_worse)
             for name, cell in (
                 ("a random mask (per matrix)", train("random")),
-                (f"the mask of {CHEAP} batches' agreement of signs", self._masked(Mask("agreement", CHEAP), task)),
+                (f"the mask of {CHEAP} batches' agreement of signs", train("cheap")),
                 (f"the mask of {CHEAP} dense steps", self._masked(Mask("train", CHEAP), task)),
             )
         ]
@@ -317,7 +312,7 @@ class Page:
     def merging(self) -> list[str]:
         lines = [*MERGING_HEAD.strip().splitlines(), ""]
         loss, rows = self._merging_loss, []
-        for method in (*COMPARED, "short"):
+        for method in COMPARED_IN_PAIRS:
             rows.append([_name(method), *(loss(method, tasks, "concat").text(sign=True) for tasks in MERGED),
                          loss(method, MERGED[0], "linear").text(sign=True)])  # fmt: skip
         lines += _table("method, 2 tasks, 3 tasks, 4 tasks, 2 tasks: linear", rows)
