@@ -27,9 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_trl.counting import KNOWN_CONFIGS, count_parameters
 from lori_trl.launch import Engine
-from lori_trl.layers import lora_layers
-from lori_trl.projections import freeze_projections
-from lori_trl.sharding import mask_shards
+from lori_trl.method.layers import lora_layers
+from lori_trl.method.projections import freeze_projections
+from lori_trl.method.sharding import mask_shards
 
 MODELS = {
     "8B": KNOWN_CONFIGS["meta-llama/Meta-Llama-3-8B"],

@@ -15,9 +15,9 @@ from quickstart import smollm2
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks
-from lori_trl.layers import lora_layers
-from lori_trl.projections import init_projections
-from lori_trl.sparse import sparse_training
+from lori_trl.method.layers import lora_layers
+from lori_trl.method.projections import init_projections
+from lori_trl.method.sparse import sparse_training
 
 
 def make_step(kind: str, tokens: torch.Tensor, dropout: float):

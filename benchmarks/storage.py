@@ -18,9 +18,9 @@ from step_time import PROJECTIONS
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks
-from lori_trl.layers import lora_layers
-from lori_trl.projections import init_projections
-from lori_trl.sparse import sparse_training
+from lori_trl.method.layers import lora_layers
+from lori_trl.method.projections import init_projections
+from lori_trl.method.sparse import sparse_training
 
 
 def mask_files(folder: Path) -> dict:

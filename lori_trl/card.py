@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .adapter.facts import Training
 from .adapter.layout import EVAL_RESULTS_NAME, PICTURE_NAME
 from .adapter.record import LoriRecord
-from .adapter.typed import plain
+from .inputs.typed_values import plain
 from .masks import LoriMasks
 from .package import install_command
 from .recipes import shipped_folder

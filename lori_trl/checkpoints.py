@@ -15,7 +15,7 @@ from transformers.trainer_callback import TrainerState
 from .adapter.layout import ADAPTER_WEIGHTS, RUN_NAME, masks_name
 from .adapter.record import read_record
 from .adapter.safetensors import opened
-from .files import replacing
+from .inputs.files import replacing
 
 logger = get_logger(__name__)
 

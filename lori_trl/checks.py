@@ -9,11 +9,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .config import LoriArguments
-from .dense import dense_parameters
-from .lora_options import check_lora_config, check_one_adapter
 from .masks import LoriMasks, pools
+from .method.dense_parameters import dense_parameters
+from .method.lora_options import check_lora_config, check_one_adapter
+from .method.sparsity import num_to_select
 from .rows import check_not_empty, check_text
-from .sparsity import num_to_select
 
 logger = get_logger(__name__)
 

@@ -15,10 +15,10 @@ from .adapter.folder import AdapterFolder, open_adapter
 from .adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .adapter.record import LoriRecord, read_record
 from .adapter.write import check_output, complete, staged
-from .files import copy_files
-from .layers import module_path, pools
+from .inputs.files import copy_files
 from .masks import LoriMasks
-from .sparsity import num_to_select
+from .method.layers import module_path, pools
+from .method.sparsity import num_to_select
 
 
 def feasible_entries(shapes: Mapping[str, Sequence[int]], earlier: Mapping[str, LoriMasks]) -> LoriMasks:

@@ -8,8 +8,8 @@ from rich.table import Table
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from .layers import lora_layers
-from .sparsity import num_to_select
+from .method.layers import lora_layers
+from .method.sparsity import num_to_select
 
 DEFAULT_SPARSITY = 0.9  # the paper's LoRI-S, for comparison in a LoRI-D run
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from .config import LoriArguments
-from .sharding import engine_dtype
+from .method.sharding import engine_dtype
 
 
 def check_engine(

@@ -16,8 +16,8 @@ from .adapter.layout import task_name_of
 from .adapter.plain import check_plain
 from .adapter.write import check_output_file
 from .counting import KNOWN_CONFIGS
-from .files import replacing
-from .layers import projection_of
+from .inputs.files import replacing
+from .method.layers import projection_of
 
 logger = logging.getLogger(__name__)
 

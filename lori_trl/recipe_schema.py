@@ -5,7 +5,7 @@ import re
 import types
 from typing import Any
 
-from .intervals import INTERVALS
+from .inputs.intervals import INTERVALS
 from .recipes import CONFLICTS, RecipeField, recipe_fields, type_name
 
 _TYPES = {"bool": "boolean", "dict": "object", "float": "number", "int": "integer", "str": "string"}

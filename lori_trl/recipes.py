@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .intervals import INTERVALS, range_fault
-from .yaml_reader import read_mapping
+from .inputs.intervals import INTERVALS, range_fault
+from .inputs.yaml_reader import read_mapping
 
 # Keys of which a recipe sets one at most.
 CONFLICTS = (("dataset_name", "dataset_path"), ("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"))

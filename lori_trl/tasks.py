@@ -28,7 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from trl import ScriptArguments
 
-from .files import describe_fault
+from .inputs.files import describe_fault
 from .recipes import shipped_folder
 
 logger = logging.getLogger(__name__)

@@ -31,18 +31,18 @@ from .checkpoints import begin_run, deepspeed_checkpoints_as_data, find_checkpoi
 from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
-from .dense import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
 from .engines import check_engine
 from .hub.while_training import HubPushes
-from .layers import VALUES, lora_layers
-from .lora_options import check_variants, for_language_part
 from .masks import LoriMasks
-from .projections import Fingerprint, Projection, derive_projection_seed, freeze_projections, init_projections
+from .method.dense_parameters import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
+from .method.layers import VALUES, lora_layers
+from .method.lora_options import check_variants, for_language_part
+from .method.projections import Fingerprint, Projection, derive_projection_seed, freeze_projections, init_projections
+from .method.saliency import GradientAgreement, random_saliency
+from .method.sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
+from .method.sparse import fold_values, refresh_values, sparse_training, values_in_state_dict
+from .method.sparsity import num_to_select
 from .rows import have_images, name_of_data
-from .saliency import GradientAgreement, random_saliency
-from .sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
-from .sparse import fold_values, refresh_values, sparse_training, values_in_state_dict
-from .sparsity import num_to_select
 from .tasks import kept_positions
 from .trackers import Trackers
 

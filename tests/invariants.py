@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from lori_trl.dense import dense_parameters
-from lori_trl.projections import draw_projection
-from lori_trl.sparsity import num_to_select
+from lori_trl.method.dense_parameters import dense_parameters
+from lori_trl.method.projections import draw_projection
+from lori_trl.method.sparsity import num_to_select
 
 TOKENS = torch.arange(3, 33).view(2, 15)
 

@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 from lori_trl import LoriMasks, load_lori_adapter
 from lori_trl.adapter.facts import Calibration
 from lori_trl.adapter.record import read_record
-from lori_trl.layers import lora_layers
-from lori_trl.projections import derive_projection_seed, init_projections
-from lori_trl.saliency import GradientAgreement, random_saliency
-from lori_trl.sparsity import num_to_select
+from lori_trl.method.layers import lora_layers
+from lori_trl.method.projections import derive_projection_seed, init_projections
+from lori_trl.method.saliency import GradientAgreement, random_saliency
+from lori_trl.method.sparsity import num_to_select
 
 
 class GradientTrainer(RecordingTrainer):

@@ -14,7 +14,7 @@ from lori_trl import LoriMasks, LoriSFTTrainer, load_lori_adapter, merge_lori_ad
 from lori_trl.cli import main
 from lori_trl.compact import export_compact
 from lori_trl.continual import extract_task, feasible_entries, read_ledger, remove_task, tasks_that_fit
-from lori_trl.sparsity import num_to_select
+from lori_trl.method.sparsity import num_to_select
 
 TASKS = ("math", "code", "nlu")
 

@@ -38,7 +38,7 @@ from lori_trl.adapter.facts import (
 from lori_trl.adapter.mask_files import MasksMetadata
 from lori_trl.adapter.record import LoriRecord
 from lori_trl.cli import main, sft
-from lori_trl.projections import Projection
+from lori_trl.method.projections import Projection
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's and transformers' of each other
 

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from lori_trl.cli import main
 from lori_trl.gguf_export import export_gguf, interleave_halves
-from lori_trl.layers import lora_layers
+from lori_trl.method.layers import lora_layers
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

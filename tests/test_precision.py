@@ -8,7 +8,7 @@ from peft import get_peft_model
 from tiny import SMALL, lora_config, make_rows
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from lori_trl.projections import fingerprint, projections
+from lori_trl.method.projections import fingerprint, projections
 
 
 def check_trained(trainer):
@@ -88,7 +88,7 @@ def test_a_bfloat16_base(make_trainer, llama, adapter, backend):
 
 def test_autocast_gives_what_peft_gives(llama):
     """bfloat16 autocast: forward and gradients of the fused branch follow PEFT's own layers."""
-    from lori_trl.sparse import sparse_training
+    from lori_trl.method.sparse import sparse_training
 
     tokens = torch.arange(3, 63).view(4, 15)
     model = get_peft_model(copy.deepcopy(llama), lora_config())

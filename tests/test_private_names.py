@@ -11,7 +11,7 @@ from trl import SFTTrainer
 
 from lori_trl import LoriSFTTrainer, LoriTrainerMixin
 from lori_trl.hub.while_training import HubPushes
-from lori_trl.sparse import SparseLora
+from lori_trl.method.sparse import SparseLora
 
 PACKAGE = Path(__file__).parents[1] / "lori_trl"
 LIBRARIES = ("accelerate", "peft", "torch", "transformers", "trl")

@@ -16,8 +16,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig
 
 from lori_trl import LoriMasks, LoriSFTTrainer, load_lori_adapter
-from lori_trl.projections import Projection, projections
-from lori_trl.sparsity import num_to_select
+from lori_trl.method.projections import Projection, projections
+from lori_trl.method.sparsity import num_to_select
 
 
 class RecordingTrainer(LoriSFTTrainer):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer, load_lori_adapter
-from lori_trl.saliency import GradientAgreement
+from lori_trl.method.saliency import GradientAgreement
 
 from .cells import BATCH, MAX_LENGTH, RANK, SALIENCIES, SNAPSHOTS, STEPS, Gradients, Train
 from .data import Rows, tokenizer

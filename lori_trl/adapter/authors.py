@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..layers import module_path
+from ..method.layers import module_path
 from .mask_files import MasksMetadata
 
 _SPARSITY = re.compile(r"(0\.\d+)_mask\.pt")

@@ -29,16 +29,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import describe_fault, parse_json, replacing
-from ..layers import module_path, tensor_name
-from ..projections import Projection, draw_projection, fingerprint
+from ..inputs.files import describe_fault, parse_json, replacing
+from ..inputs.typed_values import plain, typed
+from ..method.layers import module_path, tensor_name
+from ..method.projections import Projection, draw_projection, fingerprint
 from . import compact_v1
 from .contents import Contents
 from .layout import COMPACT_VERSION, LaterFormatError, check_task_name, check_version
 from .mask_files import MasksMetadata
 from .record import LoriRecord
 from .safetensors import hash_tensor, opened
-from .typed import plain, typed
 
 logger = logging.getLogger(__name__)
 

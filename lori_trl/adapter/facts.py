@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .typed import left_out, plain, typed
+from ..inputs.typed_values import left_out, plain, typed
 
 Scalar = bool | int | float | str
 

@@ -16,10 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..files import describe_fault, read_json
 from ..hub.download import fetch_from_hub, is_repo_id
-from ..layers import module_path
+from ..inputs.files import describe_fault, read_json
+from ..inputs.typed_values import typed
 from ..masks import LoriMasks
+from ..method.layers import module_path
 from .compact import read_compact
 from .contents import Contents
 from .layout import (
@@ -39,7 +40,6 @@ from .layout import (
 )
 from .record import LoriRecord, hash_settings, read_record
 from .safetensors import hash_tensor, opened
-from .typed import typed
 from .write import write_contents
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import describe_fault
-from ..layers import lora_layers
-from ..projections import fingerprint, freeze_projections, projections
+from ..inputs.files import describe_fault
+from ..method.layers import lora_layers
+from ..method.projections import fingerprint, freeze_projections, projections
 from .folder import AdapterFolder, open_adapter
 from .layout import ADAPTER_CONFIG, RECORD_NAME, TOKENIZER_CONFIG
 from .record import read_record

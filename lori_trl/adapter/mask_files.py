@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import describe_fault, parse_json, replacing
-from ..layers import GRANULARITIES
-from ..projections import Projection
+from ..inputs.files import describe_fault, parse_json, replacing
+from ..inputs.typed_values import plain, typed
+from ..method.layers import GRANULARITIES
+from ..method.projections import Projection
 from .layout import (
     MASKS_FOLDER,
     MASKS_VERSION,
@@ -30,7 +31,6 @@ from .layout import (
 )
 from .record import read_record
 from .safetensors import opened
-from .typed import plain, typed
 
 MASKS_FORMAT = "lori_masks"
 

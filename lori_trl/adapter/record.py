@@ -8,12 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..files import describe_fault, read_json
-from ..layers import GRANULARITIES
-from ..projections import Projection
+from ..inputs.files import describe_fault, read_json
+from ..inputs.typed_values import left_out, plain, typed
+from ..method.layers import GRANULARITIES
+from ..method.projections import Projection
 from .facts import Calibration, Counts, Merge, TaskRecord, Training
 from .layout import MAX_JSON_BYTES, RECORD_NAME, RECORD_VERSION, check_task_name, check_version
-from .typed import left_out, plain, typed
 
 PHASES = ("calibration", "adaptation")
 # Hyperparameters that a run which is resumed must have in common with the one that began.

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..card import read_or_render_card
-from ..files import read_json
 from ..heatmaps import draw_density
-from ..layers import lora_layers, tensor_name
+from ..inputs.files import read_json
 from ..masks import LoriMasks
+from ..method.layers import lora_layers, tensor_name
 from .contents import Contents
 from .layout import (
     ADAPTER_CONFIG,
@@ -298,7 +298,7 @@ def _write_record(folder: Path, record: LoriRecord, tensors: Mapping[str, str] |
 
 def _check_complete(file: Path, model: "PeftModel", adapter_name: str) -> None:
     """Raise `RuntimeError` unless a file has every A and B of an adapter, whole: gathering shards can go wrong."""
-    from ..sharding import full_shape  # not before: it takes a second, and only a model's save needs it
+    from ..method.sharding import full_shape  # not before: it takes a second, and only a model's save needs it
 
     expected = {}
     for path, layer in lora_layers(model, adapter_name).items():

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from ..files import replacing
+    from ..inputs.files import replacing
     from ..inspection import inspect_adapters, inspection_sections, render_page, render_picture, render_pictures
 
     to_screen = options.json == "-"

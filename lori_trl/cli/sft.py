@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..intervals import INTERVALS, check_range
+from ..inputs.intervals import INTERVALS, check_range
 from ..recipes import (
     find_recipe,
     foreign_code,

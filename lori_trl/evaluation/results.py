@@ -11,8 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from ..adapter.layout import ADAPTER_WEIGHTS, EVAL_RESULTS_NAME
-from ..files import replacing
 from ..hub.download import hash_file
+from ..inputs.files import replacing
 
 FORMAT_VERSION = 1
 

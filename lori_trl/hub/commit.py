@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import HFValidationError, httpx, validate_repo_id
 
-from ..files import replacing
+from ..inputs.files import replacing
 from .download import (
     WAITS,
     describe,

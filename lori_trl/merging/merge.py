@@ -16,10 +16,10 @@ from ..adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES, RECORD
 from ..adapter.record import LoriRecord
 from ..adapter.safetensors import SafetensorsWriter
 from ..adapter.write import check_output, complete, staged
-from ..files import copy_files
 from ..hub.download import hash_file
-from ..layers import tensor_name
-from ..projections import Fingerprint, Projection
+from ..inputs.files import copy_files
+from ..method.layers import tensor_name
+from ..method.projections import Fingerprint, Projection
 from ..vllm import DEFAULT_MAX_RANK, max_lora_rank
 from .checks import IndependenceOfA, check_dtypes, checked_weights
 from .plan import Plan, open_plan

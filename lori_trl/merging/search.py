@@ -17,7 +17,7 @@ from ..adapter.folder import read_modules
 from ..adapter.load import load_tokenizer
 from ..evaluation import completion_loss
 from ..evaluation.models import load_model
-from ..layers import lora_layers, module_path
+from ..method.layers import lora_layers, module_path
 from .plan import Plan, open_plan
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from lori_trl.adapter.facts import Counts, TaskRecord
 from lori_trl.adapter.mask_files import MasksMetadata
 from lori_trl.adapter.record import LoriRecord, read_record
 from lori_trl.compact import expand, export_compact
-from lori_trl.layers import tensor_name
-from lori_trl.projections import Projection, draw_projection, fingerprint
+from lori_trl.method.layers import tensor_name
+from lori_trl.method.projections import Projection, draw_projection, fingerprint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_FOLDER = GOLDEN / "adapter_v1"

@@ -17,7 +17,7 @@ from lori_trl import LoriMasks, load_lori_adapter
 from lori_trl.adapter.facts import Counts
 from lori_trl.adapter.record import read_record
 from lori_trl.adapter.write import staged
-from lori_trl.sparsity import num_to_select
+from lori_trl.method.sparsity import num_to_select
 
 PLAIN_PEFT = """
 import sys, torch

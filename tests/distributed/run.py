@@ -20,7 +20,7 @@ from transformers import TrainerCallback, training_args
 
 from lori_trl import LoriSFTTrainer
 from lori_trl.adapter import write
-from lori_trl.selection import select_largest
+from lori_trl.method.selection import select_largest
 
 
 def allow_cpus(engine: str) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lori_trl import LoriMasks
-from lori_trl.projections import Projection, draw_projection, fingerprint
+from lori_trl.method.projections import Projection, draw_projection, fingerprint
 
 SHAPES = {"self_attn.q_proj": (24, 16), "self_attn.v_proj": (12, 16), "mlp.down_proj": (16, 40)}
 RANK, ALPHA = 4, 12

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from lori_trl import merge_lori_adapters
-from lori_trl.layers import module_path
+from lori_trl.method.layers import module_path
 
 SHAPES = {  # (out_features, in_features)
     "model.layers.0.mlp.up_proj": (24, 16),

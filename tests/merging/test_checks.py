@@ -11,8 +11,8 @@ from peft import LoraConfig
 
 from lori_trl import merge_lori_adapters
 from lori_trl.adapter.folder import base_name
-from lori_trl.layers import module_path
-from lori_trl.projections import draw_projection
+from lori_trl.method.layers import module_path
+from lori_trl.method.projections import draw_projection
 
 
 def lori_A(seed: int):

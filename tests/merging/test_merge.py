@@ -20,9 +20,9 @@ from lori_trl import LoriMasks, LoriSFTTrainer, load_lori_adapter, merge_lori_ad
 from lori_trl.compact import expand, export_compact
 from lori_trl.hub.commit import push_files
 from lori_trl.hub.push import adapter_files
-from lori_trl.layers import module_path
 from lori_trl.merging import METHODS
-from lori_trl.projections import Projection, fingerprint
+from lori_trl.method.layers import module_path
+from lori_trl.method.projections import Projection, fingerprint
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's count of a process's memory")

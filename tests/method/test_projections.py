@@ -8,8 +8,8 @@ import torch
 from peft import get_peft_model
 from tiny import lora_config
 
-from lori_trl.layers import lora_layers, module_path
-from lori_trl.projections import (
+from lori_trl.method.layers import lora_layers, module_path
+from lori_trl.method.projections import (
     derive_projection_seed,
     draw_projection,
     fingerprint,

@@ -71,7 +71,7 @@ def mask_shards(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]
 
     FSDP2 reduces gradients behind autograd's back, so that a hook on a sharded parameter never fires. It does call the
     hooks for accumulated gradients when a shard's gradient is complete: before clipping and the optimizer see it.
-    Parameters that are no `DTensor` have their hooks from [`~lori_trl.sparse.sparse_training`].
+    Parameters that are no `DTensor` have their hooks from [`~lori_trl.method.sparse.sparse_training`].
 
     Args:
         weights (`Mapping[str, nn.Parameter]`): module path -> B.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lori_trl.yaml_reader import MAX_BYTES, read_mapping
+from lori_trl.inputs.yaml_reader import MAX_BYTES, read_mapping
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 30))
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 30))

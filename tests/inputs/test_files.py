@@ -2,7 +2,7 @@
 
 import pytest
 
-from lori_trl.files import replacing
+from lori_trl.inputs.files import replacing
 
 
 def test_a_file_is_replaced_at_the_end_and_only_without_an_error(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
-from .intervals import check_range
+from ..inputs.intervals import check_range
 
 # Trained as PEFT means them, or without a meaning for training.
 SUPPORTED = frozenset(

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lori_trl.selection import select_largest
-from lori_trl.sparsity import num_to_select
+from lori_trl.method.selection import select_largest
+from lori_trl.method.sparsity import num_to_select
 
 
 def by_sorting(tensors, k, exclude=None):

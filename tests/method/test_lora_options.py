@@ -18,7 +18,7 @@ from peft.tuners.lora.config import (
 )
 from tiny import lora_config
 
-from lori_trl.lora_options import BEGINNINGS, DENSE, REFUSED, SUPPORTED
+from lori_trl.method.lora_options import BEGINNINGS, DENSE, REFUSED, SUPPORTED
 
 # A value that asks for it, for each of the refused fields.
 ASKED = {

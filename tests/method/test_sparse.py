@@ -11,9 +11,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from lori_trl import LoriMasks
-from lori_trl.layers import lora_layers
-from lori_trl.projections import init_projections
-from lori_trl.sparse import VALUES, SparseLora, _draw_dropped, sparse_training
+from lori_trl.method.layers import lora_layers
+from lori_trl.method.projections import init_projections
+from lori_trl.method.sparse import VALUES, SparseLora, _draw_dropped, sparse_training
 
 
 @pytest.fixture

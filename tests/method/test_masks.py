@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lori_trl import LoriMasks
-from lori_trl.projections import Projection
+from lori_trl.method.projections import Projection
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PATHS = [f"model.layers.{layer}.{module}" for layer in (0, 10) for module in ("self_attn.q_proj", "mlp.up_proj")]
 
 

@@ -9,7 +9,7 @@ from test_trainer import RecordingTrainer
 from tiny import lora_config
 from transformers import TrainerCallback
 
-from lori_trl.dense import dense_parameters
+from lori_trl.method.dense_parameters import dense_parameters
 
 CONFIGS = {
     "modules_to_save": {"modules_to_save": ["lm_head"]},
