@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adapter.load import load_lori_adapter
+    from .adapter.masks import LoriMasks
+    from .adapter.push import push_lori_to_hub
     from .config import LoriArguments, LoriSFTConfig
-    from .hub.push import push_lori_to_hub
-    from .masks import LoriMasks
     from .merging import merge_lori_adapters
     from .trainer import LoriSFTTrainer, LoriTrainerMixin
     from .trainers import (
@@ -31,7 +31,7 @@ _MODULES = {
     "LoriGRPOTrainer": "trainers",
     "LoriKTOConfig": "trainers",
     "LoriKTOTrainer": "trainers",
-    "LoriMasks": "masks",
+    "LoriMasks": "adapter.masks",
     "LoriRLOOConfig": "trainers",
     "LoriRLOOTrainer": "trainers",
     "LoriRewardConfig": "trainers",
@@ -41,7 +41,7 @@ _MODULES = {
     "LoriTrainerMixin": "trainer",
     "load_lori_adapter": "adapter.load",
     "merge_lori_adapters": "merging",
-    "push_lori_to_hub": "hub.push",
+    "push_lori_to_hub": "adapter.push",
 }
 
 __all__ = sorted(_MODULES)

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from trl.data_utils import is_conversational
 
-from .adapter.facts import BaseModel, Losses, Scalar, Training, TrainingData
+from .adapter.card import hub_id
+from .adapter.record_fields import BaseModel, Losses, Scalar, Training, TrainingData
 from .base_model import quantization
-from .card import hub_id
 from .rows import fingerprint_rows
 
 _OF_ADAPTERS = re.compile(r"\.(lora_|modules_to_save\.|trainable_tokens_)")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from .adapter.compact import read_compact, write_compact
+from .adapter.compact_file import read_compact, write_compact
 from .adapter.folder import open_adapter
+from .adapter.masks import LoriMasks
 from .adapter.write import check_output, check_output_file, complete, staged, write_contents
-from .masks import LoriMasks
 
 logger = logging.getLogger(__name__)
 

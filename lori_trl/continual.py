@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapter.facts import TaskRecord
 from .adapter.folder import AdapterFolder, open_adapter
 from .adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .adapter.masks import LoriMasks
 from .adapter.record import LoriRecord, read_record
+from .adapter.record_fields import TaskRecord
 from .adapter.write import check_output, complete, staged
 from .inputs.files import copy_files
-from .masks import LoriMasks
 from .method.layers import module_path, pools
 from .method.sparsity import num_to_select
 

@@ -22,8 +22,9 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from .adapter.facts import Calibration, Counts, TaskRecord
+from .adapter.masks import LoriMasks
 from .adapter.record import LoriRecord, read_record
+from .adapter.record_fields import Calibration, Counts, TaskRecord
 from .adapter.write import save_lori_adapter
 from .base_model import keep_4bit_layers
 from .card_facts import CardFacts, hyperparameters
@@ -33,7 +34,6 @@ from .config import LoriArguments, LoriSFTConfig
 from .continual import feasible_entries, tasks_that_fit
 from .engines import check_engine
 from .hub.while_training import HubPushes
-from .masks import LoriMasks
 from .method.dense_parameters import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
 from .method.layers import VALUES, lora_layers
 from .method.lora_options import check_variants, for_language_part

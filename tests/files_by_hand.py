@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lori_trl.adapter.facts import Counts, TaskRecord
 from lori_trl.adapter.record import LoriRecord
+from lori_trl.adapter.record_fields import Counts, TaskRecord
 from lori_trl.adapter.safetensors import hash_tensor
 
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from lori_trl import LoriMasks, load_lori_adapter
-from lori_trl.adapter.facts import Calibration
 from lori_trl.adapter.record import read_record
+from lori_trl.adapter.record_fields import Calibration
 from lori_trl.method.layers import lora_layers
 from lori_trl.method.projections import derive_projection_seed, init_projections
 from lori_trl.method.saliency import GradientAgreement, random_saliency

@@ -23,7 +23,9 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, client_of
 
-from lori_trl.adapter.facts import (
+from lori_trl.adapter.mask_files import MasksMetadata
+from lori_trl.adapter.record import LoriRecord
+from lori_trl.adapter.record_fields import (
     BaseModel,
     Calibration,
     Counts,
@@ -35,8 +37,6 @@ from lori_trl.adapter.facts import (
     Training,
     TrainingData,
 )
-from lori_trl.adapter.mask_files import MasksMetadata
-from lori_trl.adapter.record import LoriRecord
 from lori_trl.cli import main, sft
 from lori_trl.method.projections import Projection
 

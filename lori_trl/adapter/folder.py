@@ -19,10 +19,9 @@ from torch import Tensor
 from ..hub.download import fetch_from_hub, is_repo_id
 from ..inputs.files import describe_fault, read_json
 from ..inputs.typed_values import typed
-from ..masks import LoriMasks
 from ..method.layers import module_path
-from .compact import read_compact
-from .contents import Contents
+from .adapter_contents import Contents
+from .compact_file import read_compact
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -38,6 +37,7 @@ from .layout import (
     task_name_of,
     tokenizer_files,
 )
+from .masks import LoriMasks
 from .record import LoriRecord, hash_settings, read_record
 from .safetensors import hash_tensor, opened
 from .write import write_contents

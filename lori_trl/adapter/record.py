@@ -12,8 +12,8 @@ from ..inputs.files import describe_fault, read_json
 from ..inputs.typed_values import left_out, plain, typed
 from ..method.layers import GRANULARITIES
 from ..method.projections import Projection
-from .facts import Calibration, Counts, Merge, TaskRecord, Training
 from .layout import MAX_JSON_BYTES, RECORD_NAME, RECORD_VERSION, check_task_name, check_version
+from .record_fields import Calibration, Counts, Merge, TaskRecord, Training
 
 PHASES = ("calibration", "adaptation")
 # Hyperparameters that a run which is resumed must have in common with the one that began.

@@ -15,12 +15,11 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..card import read_or_render_card
-from ..heatmaps import draw_density
 from ..inputs.files import read_json
-from ..masks import LoriMasks
 from ..method.layers import lora_layers, tensor_name
-from .contents import Contents
+from .adapter_contents import Contents
+from .card import read_or_render_card
+from .heatmaps import draw_density
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -35,6 +34,7 @@ from .layout import (
     tokenizer_files,
 )
 from .mask_files import write_masks
+from .masks import LoriMasks
 from .record import LoriRecord
 from .safetensors import hash_tensors, opened
 

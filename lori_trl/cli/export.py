@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     check_targets({"file": options.file}, [options.folder])
     changes = {"overwrite": options.overwrite, "allow_modified": options.allow_modified}
     if options.gguf:
-        from ..gguf_export import export_gguf
+        from ..adapter.gguf_export import export_gguf
 
         file = export_gguf(options.folder, options.file, base_model=options.base_model, **changes)
     else:

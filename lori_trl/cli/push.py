@@ -30,7 +30,7 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from ..hub.push import adapter_files, push_lori_to_hub
+    from ..adapter.push import adapter_files, push_lori_to_hub
 
     _check_repo(options.repo)
     if options.dry_run:

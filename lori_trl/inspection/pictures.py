@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..heatmaps import number_layers
+from ..adapter.heatmaps import number_layers
 from .statistics import TaskPair, TaskStatistics
 
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D1F", "#56B4E9")  # Okabe and Ito's, for all eyes

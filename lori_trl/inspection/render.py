@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
-from ..heatmaps import WIDTH, canvas
+from ..adapter.heatmaps import WIDTH, canvas
 from .sections import Drawing, Section
 from .statistics import Inspection
 

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..heatmaps import draw_maps, layer_label, layer_numbers, maps_height, projection_names
+from ..adapter.heatmaps import draw_maps, layer_label, layer_numbers, maps_height, projection_names
 from .pictures import draw_cosine_by_layer, draw_magnitudes, draw_matrix, matrix_height
 from .statistics import Cell, Inspection, TaskPair, TaskStatistics
 

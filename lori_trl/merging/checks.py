@@ -8,8 +8,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..adapter.facts import Independence
 from ..adapter.folder import AdapterFolder, may_be_one_base
+from ..adapter.record_fields import Independence
 from ..recipes import nearest
 from .methods import METHODS, PRUNING
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.facts import Counts, Independence, Merge, MergedAdapter, TaskRecord
 from ..adapter.folder import AdapterFolder, read_modules
 from ..adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES, RECORD_NAME
 from ..adapter.record import LoriRecord
+from ..adapter.record_fields import Counts, Independence, Merge, MergedAdapter, TaskRecord
 from ..adapter.safetensors import SafetensorsWriter
+from ..adapter.vllm_limits import DEFAULT_MAX_RANK, max_lora_rank
 from ..adapter.write import check_output, complete, staged
 from ..hub.download import hash_file
 from ..inputs.files import copy_files
 from ..method.layers import tensor_name
 from ..method.projections import Fingerprint, Projection
-from ..vllm import DEFAULT_MAX_RANK, max_lora_rank
 from .checks import IndependenceOfA, check_dtypes, checked_weights
 from .plan import Plan, open_plan
 

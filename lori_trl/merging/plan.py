@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..adapter.folder import AdapterFolder, open_adapter
 from ..adapter.mask_files import MasksMetadata
-from ..adapter.plain import check_plain
-from ..masks import LoriMasks
+from ..adapter.masks import LoriMasks
+from ..adapter.plain_lora import check_plain
 from .checks import check_bases, check_method, check_ranks
 from .methods import METHODS, PAPERS, Factors
 

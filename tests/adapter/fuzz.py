@@ -21,7 +21,7 @@ from files_by_hand import change_record, mutate_compact, mutate_masks, seal  # n
 from tiny import make_llama, trained_adapter  # noqa: E402
 
 from lori_trl import LoriMasks, load_lori_adapter  # noqa: E402
-from lori_trl.adapter.compact import read_compact, read_compact_masks  # noqa: E402
+from lori_trl.adapter.compact_file import read_compact, read_compact_masks  # noqa: E402
 from lori_trl.adapter.folder import AdapterFolder, read_modules  # noqa: E402
 from lori_trl.adapter.record import hash_settings  # noqa: E402
 from lori_trl.compact import export_compact  # noqa: E402

@@ -12,13 +12,13 @@ from files_by_hand import change_compact, change_record, change_tensors
 from safetensors.torch import load_file
 from tiny import make_llama, make_trainer, trained_adapter
 
-import lori_trl.adapter.compact
 from lori_trl import LoriMasks, cli, load_lori_adapter
-from lori_trl.adapter.compact import read_compact, write_compact
-from lori_trl.adapter.contents import Contents
-from lori_trl.adapter.facts import Counts, TaskRecord
+from lori_trl.adapter import compact_file
+from lori_trl.adapter.adapter_contents import Contents
+from lori_trl.adapter.compact_file import read_compact, write_compact
 from lori_trl.adapter.mask_files import MasksMetadata
 from lori_trl.adapter.record import LoriRecord, read_record
+from lori_trl.adapter.record_fields import Counts, TaskRecord
 from lori_trl.compact import expand, export_compact
 from lori_trl.method.layers import tensor_name
 from lori_trl.method.projections import Projection, draw_projection, fingerprint
@@ -103,14 +103,12 @@ def test_values_can_be_rounded(folder, tmp_path):
 
 def test_another_platforms_last_digits_are_accepted_and_no_more(folder, tmp_path, monkeypatch, caplog):
     file = export_compact(folder, tmp_path / "file")
-    monkeypatch.setattr(
-        lori_trl.adapter.compact, "draw_projection", lambda *a, **k: draw_projection(*a, **k) * (1 + 1e-7) + 1e-8
-    )
+    monkeypatch.setattr(compact_file, "draw_projection", lambda *a, **k: draw_projection(*a, **k) * (1 + 1e-7) + 1e-8)
     expand(file, tmp_path / "again")
     assert "other last digits" in caplog.text
     model = load_lori_adapter(make_llama(), tmp_path / "again")
     assert model.lori_masks["code"].projection.fingerprint == fingerprint_of(tmp_path / "again")
-    monkeypatch.setattr(lori_trl.adapter.compact, "draw_projection", lambda *a, **k: draw_projection(*a, **k) + 1e-5)
+    monkeypatch.setattr(compact_file, "draw_projection", lambda *a, **k: draw_projection(*a, **k) + 1e-5)
     with pytest.raises(ValueError, match=r"differ from the stored ones by 1e-05"):
         expand(file, tmp_path / "third")
     assert not (tmp_path / "third").exists()

@@ -14,8 +14,8 @@ from tiny import lora_config
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriMasks, load_lori_adapter
-from lori_trl.adapter.facts import Counts
 from lori_trl.adapter.record import read_record
+from lori_trl.adapter.record_fields import Counts
 from lori_trl.adapter.write import staged
 from lori_trl.method.sparsity import num_to_select
 
@@ -138,7 +138,7 @@ def test_a_failing_save_leaves_the_old_adapter_whole(make_trainer, tmp_path, mon
     trainer.train()
     trainer.save_model()
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    monkeypatch.setattr("lori_trl.masks.LoriMasks.save_pretrained", lambda *_: 1 / 0)
+    monkeypatch.setattr("lori_trl.adapter.masks.LoriMasks.save_pretrained", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.save_model()
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}

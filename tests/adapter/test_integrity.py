@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_llama, trained_adapter
 
 from lori_trl import cli, load_lori_adapter, merge_lori_adapters, push_lori_to_hub
+from lori_trl.adapter.gguf_export import export_gguf
 from lori_trl.compact import export_compact
 from lori_trl.continual import extract_task, read_ledger
 from lori_trl.evaluation import with_adapter
-from lori_trl.gguf_export import export_gguf
 from lori_trl.inspection import inspect_adapters
 
 B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"

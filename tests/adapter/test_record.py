@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from files_by_hand import seal
 
-from lori_trl.adapter.facts import Calibration, TaskRecord
 from lori_trl.adapter.record import LoriRecord, hash_settings, read_record
+from lori_trl.adapter.record_fields import Calibration, TaskRecord
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

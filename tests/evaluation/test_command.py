@@ -11,9 +11,9 @@ from files_by_hand import change_record
 from hub_server import HubServer, client_of
 from transformers import AutoModelForCausalLM
 
+from lori_trl.adapter.card import render_model_card
 from lori_trl.adapter.layout import COMPACT_NAME
 from lori_trl.adapter.record import read_record
-from lori_trl.card import render_model_card
 from lori_trl.cli import main
 from lori_trl.compact import export_compact
 from lori_trl.evaluation import (

@@ -87,7 +87,7 @@ def test_wrong_calls_are_refused(tmp_path, capsys, two_tasks, monkeypatch):
     assert "--save" in refused(capsys, folder, "--save", folder / "adapter_config.json")
     assert "--html" in refused(capsys, folder, "--html", tmp_path / "no" / "page.html")
     assert "--json" in refused(capsys, folder, "--json", tmp_path)
-    monkeypatch.setattr("lori_trl.heatmaps.find_spec", lambda name: None)
+    monkeypatch.setattr("lori_trl.adapter.heatmaps.find_spec", lambda name: None)
     for option, target in (("--html", "page.html"), ("--save", "a.png"), ("--save", "folder")):
         assert "pip install matplotlib" in refused(capsys, folder, option, tmp_path / target)
     assert not list(tmp_path.iterdir())

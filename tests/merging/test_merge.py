@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from tiny import make_llama, make_trainer
 
 from lori_trl import LoriMasks, LoriSFTTrainer, load_lori_adapter, merge_lori_adapters, push_lori_to_hub
+from lori_trl.adapter.push import adapter_files
 from lori_trl.compact import expand, export_compact
 from lori_trl.hub.commit import push_files
-from lori_trl.hub.push import adapter_files
 from lori_trl.merging import METHODS
 from lori_trl.method.layers import module_path
 from lori_trl.method.projections import Projection, fingerprint

@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 from transformers import PreTrainedModel
 
-from lori_trl.gguf_export import ARCHITECTURES, interleave_halves
+from lori_trl.adapter.gguf_export import ARCHITECTURES, interleave_halves
 
 # What `GGUFReader` finds in every file, and what is said of the weights, which are others here.
 _NOT_COPIED = ("GGUF.", "general.", "llama.")

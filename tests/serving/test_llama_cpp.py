@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lori_trl.gguf_export import ARCHITECTURES, export_gguf
+from lori_trl.adapter.gguf_export import ARCHITECTURES, export_gguf
 
 pytestmark = pytest.mark.serving
 

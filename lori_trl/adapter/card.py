@@ -3,19 +3,19 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .adapter.facts import Training
-from .adapter.layout import EVAL_RESULTS_NAME, PICTURE_NAME
-from .adapter.record import LoriRecord
-from .inputs.typed_values import plain
+from ..inputs.typed_values import plain
+from ..recipes import shipped_folder
+from .layout import EVAL_RESULTS_NAME, PICTURE_NAME
 from .masks import LoriMasks
-from .package import install_command
-from .recipes import shipped_folder
-from .vllm import max_lora_rank
+from .record import LoriRecord
+from .record_fields import Training
+from .vllm_limits import max_lora_rank
 
 GENERATED = "<!-- Written by lori_trl. Delete this line to keep changes of your own. -->"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -180,3 +180,15 @@ def _model_index_entry(result: Mapping[str, Any]) -> EvalResult:
         metric_type=_plain(result["metric"]),
         metric_value=result["value"],
     )
+
+
+def install_command() -> str | None:
+    """
+    Return the command that installs the package from its repository, as `[project.urls]` of pyproject.toml names it;
+    `None` in a source tree that is not installed.
+    """
+    try:
+        urls = dict(line.split(", ", 1) for line in metadata("lori-trl").get_all("Project-URL", []))
+    except PackageNotFoundError:
+        return None
+    return f"pip install git+{urls['Repository']}" if "Repository" in urls else None

@@ -13,8 +13,8 @@ from tiny import lora_config, trained_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from lori_trl.adapter.gguf_export import export_gguf, interleave_halves
 from lori_trl.cli import main
-from lori_trl.gguf_export import export_gguf, interleave_halves
 from lori_trl.method.layers import lora_layers
 
 NAMES = {
@@ -234,6 +234,6 @@ def test_nothing_is_replaced_unasked(tmp_path):
 
 
 def test_without_the_package(monkeypatch, tmp_path):
-    monkeypatch.setattr("lori_trl.gguf_export.is_gguf_available", lambda: False)
+    monkeypatch.setattr("lori_trl.adapter.gguf_export.is_gguf_available", lambda: False)
     with pytest.raises(ImportError, match="Run `pip install gguf`"):
         export_gguf(trained_adapter(), tmp_path / "code.gguf")

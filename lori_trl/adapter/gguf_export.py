@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import is_gguf_available
 
-from .adapter.folder import AdapterFolder, base_name, may_be_one_base, open_adapter, read_modules
-from .adapter.layout import task_name_of
-from .adapter.plain import check_plain
-from .adapter.write import check_output_file
-from .counting import KNOWN_CONFIGS
-from .inputs.files import replacing
-from .method.layers import projection_of
+from ..counting import KNOWN_CONFIGS
+from ..inputs.files import replacing
+from ..method.layers import projection_of
+from .folder import AdapterFolder, base_name, may_be_one_base, open_adapter, read_modules
+from .layout import task_name_of
+from .plain_lora import check_plain
+from .write import check_output_file
 
 logger = logging.getLogger(__name__)
 

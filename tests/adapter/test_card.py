@@ -11,13 +11,13 @@ import yaml
 from huggingface_hub import ModelCard
 from tiny import make_trainer, trained_adapter
 
-from lori_trl import LoriMasks, package
-from lori_trl.adapter.facts import Losses, Training
+from lori_trl import LoriMasks
+from lori_trl.adapter.card import GENERATED, install_command, render_model_card
+from lori_trl.adapter.heatmaps import draw_density
 from lori_trl.adapter.record import LoriRecord, read_record
+from lori_trl.adapter.record_fields import Losses, Training
 from lori_trl.adapter.write import write_card
-from lori_trl.card import GENERATED, render_model_card
 from lori_trl.card_facts import CardFacts
-from lori_trl.heatmaps import draw_density
 
 INSTALL = "pip install git+https://example.org/lori_trl"
 
@@ -25,10 +25,10 @@ INSTALL = "pip install git+https://example.org/lori_trl"
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
     """The address that a release gives, wherever these tests run."""
-    monkeypatch.setattr("lori_trl.card.install_command", lambda: INSTALL)
+    monkeypatch.setattr("lori_trl.adapter.card.install_command", lambda: INSTALL)
 
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 PEFT = {
     "base_model_name_or_path": "meta-llama/Meta-Llama-3-8B",
@@ -214,13 +214,13 @@ def test_a_card_says_that_the_base_was_in_4_bits():
 def test_where_the_package_is_to_be_had_is_one_address(monkeypatch):
     """That of [project.urls]; a card says none rather than a wrong one."""
     assert f"(`{INSTALL}`)" in single()
-    monkeypatch.setattr("lori_trl.card.install_command", lambda: None)
+    monkeypatch.setattr("lori_trl.adapter.card.install_command", lambda: None)
     assert "with `lori_trl`, which keeps" in single()
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     address = re.search(r'^Repository = "(.*)"$', project, re.MULTILINE)[1]
-    assert package.install_command() in (None, f"pip install git+{address}")
+    assert install_command() in (None, f"pip install git+{address}")
     for folder in ("lori_trl", "recipes", "model_cards", "docs"):
-        for file in (Path(__file__).parents[1] / folder).rglob("*.*"):
+        for file in (Path(__file__).parents[2] / folder).rglob("*.*"):
             if file.suffix in (".py", ".md", ".yaml", ".jinja"):
                 assert not re.search(r"pip install .?lori[-_]trl(\[\w+\])?['`]", file.read_text()), file
 

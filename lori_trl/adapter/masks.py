@@ -10,15 +10,15 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor
 
-from .adapter.authors import read_authors_masks
-from .adapter.compact import is_compact, read_compact_masks
-from .adapter.layout import check_task_name, choose
-from .adapter.mask_files import MasksMetadata, find_masks, pick_task, read_masks, write_masks
-from .hub.commit import push_files
-from .hub.download import fetch_from_hub, is_repo_id
-from .method.layers import GRANULARITIES, layer_of, module_path, pools, projection_of
-from .method.projections import Projection
-from .method.sparsity import check_sparsity, num_to_select
+from ..hub.commit import push_files
+from ..hub.download import fetch_from_hub, is_repo_id
+from ..method.layers import GRANULARITIES, layer_of, module_path, pools, projection_of
+from ..method.projections import Projection
+from ..method.sparsity import check_sparsity, num_to_select
+from .authors import read_authors_masks
+from .compact_file import is_compact, read_compact_masks
+from .layout import check_task_name, choose
+from .mask_files import MasksMetadata, find_masks, pick_task, read_masks, write_masks
 
 
 class LoriMasks(Mapping):
@@ -114,7 +114,7 @@ class LoriMasks(Mapping):
 
         Source: paper eq. 2; granularities: section 3.5.
         """
-        from .method.selection import select_largest  # not before: PyTorch's sharded tensors take half its own time
+        from ..method.selection import select_largest  # not before: PyTorch's sharded tensors take half its own time
 
         check_sparsity(sparsity)
         if granularity not in GRANULARITIES:

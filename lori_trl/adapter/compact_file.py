@@ -34,7 +34,7 @@ from ..inputs.typed_values import plain, typed
 from ..method.layers import module_path, tensor_name
 from ..method.projections import Projection, draw_projection, fingerprint
 from . import compact_v1
-from .contents import Contents
+from .adapter_contents import Contents
 from .layout import COMPACT_VERSION, LaterFormatError, check_task_name, check_version
 from .mask_files import MasksMetadata
 from .record import LoriRecord

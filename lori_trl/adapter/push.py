@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import CommitInfo, HfApi
 
-from ..adapter.compact import write_compact
-from ..adapter.folder import AdapterFolder, base_name
-from ..adapter.layout import (
+from ..hub.commit import push_files, refuse_tokens
+from .compact_file import write_compact
+from .folder import AdapterFolder, base_name
+from .layout import (
     ADAPTER_CONFIG,
     CARD_NAME,
     COMPACT_NAME,
@@ -31,9 +32,8 @@ from ..adapter.layout import (
     masks_name,
     tokenizer_files,
 )
-from ..adapter.record import read_record
-from ..adapter.write import refuse_link_out, write_card
-from .commit import push_files, refuse_tokens
+from .record import read_record
+from .write import refuse_link_out, write_card
 
 if TYPE_CHECKING:
     from transformers import Trainer
