@@ -19,7 +19,7 @@ test-release: .venv/dev .venv/smollm2
 # The lowest versions that pyproject.toml allows, in an environment of their own, on what uses most of them.
 test-lowest: .venv-lowest/installed
 	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest tests/cli/test_recipes.py tests/cli/test_sft.py tests/inspection \
-		tests/merging/test_search.py tests/test_card.py tests/test_preview.py tests/test_private_names.py
+		tests/merging/test_search.py tests/adapter/test_card.py tests/training/test_preview.py tests/test_private_names.py
 
 # Two CPU ranks of DDP, FSDP2, ZeRO-2 and ZeRO-3 against one process.
 test-distributed: .venv/deepspeed

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lori_trl.cli import main
-from lori_trl.recipes import is_baseline, is_merge_recipe, list_recipes
+from lori_trl.recipes.find import is_baseline, is_merge_recipe, list_recipes
 
 HOSTILE_TEXT = ["[/q]", "\x1b[31m", "", " ", "-", "--", "../..", "/proc/none", "a" * 300, "\u202e", "a=b", "[x"]
 VALUES = ["0", "-1", "1.5", "nan", "1e300", "9" * 400, "text", "code", "concat", "ties", "peft", "quickstart"]

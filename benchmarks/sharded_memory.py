@@ -25,11 +25,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lori_trl.counting import KNOWN_CONFIGS, count_parameters
-from lori_trl.launch import Engine
 from lori_trl.method.layers import lora_layers
 from lori_trl.method.projections import freeze_projections
 from lori_trl.method.sharding import mask_shards
+from lori_trl.recipes.base_configs import KNOWN_CONFIGS
+from lori_trl.training.counting import count_parameters
+from lori_trl.training.launch import Engine
 
 MODELS = {
     "8B": KNOWN_CONFIGS["meta-llama/Meta-Llama-3-8B"],

@@ -7,10 +7,10 @@ if TYPE_CHECKING:
     from .adapter.load import load_lori_adapter
     from .adapter.masks import LoriMasks
     from .adapter.push import push_lori_to_hub
-    from .config import LoriArguments, LoriSFTConfig
     from .merging import merge_lori_adapters
-    from .trainer import LoriSFTTrainer, LoriTrainerMixin
-    from .trainers import (
+    from .training.config import LoriArguments, LoriSFTConfig
+    from .training.trainer import LoriSFTTrainer, LoriTrainerMixin
+    from .training.trainers import (
         LoriDPOConfig,
         LoriDPOTrainer,
         LoriGRPOConfig,
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
-    "LoriArguments": "config",
-    "LoriDPOConfig": "trainers",
-    "LoriDPOTrainer": "trainers",
-    "LoriGRPOConfig": "trainers",
-    "LoriGRPOTrainer": "trainers",
-    "LoriKTOConfig": "trainers",
-    "LoriKTOTrainer": "trainers",
+    "LoriArguments": "training.config",
+    "LoriDPOConfig": "training.trainers",
+    "LoriDPOTrainer": "training.trainers",
+    "LoriGRPOConfig": "training.trainers",
+    "LoriGRPOTrainer": "training.trainers",
+    "LoriKTOConfig": "training.trainers",
+    "LoriKTOTrainer": "training.trainers",
     "LoriMasks": "adapter.masks",
-    "LoriRLOOConfig": "trainers",
-    "LoriRLOOTrainer": "trainers",
-    "LoriRewardConfig": "trainers",
-    "LoriRewardTrainer": "trainers",
-    "LoriSFTConfig": "config",
-    "LoriSFTTrainer": "trainer",
-    "LoriTrainerMixin": "trainer",
+    "LoriRLOOConfig": "training.trainers",
+    "LoriRLOOTrainer": "training.trainers",
+    "LoriRewardConfig": "training.trainers",
+    "LoriRewardTrainer": "training.trainers",
+    "LoriSFTConfig": "training.config",
+    "LoriSFTTrainer": "training.trainer",
+    "LoriTrainerMixin": "training.trainer",
     "load_lori_adapter": "adapter.load",
     "merge_lori_adapters": "merging",
     "push_lori_to_hub": "adapter.push",

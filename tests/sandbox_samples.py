@@ -4,7 +4,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from lori_trl.sandbox import run_program
+from lori_trl.evaluation.sandbox import run_program
 
 DOUBLE = "def double(x):\n    "
 DOUBLE_TEST = "def check(candidate):\n    assert candidate(20) == 40\n    assert candidate(-3) == -6\n"

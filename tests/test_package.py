@@ -16,10 +16,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # What the package's folders may hold besides Python. Whatever else lies there would travel to everybody.
 KINDS = {
     "lori_trl": {".py", ".jinja", ".typed"},
-    "lori_trl/accelerate_configs": {".yaml"},
+    "lori_trl/training/accelerate_configs": {".yaml"},
     "lori_trl/evaluation/tasks": {".jsonl", ".yaml"},
-    "lori_trl/shipped/model_cards": {".jinja"},
-    "lori_trl/shipped/recipes": {".json", ".jsonl", ".yaml"},
+    "lori_trl/recipes/shipped/model_cards": {".jinja"},
+    "lori_trl/recipes/shipped/recipes": {".json", ".jsonl", ".yaml"},
 }
 
 
@@ -53,7 +53,7 @@ def test_the_wheel_has_the_package_and_what_it_ships(sdist, tmp_path):
     names = build_wheel(ROOT, tmp_path)
     expected = {f"lori_trl/{name}" for name in files_below(ROOT / "lori_trl")}
     for folder in ("recipes", "model_cards"):
-        expected |= {f"lori_trl/shipped/{folder}/{name}" for name in files_below(ROOT / folder)}
+        expected |= {f"lori_trl/recipes/shipped/{folder}/{name}" for name in files_below(ROOT / folder)}
     metadata = {name for name in names if name.startswith(f"lori_trl-{PROJECT['version']}.dist-info/")}
     assert names - metadata == expected
     for name in sorted(expected):

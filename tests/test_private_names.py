@@ -10,8 +10,8 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from lori_trl import LoriSFTTrainer, LoriTrainerMixin
-from lori_trl.hub.while_training import HubPushes
 from lori_trl.method.sparse import SparseLora
+from lori_trl.training.hub_pushes import HubPushes
 
 PACKAGE = Path(__file__).parents[1] / "lori_trl"
 LIBRARIES = ("accelerate", "peft", "torch", "transformers", "trl")

@@ -15,7 +15,7 @@ FILES = {
 TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in FILES.items()}
 LINES = 500
 LONGER = {
-    "lori_trl.trainer": "the phases of a run from top to bottom, and what TRL's trainers need of them",
+    "lori_trl.training.trainer": "the phases of a run from top to bottom, and what TRL's trainers need of them",
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 
-from lori_trl.recipes import list_recipes
+from lori_trl.recipes.find import list_recipes
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.release

@@ -5,7 +5,7 @@ python docs/site/recipes.py        writes them anew
 
 from pathlib import Path
 
-from lori_trl.recipes import is_merge_recipe, list_recipes, read_recipe, recipe_facts
+from lori_trl.recipes.find import is_merge_recipe, list_recipes, read_recipe, recipe_facts
 
 PAGE = Path(__file__).parents[1] / "recipes.md"
 

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..inputs.typed_values import plain
-from ..recipes import shipped_folder
+from ..recipes.find import shipped_folder
 from .layout import EVAL_RESULTS_NAME, PICTURE_NAME
 from .masks import LoriMasks
 from .record import LoriRecord

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import is_gguf_available
 
-from ..counting import KNOWN_CONFIGS
 from ..inputs.files import replacing
 from ..method.layers import projection_of
+from ..recipes.base_configs import KNOWN_CONFIGS
 from .folder import AdapterFolder, base_name, may_be_one_base, open_adapter, read_modules
 from .layout import task_name_of
 from .plain_lora import check_plain

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from ..recipes import shipped_folder
+from ..recipes.find import shipped_folder
 
 _SHELLS = ("bash", "zsh")
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, cast
 
-from ..recipes import find_recipe, validate_recipe
+from ..recipes.find import find_recipe, validate_recipe
 from .options import add_allow_modified, add_precision
 from .terminal import show
 
@@ -123,7 +123,7 @@ def _search(adapters, strategy, heldout, grid, settings, precision) -> dict[str,
     from rich.table import Table
 
     from ..merging.search import GRID, search_merge_weights
-    from ..tasks import LoriScriptArguments, load_training_data
+    from ..recipes.tasks import LoriScriptArguments, load_training_data
 
     if "weights" in settings:
         raise ValueError(

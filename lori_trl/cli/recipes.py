@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ..recipes import (
+from ..recipes.find import (
     find_recipe,
     is_baseline,
     is_merge_recipe,
@@ -97,6 +97,6 @@ def _copy(options: argparse.Namespace) -> None:
 
 
 def _schema(options: argparse.Namespace) -> None:
-    from ..recipe_schema import recipe_schema
+    from ..recipes.schema import recipe_schema
 
     show(json.dumps(recipe_schema(sft_parser(), merge.recipe_parser()), indent=1))

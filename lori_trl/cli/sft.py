@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..inputs.intervals import INTERVALS, check_range
-from ..recipes import (
+from ..recipes.find import (
     find_recipe,
     foreign_code,
     is_baseline,
@@ -100,7 +100,7 @@ def _launch(arguments: list[str]) -> int:
     """Start `lori-sft` on several processes, or say what each of them would hold."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from ..launch import Engine, find_launch_file
+    from ..training.launch import Engine, find_launch_file
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--accelerate_config")
@@ -126,8 +126,8 @@ def sft_parser(*, help_all: bool = False):
     """Make the parser of `lori-sft`, of which `--help` shows what matters, or all."""
     from trl import ModelConfig, TrlParser
 
-    from ..config import LoriSFTConfig
-    from ..tasks import LoriScriptArguments
+    from ..recipes.tasks import LoriScriptArguments
+    from ..training.config import LoriSFTConfig
 
     class Parser(TrlParser):
         def error(self, message: str):  # argparse would print pages of usage first
@@ -164,8 +164,8 @@ def _help_groups(actions: list[argparse.Action], help_all: bool) -> dict[str, li
     """
     from trl import ModelConfig
 
-    from ..config import LoriArguments
-    from ..tasks import LoriScriptArguments
+    from ..recipes.tasks import LoriScriptArguments
+    from ..training.config import LoriArguments
 
     sections = re.split(r"> Parameters that control (.+)\n", LoriArguments.__doc__ or "")[1:]
     groups = {
@@ -280,8 +280,9 @@ def _dry_run(script, args, model_args, engine=None) -> None:
     from transformers import AutoConfig
     from trl import get_peft_config
 
-    from ..counting import KNOWN_CONFIGS, count_parameters
-    from ..tasks import look_at_training_data
+    from ..recipes.base_configs import KNOWN_CONFIGS
+    from ..recipes.tasks import look_at_training_data
+    from ..training.counting import count_parameters
 
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
@@ -306,8 +307,8 @@ def _dry_run(script, args, model_args, engine=None) -> None:
 def _preview(script, args, model_args) -> None:
     from rich.text import Text
 
-    from ..preview import preview_rows
-    from ..tasks import load_training_data
+    from ..recipes.tasks import load_training_data
+    from ..training.preview import preview_rows
 
     rows = load_training_data(script, args.dataset_text_field)[script.dataset_train_split]
     for number, row in enumerate(preview_rows(rows, args, _load_tokenizer(script, args, model_args), script.preview)):
@@ -347,9 +348,9 @@ def _build_trainer(script, args, model_args):
 
     from ..adapter.load import load_lori_adapter
     from ..adapter.write import check_output
-    from ..base_model import load_base_model
-    from ..tasks import data_name, load_training_data
-    from ..trainer import LoriSFTTrainer
+    from ..recipes.tasks import data_name, load_training_data
+    from ..training.base_model import load_base_model
+    from ..training.trainer import LoriSFTTrainer
 
     data = load_training_data(script, args.dataset_text_field)
     evaluated = args.eval_strategy != "no" or args.eval_on_start

@@ -13,12 +13,12 @@ from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base_model import precision
-from ..recipes import nearest
-from ..sandbox import check_isolation, run_programs
-from ..tasks import BENCHMARKS, alpaca_prompt, hex_phi_prompt, load_benchmark
+from ..recipes.find import nearest
+from ..recipes.tasks import BENCHMARKS, alpaca_prompt, hex_phi_prompt, load_benchmark
+from ..training.base_model import precision
 from .processes import do_once
 from .results import Result, rows_hash, versions
+from .sandbox import check_isolation, run_programs
 from .scoring import extract_label, extract_number, is_refusal, is_refusal_by_keywords, pass_at_k
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, is_conversational
 
-from ..base_model import precision
-from ..tasks import LoriScriptArguments, load_training_data
+from ..recipes.tasks import LoriScriptArguments, load_training_data
+from ..training.base_model import precision
 from .processes import share_out
 from .results import Result, rows_hash, versions
 

@@ -18,7 +18,7 @@ from transformers import (
 from ..adapter.folder import AdapterFolder, base_name, may_be_one_base, open_adapter
 from ..adapter.layout import ADAPTER_CONFIG
 from ..adapter.load import load_tokenizer, load_with_peft
-from ..base_model import load_base_model, quantization
+from ..training.base_model import load_base_model, quantization
 from .processes import device_map
 
 logger = logging.getLogger(__name__)

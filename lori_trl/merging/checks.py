@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter.folder import AdapterFolder, may_be_one_base
 from ..adapter.record_fields import Independence
-from ..recipes import nearest
+from ..recipes.find import nearest
 from .methods import METHODS, PRUNING
 
 logger = logging.getLogger(__name__)

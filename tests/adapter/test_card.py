@@ -17,7 +17,7 @@ from lori_trl.adapter.heatmaps import draw_density
 from lori_trl.adapter.record import LoriRecord, read_record
 from lori_trl.adapter.record_fields import Losses, Training
 from lori_trl.adapter.write import write_card
-from lori_trl.card_facts import CardFacts
+from lori_trl.training.card_facts import CardFacts
 
 INSTALL = "pip install git+https://example.org/lori_trl"
 

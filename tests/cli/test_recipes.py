@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lori_trl.cli import main, sft
-from lori_trl.recipes import shipped_folder
+from lori_trl.recipes.find import shipped_folder
 
 
 def test_recipes_list_show_copy_validate(tmp_path, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 from lori_trl.evaluation import (
     Result,
 )
-from lori_trl.tasks import TASKS
+from lori_trl.recipes.tasks import TASKS
 
 PROBLEMS = [
     {

@@ -17,8 +17,8 @@ from lori_trl.evaluation import (
     pass_at_k,
 )
 from lori_trl.evaluation.harness import run_samples, score_samples
-from lori_trl.sandbox import run as sandbox_run
-from lori_trl.tasks import BENCHMARKS
+from lori_trl.evaluation.sandbox import run as sandbox_run
+from lori_trl.recipes.tasks import BENCHMARKS
 
 
 def test_samples_are_run_and_scored():

@@ -12,7 +12,7 @@ from lori_trl import merge_lori_adapters
 from lori_trl.cli import main
 from lori_trl.cli.merge import recipe_parser
 from lori_trl.merging import METHODS
-from lori_trl.recipes import find_recipe, read_recipe, shipped_folder
+from lori_trl.recipes.find import find_recipe, read_recipe, shipped_folder
 
 RECIPES = sorted(shipped_folder("recipes").glob("merge/*.yaml"))
 # Tables 8 to 10: table -> adapters, weight of LoRA and LoRI-D, weight of LoRI-S.

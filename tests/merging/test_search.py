@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lori_trl import merge_lori_adapters
 from lori_trl.cli import main
 from lori_trl.evaluation import completion_loss
-from lori_trl.merge_search import search_merge_weights
+from lori_trl.merging.search import search_merge_weights
 
 
 @pytest.fixture(scope="module")

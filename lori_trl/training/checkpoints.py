@@ -12,10 +12,10 @@ from torch.serialization import safe_globals
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from .adapter.layout import ADAPTER_WEIGHTS, RUN_NAME, masks_name
-from .adapter.record import read_record
-from .adapter.safetensors import opened
-from .inputs.files import replacing
+from ..adapter.layout import ADAPTER_WEIGHTS, RUN_NAME, masks_name
+from ..adapter.record import read_record
+from ..adapter.safetensors import opened
+from ..inputs.files import replacing
 
 logger = get_logger(__name__)
 

@@ -6,7 +6,8 @@ from rich.console import Console
 from tiny import lora_config
 from transformers import LlamaConfig
 
-from lori_trl.counting import KNOWN_CONFIGS, count_parameters
+from lori_trl.recipes.base_configs import KNOWN_CONFIGS
+from lori_trl.training.counting import count_parameters
 
 LLAMA_3, MISTRAL = "meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

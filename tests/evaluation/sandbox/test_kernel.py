@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sandbox_samples import attempts, system_calls
 
-from lori_trl.sandbox import kernel
+from lori_trl.evaluation.sandbox import kernel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the samples attack Linux")
 

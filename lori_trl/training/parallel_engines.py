@@ -9,8 +9,8 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor
 
+from ..method.sharding import engine_dtype
 from .config import LoriArguments
-from .method.sharding import engine_dtype
 
 
 def check_engine(

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 from sandbox_samples import FORKS, attempts, double, escapees, until
 
-from lori_trl.sandbox import run
+from lori_trl.evaluation.sandbox import run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the samples attack Linux")
 
@@ -156,7 +156,7 @@ def test_nothing_outlives_the_caller(tmp_path):
         pytest.skip("without a process namespace the sample alone ends with the caller")
     program = textwrap.dedent(FORKS).replace("return [done]", "time.sleep(60); return [done]")
     call = f"_run({program!r}, '', 'def check(f): f()', 'attempts', 60, 2**30, ('pids',))"
-    command = [sys.executable, "-c", f"from lori_trl.sandbox.run import _run; {call}"]
+    command = [sys.executable, "-c", f"from lori_trl.evaluation.sandbox.run import _run; {call}"]
     with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}) as caller:
         until(lambda: len(escapees()) > (os.getuid() == 0))  # root alone may fork
         caller.kill()

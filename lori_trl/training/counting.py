@@ -5,21 +5,13 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from .method.layers import lora_layers
-from .method.sparsity import num_to_select
+from ..method.layers import lora_layers
+from ..method.sparsity import num_to_select
 
 DEFAULT_SPARSITY = 0.9  # the paper's LoRI-S, for comparison in a LoRI-D run
-
-# The base models of the recipes, so that their parameters can be counted without a download: both are behind
-# a network, and Llama-3 behind an agreement.
-_SHAPES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
-KNOWN_CONFIGS = {
-    "meta-llama/Meta-Llama-3-8B": LlamaConfig(vocab_size=128256, num_attention_heads=32, **_SHAPES),
-    "mistralai/Mistral-7B-v0.1": MistralConfig(vocab_size=32000, num_attention_heads=32, **_SHAPES),
-}
 
 
 @dataclass

@@ -8,7 +8,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..adapter.push import MEMORY, logged, push_in_background, push_lori_to_hub
-from .commit import make_repo
+from ..hub.commit import make_repo
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers import Trainer as AnyTrainer

@@ -28,8 +28,8 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from trl import ScriptArguments
 
-from .inputs.files import describe_fault
-from .recipes import shipped_folder
+from ..inputs.files import describe_fault
+from .find import shipped_folder
 
 logger = logging.getLogger(__name__)
 

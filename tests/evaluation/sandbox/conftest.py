@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 
-from lori_trl.sandbox import kernel, run
+from lori_trl.evaluation.sandbox import kernel, run
 
 # What an ordinary user, a container without namespaces, and a kernel without Landlock and seccomp have to offer.
 SETS = {

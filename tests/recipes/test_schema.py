@@ -8,8 +8,8 @@ import yaml
 
 from lori_trl.cli.merge import recipe_parser
 from lori_trl.cli.sft import sft_parser
-from lori_trl.recipe_schema import recipe_schema
-from lori_trl.recipes import list_recipes, shipped_folder, validate_recipe
+from lori_trl.recipes.find import list_recipes, shipped_folder, validate_recipe
+from lori_trl.recipes.schema import recipe_schema
 
 SHIPPED = json.loads((shipped_folder("recipes") / "recipe.schema.json").read_text(encoding="utf-8"))
 VALIDATOR = jsonschema.Draft7Validator(SHIPPED)

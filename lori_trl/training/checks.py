@@ -8,12 +8,12 @@ from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .adapter.masks import LoriMasks, pools
+from ..adapter.masks import LoriMasks, pools
+from ..method.dense_parameters import dense_parameters
+from ..method.lora_options import check_lora_config, check_one_adapter
+from ..method.sparsity import num_to_select
 from .config import LoriArguments
-from .method.dense_parameters import dense_parameters
-from .method.lora_options import check_lora_config, check_one_adapter
-from .method.sparsity import num_to_select
-from .rows import check_not_empty, check_text
+from .training_rows import check_not_empty, check_text
 
 logger = get_logger(__name__)
 

@@ -80,7 +80,7 @@ def run_program(
     Example:
 
     ```python
-    >>> from lori_trl.sandbox import run_program
+    >>> from lori_trl.evaluation.sandbox import run_program
     >>> run_program("def f(x): return x + 1", "", "def check(f): assert f(1) == 2", "f")
     Outcome(passed=True, reason='passed')
     ```

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .inputs.intervals import INTERVALS, range_fault
-from .inputs.yaml_reader import read_mapping
+from ..inputs.intervals import INTERVALS, range_fault
+from ..inputs.yaml_reader import read_mapping
 
 # Keys of which a recipe sets one at most.
 CONFLICTS = (("dataset_name", "dataset_path"), ("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"))
@@ -29,7 +29,7 @@ _HARMLESS_VARIABLES = {
 def shipped_folder(name: str) -> Path:
     """Return a folder that stands at the repository's top level and travels inside the wheel."""
     in_wheel = Path(__file__).parent / "shipped" / name
-    return in_wheel if in_wheel.is_dir() else Path(__file__).parents[1] / name
+    return in_wheel if in_wheel.is_dir() else Path(__file__).parents[2] / name
 
 
 def list_recipes() -> list[Path]:

@@ -5,8 +5,8 @@ import shutil
 import pytest
 from tiny import model_folder
 
-from lori_trl.base_model import load_base_model
 from lori_trl.evaluation.models import load_model
+from lori_trl.training.base_model import load_base_model
 
 
 @pytest.mark.parametrize("load", [load_base_model, load_model])

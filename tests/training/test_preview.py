@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from tiny import tiny_args
 
-from lori_trl.preview import preview_rows
+from lori_trl.training.preview import preview_rows
 
 CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% if loop.last %}</s>{% endif %}"
 CHAT += "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"

@@ -18,8 +18,8 @@ from trl.scripts.sft import make_parser as trl_parser
 from lori_trl import LoriMasks
 from lori_trl.cli import sft
 from lori_trl.cli.sft import sft_parser
-from lori_trl.recipes import find_recipe, list_recipes, read_recipe, shipped_folder, validate_recipe
-from lori_trl.tasks import TASKS
+from lori_trl.recipes.find import find_recipe, list_recipes, read_recipe, shipped_folder, validate_recipe
+from lori_trl.recipes.tasks import TASKS
 
 # Merge recipes have a schema of their own, and their own tests.
 ALL = {file.stem: file for file in shipped_folder("recipes").rglob("*.yaml") if file.parent.name != "merge"}

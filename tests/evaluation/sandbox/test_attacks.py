@@ -10,7 +10,7 @@ import textwrap
 import pytest
 from sandbox_samples import attempts, system_calls
 
-from lori_trl.sandbox import isolation, kernel, run, run_program
+from lori_trl.evaluation.sandbox import isolation, kernel, run, run_program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the samples attack Linux")
 
@@ -242,7 +242,7 @@ def test_mounts_below_the_library_are_read_only():
         pytest.skip("only root can mount")
     folder = os.path.join(os.path.dirname(os.__file__), "json", "__pycache__")
     caller = f"""
-        from lori_trl.sandbox import kernel, run, run_program
+        from lori_trl.evaluation.sandbox import kernel, run, run_program
         kernel.unshare(kernel.CLONE_NEWNS)
         kernel._mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
         kernel._mount("none", {folder!r}, "tmpfs", 0, "mode=777")

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from trl.data_utils import is_conversational
 
-from .adapter.card import hub_id
-from .adapter.record_fields import BaseModel, Losses, Scalar, Training, TrainingData
+from ..adapter.card import hub_id
+from ..adapter.record_fields import BaseModel, Losses, Scalar, Training, TrainingData
 from .base_model import quantization
-from .rows import fingerprint_rows
+from .training_rows import fingerprint_rows
 
 _OF_ADAPTERS = re.compile(r"\.(lora_|modules_to_save\.|trainable_tokens_)")
 _MAX_LOSSES = 20  # rows of the card's table

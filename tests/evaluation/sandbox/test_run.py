@@ -7,7 +7,7 @@ import time
 import pytest
 from sandbox_samples import DOUBLE, DOUBLE_TEST, attempts, double
 
-from lori_trl.sandbox import check_isolation, isolation, kernel, run, run_program, run_programs
+from lori_trl.evaluation.sandbox import check_isolation, isolation, kernel, run, run_program, run_programs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the samples attack Linux")
 

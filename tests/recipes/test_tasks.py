@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lori_trl.evaluation.harness import benchmark_rows
-from lori_trl.recipes import shipped_folder
-from lori_trl.tasks import (
+from lori_trl.recipes.find import shipped_folder
+from lori_trl.recipes.tasks import (
     BENCHMARKS,
     TASKS,
     LoriScriptArguments,
@@ -88,7 +88,7 @@ def test_hub_names_and_streams(streaming, monkeypatch):
         rows = Dataset.from_list([RAW["math"][0]])
         return {"train": rows.to_iterable_dataset() if options["streaming"] else rows}
 
-    monkeypatch.setattr("lori_trl.tasks.load_dataset", load_dataset)
+    monkeypatch.setattr("lori_trl.recipes.tasks.load_dataset", load_dataset)
     task = TASKS["math"]
     arguments = LoriScriptArguments(dataset_name=task.source, dataset_config=task.config, dataset_streaming=streaming)
     assert next(iter(load_training_data(arguments)["train"])) == RAW["math"][1]
@@ -220,7 +220,7 @@ def test_half_an_instruction_is_refused(rows, says, tmp_path, monkeypatch):
 
 # ---- the columns that the sources publish ---------------------------------------------------------------------------
 
-COLUMNS = yaml.safe_load((Path(__file__).parent / "fixtures" / "columns.yaml").read_text())
+COLUMNS = yaml.safe_load((Path(__file__).parents[1] / "fixtures" / "columns.yaml").read_text())
 
 
 def data_of_recipes() -> set[str]:

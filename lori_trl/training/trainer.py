@@ -22,29 +22,29 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from .adapter.masks import LoriMasks
-from .adapter.record import LoriRecord, read_record
-from .adapter.record_fields import Calibration, Counts, TaskRecord
-from .adapter.write import save_lori_adapter
+from ..adapter.masks import LoriMasks
+from ..adapter.record import LoriRecord, read_record
+from ..adapter.record_fields import Calibration, Counts, TaskRecord
+from ..adapter.write import save_lori_adapter
+from ..continual import feasible_entries, tasks_that_fit
+from ..method.dense_parameters import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
+from ..method.layers import VALUES, lora_layers
+from ..method.lora_options import check_variants, for_language_part
+from ..method.projections import Fingerprint, Projection, derive_projection_seed, freeze_projections, init_projections
+from ..method.saliency import GradientAgreement, random_saliency
+from ..method.sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
+from ..method.sparse import fold_values, refresh_values, sparse_training, values_in_state_dict
+from ..method.sparsity import num_to_select
+from ..recipes.tasks import kept_positions
 from .base_model import keep_4bit_layers
 from .card_facts import CardFacts, hyperparameters
 from .checkpoints import begin_run, deepspeed_checkpoints_as_data, find_checkpoint, note_run
 from .checks import check_arguments, check_selection, check_trained
 from .config import LoriArguments, LoriSFTConfig
-from .continual import feasible_entries, tasks_that_fit
-from .engines import check_engine
-from .hub.while_training import HubPushes
-from .method.dense_parameters import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
-from .method.layers import VALUES, lora_layers
-from .method.lora_options import check_variants, for_language_part
-from .method.projections import Fingerprint, Projection, derive_projection_seed, freeze_projections, init_projections
-from .method.saliency import GradientAgreement, random_saliency
-from .method.sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
-from .method.sparse import fold_values, refresh_values, sparse_training, values_in_state_dict
-from .method.sparsity import num_to_select
-from .rows import have_images, name_of_data
-from .tasks import kept_positions
+from .hub_pushes import HubPushes
+from .parallel_engines import check_engine
 from .trackers import Trackers
+from .training_rows import have_images, name_of_data
 
 logger = get_logger(__name__)
 

@@ -5,8 +5,8 @@ import re
 import types
 from typing import Any
 
-from .inputs.intervals import INTERVALS
-from .recipes import CONFLICTS, RecipeField, recipe_fields, type_name
+from ..inputs.intervals import INTERVALS
+from .find import CONFLICTS, RecipeField, recipe_fields, type_name
 
 _TYPES = {"bool": "boolean", "dict": "object", "float": "number", "int": "integer", "str": "string"}
 _ENVIRONMENT = {

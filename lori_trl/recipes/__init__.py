@@ -1,0 +1,1 @@
+"""Recipes and tasks: find them, check them, and the data they train on."""

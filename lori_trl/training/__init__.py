@@ -1,0 +1,1 @@
+"""Training: the phases of a run, its settings, what is refused before it, and what it says of itself."""
