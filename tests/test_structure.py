@@ -13,6 +13,11 @@ FILES = {
     for file in sorted(PACKAGE.rglob("*.py"))
 }
 TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in FILES.items()}
+# From the lowest to the highest: a room imports from its own and from those before it.
+ROOMS = (
+    *("inputs", "hub", "method", "recipes", "adapter", "compact", "continual", "inspection", "training", "evaluation"),
+    *("merging", "cli"),
+)
 LINES = 500
 LONGER = {
     "lori_trl.training.trainer": "the phases of a run from top to bottom, and what TRL's trainers need of them",
@@ -56,6 +61,26 @@ def test_imports_form_no_circle():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
+
+
+def room(module: str) -> str:
+    """Return the folder or file at the top of the package that a module lies in; "" for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_the_top_has_the_rooms_and_no_more():
+    there = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("__") and path.suffix != ".typed"}
+    assert there == set(ROOMS)
+    assert len(there) <= 13
+
+
+def test_arrows_between_rooms_go_down():
+    """So no circle of folders either. The package's own `__init__` hands out names of all rooms, and no room needs it."""
+    rank = {name: number for number, name in enumerate(ROOMS)}
+    arrows = {(room(module), room(source)) for module in FILES for source, _, _ in imports(module)}
+    inner = {(importer, source) for importer, source in arrows if importer and importer != source}
+    assert len(inner) > 20
+    assert not [(importer, source) for importer, source in inner if source == "" or rank[source] > rank[importer]]
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -16,12 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..hub.download import fetch_from_hub, is_repo_id
+from ..hub.download import is_repo_id
 from ..inputs.files import describe_fault, read_json
 from ..inputs.typed_values import typed
 from ..method.layers import module_path
 from .adapter_contents import Contents
 from .compact_file import read_compact
+from .fetch import fetch_adapter
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -31,7 +32,6 @@ from .layout import (
     PEFT_FILES,
     RECIPE_NAME,
     RECORD_NAME,
-    choose,
     is_authors_masks,
     masks_name,
     task_name_of,
@@ -66,7 +66,7 @@ def open_adapter(
     """
     path = Path(name)
     if is_repo_id(name):
-        path = fetch_from_hub(str(name), choose, revision=revision, token=token)
+        path = fetch_adapter(str(name), revision=revision, token=token)
     place = path
     if path.is_dir() and (path / COMPACT_NAME).is_file() and not (path / ADAPTER_WEIGHTS).is_file():
         path = path / COMPACT_NAME

@@ -52,6 +52,7 @@ MASKS_VERSION = 1
 COMPACT_VERSION = 2
 
 MAX_JSON_BYTES = 10_000_000  # an adapter's JSON has some kB; a parser would build gigabytes from 100 MB
+_MAX_TOKENIZER_BYTES = 100_000_000  # a vocabulary of 262,144 tokens has 33 MB
 
 _TASK_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _MASKS_FILE = re.compile(rf"{MASKS_FOLDER}/{_TASK_NAME}\.safetensors")
@@ -73,6 +74,13 @@ def is_ours(name: str) -> bool:
 def is_tokenizers(name: str) -> bool:
     """Say whether a file, named from its folder or repository, is one of a tokenizer's or processor's."""
     return name in _TOKENIZER_FILES or _MORE_TEMPLATES.fullmatch(name) is not None
+
+
+def max_bytes(name: str) -> int | None:
+    """Return how many bytes a file, named from its folder, may have before a parser sees it; `None` for no limit."""
+    if not name.endswith(".json"):
+        return None
+    return _MAX_TOKENIZER_BYTES if is_tokenizers(name) else MAX_JSON_BYTES
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:

@@ -24,14 +24,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import get_session, httpx
 
-from ..adapter.layout import MAX_JSON_BYTES, is_tokenizers
-
 logger = logging.getLogger(__name__)
 
 WAITS = (1, 2, 4)  # seconds between the attempts of a request that the Hub could not answer
 # Seconds that a server may say nothing until a request has failed; the client would wait for ever.
 SILENCE = 120.0
-MAX_TOKENIZER_BYTES = 100_000_000  # a vocabulary of 262,144 tokens has 33 MB
 
 Answer = TypeVar("Answer")
 
@@ -57,6 +54,7 @@ def fetch_from_hub(
     repo_id: str,
     choose: Callable[[list[str]], list[str]],
     *,
+    max_bytes: Callable[[str], int | None],
     revision: str | None = None,
     token: str | None = None,
 ) -> Path:
@@ -68,7 +66,9 @@ def fetch_from_hub(
 
     Args:
         repo_id (`str`): the repository, `namespace/name`.
-        choose (`Callable[[list[str]], list[str]]`): takes the names of all files, returns those to fetch.
+        choose (`Callable[[list[str]], list[str]]`):
+            Takes the names of all files, returns those to fetch. It raises where none is wanted.
+        max_bytes (`Callable[[str], int | None]`): a file's name -> how large it may be; `None` for no limit.
         revision (`str`, *optional*): a branch, tag or commit; by default the head of `main`.
         token (`str`, *optional*): by default that of `hf auth login`.
 
@@ -76,21 +76,21 @@ def fetch_from_hub(
         `Path`: the folder in the cache that has the files.
 
     Raises:
-        `FileNotFoundError`: there is no such repository, revision or file, also for this token.
+        `FileNotFoundError`: there is no such repository or revision, also for this token.
         `PermissionError`: the token is invalid, or the repository is gated.
         `ConnectionError`: the Hub cannot be reached, and the cache does not have the files.
-        `ValueError`: a file is not what the Hub says it is, or has a name or size that no adapter's file has.
+        `ValueError`: a file is not what the Hub says it is, or has a name or size that it must not have.
     """
     try:
         info = patiently(lambda: look_at(HfApi(token=token), repo_id, revision))
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, ValueError) as error:
         if isinstance(error, OfflineModeIsEnabled) or is_transient(error):
-            return _fetch_from_cache(repo_id, choose, revision, error)
+            return _fetch_from_cache(repo_id, choose, max_bytes, revision, error)
         raise _explained(repo_id, revision, error) from None
     files = {sibling.rfilename: sibling for sibling in info.siblings}
     chosen = _checked_names(repo_id, list(files), choose)
     for name in chosen:
-        _check_json_size(repo_id, name, files[name].size or 0)
+        _check_size(repo_id, name, files[name].size or 0, max_bytes(name))
     # The first by the revision's own name: so the cache learns which commit that is, for when it is offline.
     folder = _fetch(repo_id, files[chosen[0]], info.sha, token, revision)
     for name in chosen[1:]:
@@ -166,18 +166,11 @@ def _checked_names(repo_id: str, names: list[str], choose: Callable[[list[str]],
                 f"`{repo_id}` lists a file {name!r}, which lies outside the repository. Names of files in it are "
                 "relative paths without '..'. Do not use this repository."
             )
-    chosen = choose(names)
-    if not chosen:
-        raise FileNotFoundError(
-            f"`{repo_id}` holds no LoRI adapter or masks: none of its {len(names)} files is one of theirs. Such a "
-            "repository has a lori_config.json and masks/, or the authors' masks/0.9_mask.pt. Pass another."
-        )
-    return chosen
+    return choose(names)
 
 
-def _check_json_size(repo_id: str, name: str, size: int) -> None:
-    largest = MAX_TOKENIZER_BYTES if is_tokenizers(name) else MAX_JSON_BYTES
-    if name.endswith(".json") and size > largest:
+def _check_size(repo_id: str, name: str, size: int, largest: int | None) -> None:
+    if largest is not None and size > largest:
         raise ValueError(
             f"`{name}` in `{repo_id}` has {size / 1e6:.0f} MB. Such a file has at most {largest / 1e6:.0f} MB. Do not "
             "use this repository."
@@ -211,7 +204,11 @@ def _fetch(repo_id: str, sibling: RepoSibling, commit: str, token: str | None, r
 
 
 def _fetch_from_cache(
-    repo_id: str, choose: Callable[[list[str]], list[str]], revision: str | None, error: Exception
+    repo_id: str,
+    choose: Callable[[list[str]], list[str]],
+    max_bytes: Callable[[str], int | None],
+    revision: str | None,
+    error: Exception,
 ) -> Path:
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
@@ -223,7 +220,7 @@ def _fetch_from_cache(
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     for name in _checked_names(repo_id, names, choose):
         file = folder / name
-        _check_json_size(repo_id, name, file.stat().st_size)
+        _check_size(repo_id, name, file.stat().st_size, max_bytes(name))
         # One step only: behind the file's own hash there may be a link into a store that is filed by another hash.
         known = os.path.basename(os.readlink(file)) if file.is_symlink() else ""
         if known and hash_file(file, lfs=len(known) == 64) != known:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..adapter.folder import AdapterFolder, open_adapter, read_modules
-from ..adapter.masks import GRANULARITIES
 from ..hub.download import is_repo_id
+from ..method.layers import GRANULARITIES
 from .statistics import (
     AdapterStatistics,
     Cell,

@@ -8,8 +8,9 @@ from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..adapter.masks import LoriMasks, pools
+from ..adapter.masks import LoriMasks
 from ..method.dense_parameters import dense_parameters
+from ..method.layers import pools
 from ..method.lora_options import check_lora_config, check_one_adapter
 from ..method.sparsity import num_to_select
 from .config import LoriArguments

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from trl import SFTConfig
 
-from ..adapter.masks import GRANULARITIES, check_task_name
+from ..adapter.layout import check_task_name
 from ..inputs.intervals import INTERVALS, range_fault
+from ..method.layers import GRANULARITIES
 from ..method.projections import PROJECTION_INITS
 from ..method.saliency import CALIBRATION_METHODS, GRADIENT_BATCHES
 from ..method.sparse import SPARSE_BACKENDS
