@@ -75,7 +75,7 @@ def test_the_top_has_the_rooms_and_no_more():
 
 
 def test_arrows_between_rooms_go_down():
-    """So no circle of folders either. The package's own `__init__` hands out names of all rooms, and no room needs it."""
+    """So folders form no circle either. `lori_trl/__init__` hands out names of all rooms, and no room needs it."""
     rank = {name: number for number, name in enumerate(ROOMS)}
     arrows = {(room(module), room(source)) for module in FILES for source, _, _ in imports(module)}
     inner = {(importer, source) for importer, source in arrows if importer and importer != source}

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from lori_trl import LoriSFTConfig, LoriSFTTrainer
 
@@ -122,3 +122,28 @@ def trained_adapter() -> Path:
     trainer.train()
     trainer.save_model()
     return folder
+
+
+class RecordingTrainer(LoriSFTTrainer):
+    """Keeps the batches of each phase."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batches = {"calibration": [], "adaptation": []}
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.batches[self.phase].append({key: value.clone() for key, value in inputs.items()})
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class Stop(TrainerCallback):
+    """Interrupt a phase after its second step, once."""
+
+    def __init__(self, phase):
+        self.phase = phase
+
+    def on_step_end(self, args, state, control, **kwargs):
+        phase = "calibration" if args.output_dir.endswith("calibration") else "adaptation"
+        if phase == self.phase and state.global_step == 2:
+            self.phase = None
+            raise KeyboardInterrupt

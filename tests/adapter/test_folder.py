@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,9 +177,7 @@ def test_staging_replaces_the_config_last(tmp_path, monkeypatch):
 
 def test_version_1_loads_for_ever(model):
     """Golden: an adapter as version 0.1.0 wrote it."""
-    from test_masks import GOLDEN
-
-    loaded = load_lori_adapter(model, GOLDEN / "adapter_v1")
+    loaded = load_lori_adapter(model, Path(__file__).parents[1] / "golden" / "adapter_v1")
     assert isinstance(loaded, PeftModel) and loaded.lori_masks["code"].num_selected == 204
     torch.testing.assert_close(logits(loaded)[0, 5, :3], torch.tensor(GOLDEN_LOGITS), rtol=1e-4, atol=1e-5)
 

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_trainer import RecordingTrainer
-from tiny import lora_config
+from tiny import RecordingTrainer, lora_config
 from transformers import TrainerCallback
 
 from lori_trl.method.dense_parameters import dense_parameters

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from test_trainer import RecordingTrainer
-from tiny import lora_config, make_llama
+from tiny import RecordingTrainer, lora_config, make_llama
 from torch.nn import functional as F
 from transformers import TrainerCallback
 

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from test_phases import Stop
-from tiny import lora_config
+from tiny import Stop, lora_config
 
 from lori_trl.adapter.record import read_record
 

@@ -5,23 +5,10 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import lora_config
-from transformers import EarlyStoppingCallback, TrainerCallback
+from tiny import Stop, lora_config
+from transformers import EarlyStoppingCallback
 
 from lori_trl import LoriSFTTrainer
-
-
-class Stop(TrainerCallback):
-    """Interrupt a phase after its second step, once."""
-
-    def __init__(self, phase):
-        self.phase = phase
-
-    def on_step_end(self, args, state, control, **kwargs):
-        phase = "calibration" if args.output_dir.endswith("calibration") else "adaptation"
-        if phase == self.phase and state.global_step == 2:
-            self.phase = None
-            raise KeyboardInterrupt
 
 
 def logged_rates(trainer, name):

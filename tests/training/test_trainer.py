@@ -10,7 +10,7 @@ import torch
 from files_by_hand import change_record
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import lora_config
+from tiny import RecordingTrainer, lora_config
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig
@@ -18,18 +18,6 @@ from trl import SFTConfig
 from lori_trl import LoriMasks, LoriSFTTrainer, load_lori_adapter
 from lori_trl.method.projections import Projection, projections
 from lori_trl.method.sparsity import num_to_select
-
-
-class RecordingTrainer(LoriSFTTrainer):
-    """Keeps the batches of each phase."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.batches = {"calibration": [], "adaptation": []}
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.batches[self.phase].append({key: value.clone() for key, value in inputs.items()})
-        return super().training_step(model, inputs, num_items_in_batch)
 
 
 class Losses(TrainerCallback):
