@@ -23,38 +23,34 @@ def attempts(program, note="", **limits):
 
 
 FORKS = """
-    import ctypes, os, time
-    ctypes.CDLL(None).prctl(15, b"lori-escapee", 0, 0, 0)
+    import ctypes, os
     def attempts():
-        done = 0
-        for turn in range(25):
+        done = []
+        for fork in (os.fork, ctypes.CDLL(None).vfork):
             try:
-                pid = os.fork()
+                pid = fork()
             except OSError:
                 continue
             if pid == 0:
-                os.setsid()
-                try:
-                    grandchild = os.fork()
-                except OSError:
-                    grandchild = 1
-                if grandchild and turn % 2:
-                    os._exit(0)
-                time.sleep(60)
                 os._exit(0)
-            done += 1
-        return [done] if done else []
+            done += [pid] * (pid > 0)
+        return done
 """
 
 
-def escapees():
-    found = []
-    for comm in Path("/proc").glob("[0-9]*/comm"):
+def descendants(pid):
+    """List the processes that a process has started, and those that these have."""
+    children = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            found += [comm.parent.name] * (comm.read_text().strip() == "lori-escapee")
+            parent = int(file.read_text(errors="replace").rpartition(")")[2].split()[1])
         except OSError:
             continue
-    return found
+        children.setdefault(parent, []).append(int(file.parent.name))
+    pids = [pid]
+    for each in pids:
+        pids += children.get(each, ())
+    return pids[1:]
 
 
 def until(condition):

@@ -57,7 +57,7 @@ def load_tasks(
         num_samples (`int`, *optional*): samples a HumanEval problem; by default 20.
         allow_code_execution (`bool`, *optional*, defaults to `False`): whether generated code may be run.
         require_isolation (`bool`, *optional*, defaults to `False`):
-            whether to refuse that on a machine without namespaces; what is absent there is warned of in any case.
+            whether to refuse that on a machine without namespaces. One without Landlock and seccomp is always refused.
 
     Returns:
         `dict[str, Task]`: lm-eval's name -> its task, for [`evaluate`].
@@ -67,6 +67,7 @@ def load_tasks(
         `ValueError`: a name is unknown, rows lack what scoring needs, code would be run without leave, or namespaces
             are required and absent.
         `FileNotFoundError`: a path does not exist.
+        `RuntimeError`: code would be run, and this machine cannot confine it.
     """
     _import_lm_eval(names)
     from lm_eval.tasks import TaskManager

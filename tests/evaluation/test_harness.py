@@ -1,7 +1,6 @@
 """Figures of lm-eval equal to a computation by hand."""
 
 import json
-from functools import cache
 
 import pytest
 import torch
@@ -101,17 +100,20 @@ def test_figures_are_those_of_a_computation_by_hand(model, tokenizer, data, tmp_
     assert figures["gsm8k", "accuracy_strict"].value == 0 and figures["gsm8k", "unparsed_strict"].value == 7
 
 
-def test_isolation_is_checked_before_anything_is_generated(data, monkeypatch, caplog, capsys):
+def test_isolation_is_checked_before_anything_is_generated(data, monkeypatch, capsys):
     chosen = {"names": ["humaneval"], "paths": {None: str(data / "code")}, "allow_code_execution": True}
-    monkeypatch.setattr(sandbox_run, "_refusal", lambda layers: "no" if layers[-1:] == ("mounts",) else None)
-    monkeypatch.setattr(sandbox_run, "_layers", cache(sandbox_run._layers.__wrapped__))
+    trial = sandbox_run._has_namespaces.__wrapped__
+    monkeypatch.setattr(sandbox_run, "_has_namespaces", lambda: False)
     load_tasks(**chosen)
-    assert "The sandbox for generated code is without mounts (no)" in caplog.text
     call = ["--base_model", "none", "--tasks", "humaneval", "--dataset_path", str(data / "code")]
     with pytest.raises(SystemExit) as exit:
         main(["eval", *call, "--allow_code_execution", "--require_isolation"])
     assert exit.value.code == 2
-    assert "`--require_isolation` is given, and this machine refuses the namespaces mounts" in capsys.readouterr().err
+    assert "`--require_isolation` is given, and this machine refuses namespaces" in capsys.readouterr().err
+    monkeypatch.setattr(sandbox_run, "_has_namespaces", trial)
+    monkeypatch.setattr(sandbox_run, "_refusal", lambda namespaces: "no")
+    assert main(["eval", *call, "--allow_code_execution"]) == 1
+    assert "cannot confine generated code (with namespaces: no; without: no)" in capsys.readouterr().err
 
 
 def test_samples_of_generated_code(model, tokenizer, data):

@@ -13,6 +13,6 @@ The children load `roles`, `wire` and `kernel` alone (`python -I -S`), hence the
 and nothing else.
 """
 
-from .run import Outcome, check_isolation, isolation, run_program, run_programs
+from .run import Outcome, check_isolation, run_program, run_programs
 
-__all__ = ["Outcome", "check_isolation", "isolation", "run_program", "run_programs"]
+__all__ = ["Outcome", "check_isolation", "run_program", "run_programs"]

@@ -1,4 +1,14 @@
-"""What the kernel enforces on a process, layer by layer.
+"""What the kernel enforces on a process, in one of two configurations.
+
+- *All layers*: namespaces for processes, network and mounts, with a root of its own that holds Python's library,
+  read-only, and 32 MiB in memory; a user namespace, and nobody's rights where the caller is root; and the next two.
+- *Landlock and seccomp*, where an ordinary user or a container may make no namespaces: Landlock's first version keeps
+  the process to its scratch folder and Python's library, and seccomp's list of system calls refuses all that Landlock
+  does not see: sockets, processes, signals, tracing, memory outside the limit. Of the user's files, it leaves names,
+  sizes and dates in sight.
+
+There is no third one: seccomp alone leaves files open, Landlock alone leaves sockets and signals, and namespaces alone
+leave every other system call of the kernel.
 
 Numbers: linux/{sched,prctl,mount,landlock,seccomp}.h and the tables of system calls.
 """
@@ -12,37 +22,15 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 
-NAMESPACES = ("pids", "mounts", "network")
-LAYERS = (*NAMESPACES, "nobody", "users", "landlock", "seccomp")
-# What a program is held to, and each set of layers that is enough for it.
-PROMISES = {
-    "no network": ({"network"}, {"seccomp"}),
-    "no local sockets, nor those to a virtual machine's host": ({"seccomp"},),
-    "no writes outside the scratch folder": ({"mounts"}, {"landlock", "seccomp"}),
-    "no more files and bytes on disk than a budget": ({"mounts"}, {"landlock", "seccomp"}),
-    "no reading of the user's files, nor of installed packages": ({"mounts"}, {"landlock"}),
-    "no sight of the names, sizes and dates of the user's files": ({"mounts"},),
-    "no memory beyond the limit": ({"mounts", "seccomp"}, {"landlock", "seccomp"}),
-    "no kernel keys of the user's or of another program": ({"users"}, {"seccomp"}),
-    "no signals to other processes": ({"pids"}, {"seccomp"}),
-    "no tracing of other processes": (
-        {"pids", "mounts"},
-        {"pids", "landlock"},
-        {"seccomp", "mounts"},
-        {"seccomp", "landlock"},
-    ),
-    "no process left behind, not even by a fork that hides": ({"pids"}, {"seccomp"}),
-}
 MAX_OPEN_FILES = 32
 MAX_FILE_BYTES = 4 * 2**20
 SCRATCH_BYTES = 32 * 2**20
 SCRATCH_FILES = 2000
 NOBODY = 65534
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-NEW_NETWORK = CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 4096, 16384, 1 << 18, 2
 KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -72,7 +60,7 @@ sched_getaffinity 204 123, getrandom 318 278, wait4 61 260, exit 60 93, exit_gro
 """
 # Those of them that are allowed with some values of an argument: (its position, the bits that count, their values).
 # O_TRUNC empties a file that is opened for reading alone too, or (access mode 3) for neither reading nor writing:
-# Landlock's first two versions do not see it.
+# Landlock's first version does not see it.
 OPEN_FLAGS = (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_RDWR | os.O_TRUNC)
 OPEN_BITS = 3 | os.O_TRUNC
 # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_GETLK, F_SETLK, F_SETLKW, F_DUPFD_CLOEXEC: none that makes signals.
@@ -89,63 +77,53 @@ CHECKED_ARGUMENTS = {
 
 
 def confine(job: dict, has_scratch: bool) -> None:
-    """Take from this process all that it does not need; raise OSError if a layer of `job["layers"]` is refused.
+    """Take from this process all that it does not need; raise OSError if the kernel refuses a part of it.
 
     The current folder is the scratch folder, before and, if `has_scratch`, after.
     """
-    layers = job["layers"]
     os.setsid()
-    if not has_scratch and "mounts" not in layers:
+    if job["namespaces"]:
+        _isolate(has_scratch)
+    elif not has_scratch:
         os.chdir("/")
-    namespaces = (CLONE_NEWNS if "mounts" in layers else 0) | (NEW_NETWORK if "network" in layers else 0)
-    if namespaces:
-        unshare(namespaces)
-    if "mounts" in layers:
-        _make_root(os.getcwd())
-        if "users" not in layers:
-            _enter_root()
-    if "nobody" in layers:
-        if has_scratch:
-            os.chown(".", NOBODY, NOBODY)
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-    if "users" in layers:
-        _check("unshare", _libc().unshare(CLONE_NEWUSER))
-        _system_call("keyctl", ctypes.c_int(KEYCTL_JOIN_SESSION_KEYRING), None)
-        if "mounts" in layers:
-            _enter_root()  # as the last: who is not in the real root can make no user namespace
     _limit_resources(int(job["timeout"]) + 2, job["memory_bytes"])
-    if sys.platform != "linux":
-        return
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
     _check("capset", _libc().capset(header, nothing))
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_DUMPABLE, 0)
-    if "landlock" in layers:
-        _restrict_files(has_scratch, job["landlock_abi"])
-    if "seccomp" in layers:
-        _restrict_system_calls()
+    _restrict_files(has_scratch)
+    _restrict_system_calls()
+
+
+def _isolate(has_scratch: bool) -> None:
+    unshare(CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
+    _make_root(os.getcwd())
+    if os.getuid() == 0:
+        if has_scratch:
+            os.chown(".", NOBODY, NOBODY)
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    _check("unshare", _libc().unshare(CLONE_NEWUSER))
+    _system_call("keyctl", ctypes.c_int(KEYCTL_JOIN_SESSION_KEYRING), None)
+    os.chroot("/jail")  # as the last: who is not in the real root can make no user namespace
+    os.chdir("/scratch")
 
 
 def _limit_resources(seconds: int, memory_bytes: int) -> None:
     import resource  # which Windows lacks
 
     limits = {
-        "RLIMIT_CORE": 0,
-        "RLIMIT_CPU": seconds,
-        "RLIMIT_FSIZE": MAX_FILE_BYTES,
-        "RLIMIT_NOFILE": MAX_OPEN_FILES,
-        "RLIMIT_NPROC": 0,  # does not bind root
-        "RLIMIT_AS": memory_bytes,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
+        resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
+        resource.RLIMIT_NPROC: 0,  # does not bind root
+        resource.RLIMIT_AS: memory_bytes,
     }
-    for name, most in limits.items():
-        try:
-            resource.setrlimit(getattr(resource, name), (most, most))
-        except ValueError:
-            if sys.platform == "linux":  # macOS knows no limit to the address space
-                raise
+    for limit, most in limits.items():
+        resource.setrlimit(limit, (most, most))
 
 
 @cache
@@ -235,11 +213,6 @@ def _make_root(root: str) -> None:
     os.chdir("/jail/scratch")
 
 
-def _enter_root() -> None:
-    os.chroot("/jail")
-    os.chdir("/scratch")
-
-
 def _mounts_below(folder: str) -> list[tuple[str, int]]:
     """List every mount below a folder, and the flags that a remount has to keep."""
     mounts = []
@@ -253,18 +226,16 @@ def _mounts_below(folder: str) -> list[tuple[str, int]]:
     return mounts
 
 
-def landlock_abi() -> int:
-    """Ask for the version of the kernel's Landlock; raise OSError where it has none."""
-    return _system_call("landlock_create_ruleset", None, ctypes.c_size_t(0), ctypes.c_uint(1))
+def _restrict_files(has_scratch: bool) -> None:
+    """Landlock: read below Python's library, read and write files in the current folder, touch nothing else.
 
-
-def _restrict_files(has_scratch: bool, abi: int) -> None:
-    """Landlock: read below Python's library, read and write files in the current folder, touch nothing else."""
+    Its first version is enough: links and renames between folders are refused in it, and what later ones add
+    (truncation, devices, TCP, signals, sockets) seccomp refuses.
+    """
     integer, nothing = ctypes.c_int, ctypes.c_uint(0)
-    files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
     read_file, read_folder = 1 << 2, 1 << 3
-    write = (1 << 1 | 1 << 5 | 1 << 8 | 1 << 14) & files  # WRITE_FILE, REMOVE_FILE, MAKE_REG, TRUNCATE
-    handled = struct.pack("QQQ", files, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]  # + TCP; + signals, sockets
+    write = 1 << 1 | 1 << 5 | 1 << 8  # WRITE_FILE, REMOVE_FILE, MAKE_REG
+    handled = struct.pack("Q", (1 << 13) - 1)
     ruleset = _system_call("landlock_create_ruleset", handled, ctypes.c_size_t(len(handled)), nothing)
 
     def allow(path: str, access: int) -> None:

@@ -11,7 +11,6 @@ import types
 
 from .kernel import (
     CLONE_NEWPID,
-    PR_SET_CHILD_SUBREAPER,
     PR_SET_DUMPABLE,
     PR_SET_PDEATHSIG,
     SCRATCH_BYTES,
@@ -29,10 +28,8 @@ SETUP_SECONDS = 30  # from the start of a process until the candidate's clock st
 
 
 def supervise() -> None:
-    if sys.platform == "linux":
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        prctl(PR_SET_DUMPABLE, 0)
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_DUMPABLE, 0)
     job = receive(0)
     if job is None:
         return  # the caller is gone
@@ -42,7 +39,7 @@ def supervise() -> None:
     if judge == 0:
         _child(_judge, job, False, (0, request_pipe[1], reply_pipe[0], verdict_pipe[1]))
     os.close(0)
-    if "pids" in job["layers"]:
+    if job["namespaces"]:
         unshare(CLONE_NEWPID)
     candidate = os.fork()
     if candidate == 0:
@@ -63,7 +60,7 @@ def supervise() -> None:
 def _await_verdict(verdicts: int, job: dict) -> dict:
     deadline, started = time.monotonic() + SETUP_SECONDS, False
     # A file system in memory is bounded by itself; a folder has to be watched.
-    watch_seconds = SETUP_SECONDS if "mounts" in job["layers"] else 0.01
+    watch_seconds = SETUP_SECONDS if job["namespaces"] else 0.01
     while (remaining := deadline - time.monotonic()) > 0:
         if select.select([verdicts], [], [], min(remaining, watch_seconds))[0]:
             message = receive(verdicts)
@@ -72,7 +69,7 @@ def _await_verdict(verdicts: int, job: dict) -> dict:
             if "started" not in message:
                 return message
             deadline, started = time.monotonic() + job["timeout"], True
-        elif "mounts" not in job["layers"] and _is_over_budget():
+        elif not job["namespaces"] and _is_over_budget():
             limit = f"{SCRATCH_FILES} files or {SCRATCH_BYTES} bytes"
             return {"passed": False, "reason": f"failed: more than {limit} in the scratch folder"}
     return {"passed": False, "reason": "timed out"} if started else {"error": f"not ready in {SETUP_SECONDS} seconds"}
@@ -81,11 +78,7 @@ def _await_verdict(verdicts: int, job: dict) -> dict:
 def _is_over_budget() -> bool:
     """Add up the files in the scratch folder, which is the current one; it holds no folders."""
     num_files = num_bytes = 0
-    try:
-        entries = os.scandir()
-    except PermissionError:  # the program has shut it
-        return True
-    with entries:
+    with os.scandir() as entries:
         for entry in entries:
             try:
                 status = entry.stat(follow_symlinks=False)
@@ -99,51 +92,18 @@ def _is_over_budget() -> bool:
 
 
 def _end(candidate: int, wait: bool) -> int:
-    """Kill the candidate and all that descends from it; return its wait status once none is left.
+    """Kill the candidate, which can have started no other process; return its wait status.
 
     With `wait`, the candidate is ending by itself, and has a second to do so: its status says how.
     """
-    status = None
     deadline = time.monotonic() + 1
-    while wait and status is None and time.monotonic() < deadline:
-        pid, how = os.waitpid(candidate, os.WNOHANG)
-        status = how if pid else None
-        time.sleep(0.001)
-    for kill in (os.killpg, os.kill) if status is None else (os.killpg,):
-        try:
-            kill(candidate, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # no group yet, or one of the dead (on macOS not permitted)
-            pass
-    if status is None:
-        _, status = os.waitpid(candidate, 0)
-    # In a process namespace all have died with their first. Elsewhere orphans come to the supervisor (subreaper).
-    while True:
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0]:
-                continue
-        except ChildProcessError:
+    while wait and time.monotonic() < deadline:
+        pid, status = os.waitpid(candidate, os.WNOHANG)
+        if pid:
             return status
-        for pid in _descendants():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.001)
-
-
-def _descendants() -> list[int]:
-    children: dict[int, list[int]] = {}
-    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-        try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                parent = int(file.read().rpartition(b")")[2].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, []).append(int(name))
-    pids = [os.getpid()]
-    for pid in pids:
-        pids += children.get(pid, ())
-    return pids[1:]
+    os.kill(candidate, signal.SIGKILL)
+    return os.waitpid(candidate, 0)[1]
 
 
 def _child(role, job: dict, has_scratch: bool, fds: tuple[int, ...]) -> None:

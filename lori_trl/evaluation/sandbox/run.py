@@ -1,4 +1,4 @@
-"""Run programs in the sandbox, on the layers that this machine has."""
+"""Run programs in the sandbox, in the configuration that this machine has."""
 
 import json
 import logging
@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .kernel import LAYERS, NAMESPACES, PROMISES, landlock_abi
 from .roles import SETUP_SECONDS
 from .wire import MAX_FRAME_BYTES, NoAnswer, frame
 
@@ -74,8 +73,7 @@ def run_program(
 
     Raises:
         ValueError: If a limit is out of range.
-        NotImplementedError: On Windows.
-        RuntimeError: If the sandbox could not be set up. No untrusted line has run then.
+        RuntimeError: If this machine has no sandbox, or it could not be set up. No untrusted line has run then.
 
     Example:
 
@@ -91,7 +89,7 @@ def run_program(
         raise ValueError(
             f"`memory_bytes={memory_bytes}` is less than Python itself needs. Pass at least {2**26} (64 MiB)."
         )
-    return _run(program, prompt, test, entry_point, timeout, memory_bytes, _layers())
+    return _run(program, prompt, test, entry_point, timeout, memory_bytes, _has_namespaces())
 
 
 def run_programs(
@@ -111,7 +109,7 @@ def run_programs(
         timeout, memory_bytes:
             As for [`run_program`], each program by itself.
     """
-    _layers()  # once, before there are threads
+    _has_namespaces()  # once, before there are threads
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
         yield from pool.map(lambda one: run_program(*one, timeout=timeout, memory_bytes=memory_bytes), programs)
@@ -119,103 +117,63 @@ def run_programs(
         pool.shutdown(cancel_futures=True)
 
 
-def isolation() -> dict[str, tuple[str, ...]]:
-    """Say what this machine holds a program to, and by what layers; an empty tuple means that nothing does.
-
-    Found by trial, once a process. The limits on time, file size, open files and (not on macOS) a process's address
-    space, the empty environment and the end of the candidate itself do not depend on it. Where nothing enforces the
-    last promise, Linux's subreaper finds what a program has left, and macOS finds what stayed in its process group.
-
-    The layers are `"pids"`, `"mounts"` and `"network"` (namespaces; `"mounts"` with a root of its own that holds
-    Python's library, read-only, and 32 MiB in memory), `"nobody"` (another user, where the caller is root), `"users"`
-    (a user namespace, for kernel keys), `"landlock"` and `"seccomp"` (a list of the system calls that are allowed).
-    """
-    return {promise: _enforced_by(ways) for promise, ways in PROMISES.items()}
-
-
-def _enforced_by(ways: tuple[set[str], ...]) -> tuple[str, ...]:
-    at_hand = _layers()
-    return tuple(layer for layer in at_hand if any(layer in way and way <= {*at_hand} for way in ways))
-
-
 def check_isolation(*, required: bool = False) -> None:
-    """Try the layers before anything is run: warn, once, of those that are absent and of what is missing for it.
+    """Try the sandbox before anything is run.
 
     Args:
-        required (`bool`, *optional*, defaults to `False`): whether to refuse a machine without namespaces.
+        required (`bool`, *optional*, defaults to `False`): whether to refuse a machine without namespaces, too.
 
     Raises:
-        ValueError: If namespaces are required and this machine gives none, or not all.
-        NotImplementedError: On Windows.
-        RuntimeError: If the sandbox does not work here at all.
+        ValueError: If namespaces are required and this machine gives none.
+        RuntimeError: If this machine has no sandbox.
     """
-    absent = [layer for layer in NAMESPACES if layer not in _layers()]
-    if required and absent:
+    if not _has_namespaces() and required:
         raise ValueError(
-            f"`--require_isolation` is given, and this machine refuses the namespaces {', '.join(absent)}. Allowed "
-            f"are machines that give {', '.join(NAMESPACES)}. Run this on Linux where a user may make namespaces (in "
-            "Docker: `--security-opt seccomp=unconfined`), or leave the option out and trust to the other layers."
+            "`--require_isolation` is given, and this machine refuses namespaces to the sandbox. Allowed are machines "
+            "that give them. Run this on Linux where a user may make namespaces (in Docker: `--security-opt "
+            "seccomp=unconfined`), or leave the option out: Landlock and seccomp leave the names, sizes and dates of "
+            "your files in sight, and nothing else."
         )
 
 
 @cache
-def _layers() -> tuple[str, ...]:
-    """Try the layers one after the other, each on top of those that worked."""
-    if sys.platform == "win32":
-        raise NotImplementedError(
-            f"`sys.platform={sys.platform!r}` has none of the limits that generated code is run under. "
-            "Linux has all of them, macOS some. Run the evaluation there, e.g. in WSL or a container."
-        )
-    if fault := _refusal(()):
-        raise RuntimeError(f"The sandbox does not work on this machine: {fault}")
-    kept: tuple[str, ...] = ()
-    refused = {}
-    for layer in LAYERS:
-        if layer == "nobody" and os.getuid() != 0:  # only root can become another user
-            continue
-        if fault := _refusal((*kept, layer)):
-            refused[layer] = fault
-        else:
-            kept += (layer,)
-    _warn(kept, refused)
-    return kept
+def _has_namespaces() -> bool:
+    """Try both configurations, the stricter one first; raise RuntimeError if neither works."""
+    refusals: dict[bool, str] = {}
+    for namespaces in (True, False):
+        if (fault := _refusal(namespaces)) is None:
+            if refusals:
+                logger.info("The sandbox for generated code is without namespaces (%s).", refusals[True])
+            return namespaces
+        refusals[namespaces] = fault
+    raise RuntimeError(
+        f"This machine cannot confine generated code (with namespaces: {refusals[True]}; without: {refusals[False]}). "
+        "Such code runs only on a Linux kernel that has Landlock and seccomp: 5.13 or later, on x86-64 or ARM64. Run "
+        "the evaluation there, or leave these tasks out."
+    )
 
 
-def _refusal(layers: tuple[str, ...]) -> str | None:
-    """Say why a program that is right does not pass under these layers; None if it does."""
-    if layers and sys.platform != "linux":
+def _refusal(namespaces: bool) -> str | None:
+    """Say why a program that is right does not pass in a configuration; None if it does."""
+    if sys.platform != "linux":
         return f"not on {sys.platform}"
     program, test = "def f():\n    import colorsys\n    return 1", "def check(f): assert f() == 1"
     try:
-        outcome = _run(program, "", test, "f", SETUP_SECONDS, 2**30, layers)
+        outcome = _run(program, "", test, "f", SETUP_SECONDS, 2**30, namespaces)
     except (OSError, RuntimeError) as error:
         return str(error).rpartition("nothing was run: ")[2]
     return None if outcome.passed else outcome.reason
 
 
-def _warn(kept: tuple[str, ...], refused: dict[str, str]) -> None:
-    unmet = [promise for promise, ways in PROMISES.items() if not any(way <= {*kept} for way in ways)]
-    advice = "Run it on Linux 5.13 or later with namespaces, or in a container that holds nothing of worth."
-    if refused:
-        logger.warning(
-            "The sandbox for generated code is without %s. %s",
-            "; ".join(f"{layer} ({reason})" for layer, reason in refused.items()),
-            f"This machine does not hold such code to: {'; '.join(unmet)}. {advice}"
-            if unmet
-            else "The other layers are enough for all that `isolation()` promises.",
-        )
-
-
 def _run(
-    program: str, prompt: str, test: str, entry_point: str, timeout: float, memory_bytes: int, layers: tuple[str, ...]
+    program: str, prompt: str, test: str, entry_point: str, timeout: float, memory_bytes: int, namespaces: bool
 ) -> Outcome:
     job = {
         "program": program,
         "entry_point": entry_point,
         "timeout": timeout,
         "memory_bytes": memory_bytes,
-        "layers": layers,
-        "landlock_abi": landlock_abi() if "landlock" in layers else 0,
+        "namespaces": namespaces,
     }
     problem = {"prompt": prompt, "test": test, "entry_point": entry_point}
     try:

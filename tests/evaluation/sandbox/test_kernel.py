@@ -15,7 +15,7 @@ from lori_trl.evaluation.sandbox import kernel
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the samples attack Linux")
 
 
-def test_only_the_scratch_folder_can_be_written(tmp_path, layers):
+def test_only_the_scratch_folder_can_be_written(tmp_path, namespaces):
     tmp_path.chmod(0o777)
     for folder in tmp_path.parents:
         if folder.stat().st_mode & 1 == 0 and folder.stat().st_uid == os.getuid() and "pytest" in folder.name:
@@ -57,7 +57,7 @@ def test_only_the_scratch_folder_can_be_written(tmp_path, layers):
     assert not Path("/tmp/lori-escaped").exists() and not Path("/dev/shm/lori-escaped").exists()
 
 
-def test_no_network(layers):
+def test_no_network(namespaces):
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
         local.bind(f"\0lori-{os.getpid()}")
         local.listen()
@@ -89,7 +89,7 @@ def test_no_network(layers):
                 listener.accept()
 
 
-def test_other_processes_are_out_of_reach(layers, monkeypatch):
+def test_other_processes_are_out_of_reach(namespaces, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "the-token-of-the-user")
     program = f"""
         import ctypes, os, resource
@@ -121,7 +121,7 @@ def test_other_processes_are_out_of_reach(layers, monkeypatch):
     assert attempts(program) == (True, "passed")
 
 
-def test_system_calls_that_no_program_needs_are_refused():
+def test_system_calls_that_no_program_needs_are_refused(namespaces):
     program = """
         import ctypes, threading
         def attempts():

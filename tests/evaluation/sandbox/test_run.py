@@ -7,7 +7,7 @@ import time
 import pytest
 from sandbox_samples import DOUBLE, DOUBLE_TEST, attempts, double
 
-from lori_trl.evaluation.sandbox import check_isolation, isolation, kernel, run, run_program, run_programs
+from lori_trl.evaluation.sandbox import check_isolation, kernel, run, run_program, run_programs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the samples attack Linux")
 
@@ -123,7 +123,7 @@ def test_outcomes_come_in_the_order_of_the_programs():
         "import signal\nfor n in {*range(1, 32)} - {9, 19}: signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
     ],
 )
-def test_an_endless_program_is_ended(body, layers):
+def test_an_endless_program_is_ended(body, namespaces):
     begin = time.monotonic()
     assert double(body, timeout=0.3) == (False, "timed out")
     assert time.monotonic() - begin < 20
@@ -133,7 +133,7 @@ def test_an_endless_program_is_ended(body, layers):
     "body",
     ["return len(bytearray(2**33))", "xs = [0]\nwhile True: xs += xs", "return iter(lambda: 'x' * 2**20, 1)"],
 )
-def test_memory_is_limited(body, layers):
+def test_memory_is_limited(body, namespaces):
     assert double(body, timeout=20, memory_bytes=2**27) == (False, "memory")
 
 
@@ -158,7 +158,7 @@ def test_programs_have_a_greatest_size():
         run_program("", padding, "", "double")
 
 
-def test_files_have_a_greatest_size(layers):
+def test_files_have_a_greatest_size(namespaces):
     program = f"""
         def attempts():
             written = 0
@@ -179,78 +179,49 @@ def test_files_have_a_greatest_size(layers):
 # ---- What the machine cannot do is said
 
 
-def test_isolation_names_what_enforces_each_promise(monkeypatch):
-    monkeypatch.setattr(run, "_layers", lambda: ("landlock", "seccomp"))
-    assert isolation()["no network"] == ("seccomp",)
-    assert isolation()["no writes outside the scratch folder"] == ("landlock", "seccomp")
-    assert isolation()["no sight of the names, sizes and dates of the user's files"] == ()
-    monkeypatch.setattr(run, "_layers", lambda: ("landlock",))
-    kept = {"no reading of the user's files, nor of installed packages": ("landlock",)}
-    assert {promise: layers for promise, layers in isolation().items() if layers} == kept
-    monkeypatch.setattr(run, "_layers", lambda: ())
-    assert set(isolation().values()) == {()}
-
-
 @pytest.fixture
 def trials():
-    """Find the layers anew."""
-    run._layers.cache_clear()
+    """Try the configurations anew."""
+    run._has_namespaces.cache_clear()
     yield
-    run._layers.cache_clear()
+    run._has_namespaces.cache_clear()
 
 
-def test_a_machine_without_isolation_warns_once(monkeypatch, caplog, trials):
-    monkeypatch.setattr(run.sys, "platform", "darwin")
-    check_isolation()
-    check_isolation()
-    assert caplog.text.count("does not hold such code to: no network; no local sockets") == 1
-    assert "without pids (not on darwin); mounts (not on darwin)" in caplog.text
-
-
-def test_every_absent_layer_is_named(monkeypatch, caplog, trials):
-    refuse = {"mounts": "no", "landlock": "too old"}
-    monkeypatch.setattr(run, "_refusal", lambda layers: refuse.get(layers[-1]) if layers else None)
-    check_isolation()
-    assert "without mounts (no); landlock (too old). This machine does not hold such code to: no writes" in caplog.text
-
-
-def test_a_layer_that_the_others_replace_is_named_too(monkeypatch, caplog, trials):
-    monkeypatch.setattr(run, "_refusal", lambda layers: "too old" if layers[-1:] == ("landlock",) else None)
-    check_isolation()
-    assert "without landlock (too old). The other layers are enough" in caplog.text
-
-
-def test_a_refused_layer_has_its_reason(monkeypatch):
-    monkeypatch.setattr(
-        run,
-        "CHILD",
-        run.CHILD.replace("from sandbox", "import sandbox.kernel; sandbox.kernel.PR_SET_SECCOMP = 9999; from sandbox"),
-    )
-    assert run._refusal(("seccomp",)) == "OSError: [Errno 22] prctl(9999): Invalid argument"
-    assert run._refusal(()) is None
-
-
-def test_isolation_can_be_required(monkeypatch):
-    monkeypatch.setattr(run, "_layers", lambda: ("pids", "mounts", "network"))
-    check_isolation(required=True)
-    monkeypatch.setattr(run, "_layers", lambda: ("network", "landlock", "seccomp"))
-    check_isolation()
-    with pytest.raises(ValueError, match="refuses the namespaces pids, mounts. Allowed are machines that give pids"):
+def test_a_machine_without_namespaces_has_landlock_and_seccomp(monkeypatch, caplog, trials):
+    monkeypatch.setattr(run, "_refusal", lambda namespaces: "not allowed" if namespaces else None)
+    with caplog.at_level("INFO"):
+        check_isolation()
+    assert "is without namespaces (not allowed)" in caplog.text
+    with pytest.raises(ValueError, match="this machine refuses namespaces"):
         check_isolation(required=True)
 
 
-def test_windows_is_refused(monkeypatch):
-    monkeypatch.setattr(run.sys, "platform", "win32")
-    run._layers.cache_clear()
-    with pytest.raises(NotImplementedError, match="sys.platform='win32'"):
+@pytest.mark.parametrize("broken", ["PR_SET_SECCOMP = 9999", "SETUP_CALLS['landlock_add_rule'] = (9999, 9999)"])
+def test_without_landlock_or_seccomp_nothing_is_run(broken, tmp_path, monkeypatch, trials):
+    mark = tmp_path / "ran"
+    child = run.CHILD.replace("from sandbox", f"import sandbox.kernel; sandbox.kernel.{broken}; from sandbox")
+    monkeypatch.setattr(run, "CHILD", child)
+    for refused in (
+        lambda: run_program(f"open({str(mark)!r}, 'w')", "", "def check(f): pass", "f"),
+        lambda: next(run_programs([("", "", "", "f")])),
+        check_isolation,
+    ):
+        with pytest.raises(RuntimeError, match=r"cannot confine generated code \(with namespaces: OSError: .* 5\.13"):
+            refused()
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_other_systems_are_refused(platform, monkeypatch, trials):
+    monkeypatch.setattr(run.sys, "platform", platform)
+    with pytest.raises(RuntimeError, match=f"with namespaces: not on {platform}; without: not on {platform}"):
         run_program("", "", "", "f")
-    run._layers.cache_clear()
 
 
 def test_a_layer_that_fails_stops_the_run(tmp_path, monkeypatch):
     """Fail closed: what worked in the trial and is refused now must not be left out."""
     mark = tmp_path / "ran"
-    monkeypatch.setattr(run, "_layers", lambda: ())
+    monkeypatch.setattr(run, "_has_namespaces", lambda: False)
     broken = "import sandbox.kernel; sandbox.kernel.PR_SET_NO_NEW_PRIVS = 9999; from sandbox"
     monkeypatch.setattr(run, "CHILD", run.CHILD.replace("from sandbox", broken))
     with pytest.raises(RuntimeError, match=r"nothing was run: OSError: .*prctl\(9999\)"):
