@@ -204,6 +204,7 @@ class Merge:
         seed (`int`, *optional*): of its random numbers.
         search (`dict[str, Any]`, *optional*): how the weights were found.
         independence (`tuple[Independence, ...]`): of each pair's A.
+        lost (`dict[str, float]`, *optional*): module path -> the share of its delta's norm that `svd` lost, in [0, 1].
     """
 
     method: str
@@ -212,3 +213,4 @@ class Merge:
     seed: int | None = left_out()
     search: dict[str, Any] | None = left_out()
     independence: tuple[Independence, ...] = ()
+    lost: dict[str, float] | None = left_out()

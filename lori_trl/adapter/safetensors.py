@@ -11,6 +11,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+# As the format names them, each with its own size in bytes.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _MAX_HEADER_BYTES = 10_000_000  # that of Llama-3-8B has 40 kB; a parser would build gigabytes from 100 MB
 
 
@@ -67,7 +78,7 @@ def hash_tensors(file: str | Path) -> dict[str, str]:
 
 class SafetensorsWriter:
     """
-    Write a safetensors file of float32 tensors, in any order, with no more than one of them in memory.
+    Write a safetensors file, its tensors in any order, with no more than one of them in memory.
 
     `safetensors.torch.save_file` takes all tensors at once; the file is the same, byte for byte.
 
@@ -75,6 +86,7 @@ class SafetensorsWriter:
         file (`str` or `Path`): where to.
         shapes (`Mapping[str, Sequence[int]]`): the name and shape of every tensor.
         metadata (`Mapping[str, str]`, *optional*): what goes into the file's header.
+        dtypes (`Mapping[str, torch.dtype]`, *optional*): what each tensor is written in; by default float32.
 
     Attributes:
         hashes (`dict[str, str]`): of the tensors written so far. See [`hash_tensor`].
@@ -83,20 +95,26 @@ class SafetensorsWriter:
         `RuntimeError`: at the end, if a tensor was not written.
 
     Source: the format's description in safetensors: a header of JSON, padded with spaces to a multiple of 8 bytes and
-    preceded by its length; then the tensors, sorted by name where all have the same dtype.
+    preceded by its length; then the tensors, those of wider dtypes first, sorted by name.
     """
 
     def __init__(
-        self, file: str | Path, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str] | None = None
+        self,
+        file: str | Path,
+        shapes: Mapping[str, Sequence[int]],
+        metadata: Mapping[str, str] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ):
-        self.shapes = {name: list(shapes[name]) for name in sorted(shapes)}
+        self.dtypes = dict(dtypes or dict.fromkeys(shapes, torch.float32))
+        order = sorted(shapes, key=lambda name: (-self.dtypes[name].itemsize, name))
+        self.shapes = {name: list(shapes[name]) for name in order}
         self.hashes: dict[str, str] = {}
         header: dict = {"__metadata__": dict(metadata)} if metadata else {}
         offsets, end = {}, 0
         for name, shape in self.shapes.items():
             offsets[name] = end
-            end += 4 * math.prod(shape)
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offsets[name], end]}
+            end += self.dtypes[name].itemsize * math.prod(shape)
+            header[name] = {"dtype": DTYPES[self.dtypes[name]], "shape": shape, "data_offsets": [offsets[name], end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self.file = open(file, "wb")
@@ -112,10 +130,10 @@ class SafetensorsWriter:
         """
         if sum(block.numel() for block in blocks) != math.prod(self.shapes[name]):
             raise ValueError(f"`{name}` was announced as {self.shapes[name]}, got {[list(b.shape) for b in blocks]}.")
-        blocks = tuple(block.to(torch.float32).contiguous() for block in blocks)
+        blocks = tuple(block.to(self.dtypes[name]).contiguous() for block in blocks)
         self.file.seek(self.offsets[name])
         for block in blocks:
-            self.file.write(block.numpy().data)
+            self.file.write(block.reshape(-1).view(torch.uint8).numpy().data)
         self.hashes[name] = hash_tensor(*blocks)
 
     def __enter__(self) -> "SafetensorsWriter":

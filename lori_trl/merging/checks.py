@@ -11,12 +11,12 @@ from torch import Tensor
 from ..adapter.folder import AdapterFolder, may_be_one_base
 from ..adapter.record_fields import Independence
 from ..recipes.find import nearest
-from .methods import METHODS, PRUNING
+from .methods import ANY_RANKS, METHODS, PRUNING
 
 logger = logging.getLogger(__name__)
 
 
-def check_method(method: str, density: float | None) -> None:
+def check_method(method: str, density: float | None, rank: int | None = None) -> None:
     if method not in METHODS:
         raise ValueError(
             f"`method={method!r}` is not known{nearest(str(method), METHODS)}. Allowed are {', '.join(METHODS)}. "
@@ -31,6 +31,16 @@ def check_method(method: str, density: float | None) -> None:
         raise ValueError(
             f"`density={density}` has no meaning with `method={method!r}`, which prunes nothing. It is for "
             f"{', '.join(PRUNING)}. Leave it unset, or choose one of these."
+        )
+    if rank is not None and method != "svd":
+        raise ValueError(
+            f"`rank={rank}` has no meaning with `method={method!r}`, whose rank follows from the adapters. It is for "
+            "'svd'. Leave it unset, or pass `method='svd'`."
+        )
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise ValueError(
+            f"`rank={rank}` is no rank. A whole number from 1 on is allowed. Pass e.g. `rank=32`, or leave it unset "
+            "for the highest rank of the adapters."
         )
 
 
@@ -90,7 +100,7 @@ def check_bases(sources: Sequence[AdapterFolder], base_model: str | None) -> str
 
 
 def check_ranks(sources: Sequence[AdapterFolder], method: str) -> None:
-    if method == "concat":
+    if method in ANY_RANKS:
         return
     ranks: dict[str, dict[int, str]] = {}
     for source in sources:
@@ -101,7 +111,7 @@ def check_ranks(sources: Sequence[AdapterFolder], method: str) -> None:
             met = ", ".join(f"{rank} in `{name}`" for rank, name in sorted(found.items()))
             raise ValueError(
                 f"`method={method!r}` adds matrices entry by entry, and {path} has rank {met}. It needs equal ranks. "
-                "Use `method='concat'`, which takes any."
+                "Use `method='concat'` or `'svd'`, which take any."
             )
 
 

@@ -22,6 +22,7 @@ from ..inputs.files import copy_files
 from ..method.layers import tensor_name
 from ..method.projections import Fingerprint, Projection
 from .checks import IndependenceOfA, check_dtypes, checked_weights
+from .methods import RANDOM
 from .plan import Plan, open_plan
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def merge_lori_adapters(
     output_dir: str | Path = "merged-lori",
     *,
     density: float | None = None,
+    rank: int | None = None,
     seed: int = 0,
     base_model: str | None = None,
     token: str | None = None,
@@ -58,11 +60,13 @@ def merge_lori_adapters(
         method (`str`, *optional*, defaults to `"concat"`):
             `"concat"` is the weighted sum of the deltas, exactly; ranks add up. `"linear"` sums A and B by themselves;
             weights multiply. `"linear_peft"` does so with square roots of the weights, as PEFT's `linear` and the
-            paper's tables. `"magnitude"` (PEFT's `magnitude_prune`), `"ties"` and `"dare"` (`dare_linear`) prune A
-            and B first.
+            paper's tables. `"magnitude"` (PEFT's `magnitude_prune`), `"ties"`, `"dare"` (`dare_linear`) and
+            `"dare_ties"` prune A and B first. `"svd"` brings the weighted sum of the deltas down to `rank`; its B is
+            dense and belongs to no task, so the merged adapter has no masks.
         output_dir (`str` or `Path`, *optional*, defaults to `"merged-lori"`): where to; written whole or not at all.
         density (`float`, *optional*): the share of A and of B that the pruning methods keep, in (0, 1].
-        seed (`int`, *optional*, defaults to 0): `dare` draws as PEFT does after `torch.manual_seed(seed)`.
+        rank (`int`, *optional*): what `svd` is to leave; by default the highest rank of the adapters.
+        seed (`int`, *optional*, defaults to 0): of `dare` and `dare_ties`, as PEFT after `torch.manual_seed(seed)`.
         base_model (`str`, *optional*): what to record as the base model, where the adapters name different ones.
         token (`str`, *optional*): a token that may read the repositories; by default that of `hf auth login`.
         search (`Mapping[str, Any]`, *optional*):
@@ -89,7 +93,7 @@ def merge_lori_adapters(
     ```
     """
     output_dir = Path(output_dir)
-    settings: dict[str, Any] = {"density": density, "seed": seed, "base_model": base_model}
+    settings: dict[str, Any] = {"density": density, "rank": rank, "seed": seed, "base_model": base_model}
     with open_plan(adapters, method, **settings, token=token, allow_modified=allow_modified) as plan:
         weights = checked_weights(weights, len(plan.sources))
         check_output(output_dir, [*map(str, adapters)], overwrite=overwrite)
@@ -104,12 +108,13 @@ def merge_lori_adapters(
                 method=method,
                 adapters=_merged_adapters(plan, weights, [future.result() for future in hashes]),
                 density=density,
-                seed=seed if method == "dare" else None,
+                seed=seed if method in RANDOM else None,
                 search=None if search is None else dict(search),
                 independence=tuple(independence),
+                lost=dict(plan.lost) if method == "svd" else None,
             )
             masks, tasks = None, []
-            for task in _tasks(plan.sources):
+            for task in _tasks(plan.sources) if method != "svd" else ():
                 masks = plan.mask(task.task)
                 if method == "concat":
                     masks.projection = projection
@@ -121,7 +126,8 @@ def merge_lori_adapters(
             )
             recipe = {"adapters": [source.name for source in plan.sources], "weights": weights, "method": method}
             recipe |= {"density": density} if density is not None else {}
-            recipe |= {"seed": seed} if method == "dare" else {}
+            recipe |= {"rank": plan.rank} if method == "svd" else {}
+            recipe |= {"seed": seed} if method in RANDOM else {}
             recipe |= {"base_model": base_model} if base_model is not None else {}
             complete(stage, record, masks, recipe=recipe, tensors=tensors, beside=output_dir)
     return output_dir
@@ -142,7 +148,7 @@ def _write_factors(
             if path in compared:
                 independence.add(factors)
             A, B = plan.merge(path, factors, weights)
-            _check_finite(path, A, B, weights)
+            check_finite(path, A, B, weights)
             anything = anything or bool(B.any())
             behind.result()  # one module at a time waits for being written
             behind = pool.submit(_store, writer, taken, path, A, B)
@@ -159,7 +165,8 @@ def _write_factors(
     return projection, writer.hashes, independence.report(plan.sources)
 
 
-def _check_finite(path: str, A: Tensor, B: Tensor, weights: Sequence[float]) -> None:
+def check_finite(path: str, A: Tensor, B: Tensor, weights: Sequence[float]) -> None:
+    """Raise `ValueError` if an entry of a module's merged factors is not finite."""
     if A.sum().isfinite() and B.sum().isfinite():
         return  # a sum of which one term is not finite is not either
     if count := sum(tensor.numel() - int(tensor.isfinite().sum()) for tensor in (A, B)):
@@ -182,7 +189,7 @@ def _warn_of_rank(plan: Plan) -> None:
     logger.warning(
         f"The merged adapter has rank {plan.rank}, and vLLM takes ranks up to {DEFAULT_MAX_RANK} unless it is told "
         + (f"otherwise. Serve it with `--max-lora-rank {needed}`" if needed else "otherwise, and none as high as this")
-        + (", or merge by another method, which keeps the rank." if plan.method == "concat" else ".")
+        + (", or merge by `svd`, which keeps the rank you name." if plan.method == "concat" else ".")
     )
 
 

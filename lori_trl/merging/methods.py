@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from peft.utils.merge_utils import dare_linear, magnitude_prune, task_arithmetic, ties
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from torch import Tensor
 
 
@@ -58,6 +58,32 @@ def linear(factors: Sequence[Factors], density: None = None) -> tuple[Tensor, Te
     return A, B
 
 
+def svd(factors: Sequence[Factors], rank: int) -> tuple[Tensor, Tensor, float]:
+    """
+    Merge to a fixed rank: the best approximation of the weighted sum of the deltas that the rank allows.
+
+    The delta, `(out_features, in_features)`, is never made. Of the stacked factors of `concat`, B = Q_B R_B and
+    A^T = Q_A R_A; then B A = Q_B (R_B R_A^T) Q_A^T, and the core in brackets is only as large as the ranks together.
+
+    Returns:
+        `tuple[Tensor, Tensor, float]`: A `(rank, in_features)` and B `(out_features, rank)`, which share the singular
+            values as square roots; and the share of the delta's Frobenius norm that is lost, a fraction in [0, 1].
+
+    Source: the Eckart-Young theorem. PEFT's `svd` decomposes the whole delta, with the same result.
+    """
+    A, B = concat(factors)
+    basis_B, core_B = torch.linalg.qr(B)
+    basis_A, core_A = torch.linalg.qr(A.T)
+    core = core_B @ core_A.T
+    if not core.isfinite().all():  # beyond float32: whoever called refuses such factors, and names the module
+        return torch.full_like(A[:rank], math.nan), torch.full_like(B[:, :rank], math.nan), math.nan
+    U, values, Vh = torch.linalg.svd(core, full_matrices=False)
+    roots = values[:rank].sqrt()
+    energy = values.double().square()
+    lost = (energy[rank:].sum() / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt().item()
+    return (roots[:, None] * Vh[:rank]) @ basis_A.T, (basis_B @ U[:, :rank]) * roots, lost
+
+
 def _as_peft(combine: Callable[..., Tensor], takes_density: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """
     Make a method of one of PEFT's, which work on A and on B by themselves, with the square roots of weight times
@@ -78,13 +104,17 @@ def _as_peft(combine: Callable[..., Tensor], takes_density: bool) -> Callable[..
     return merge
 
 
-METHODS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+METHODS: dict[str, Callable[..., Any]] = {
     "concat": concat,
     "linear": linear,
     "linear_peft": _as_peft(task_arithmetic, takes_density=False),
     "magnitude": _as_peft(magnitude_prune, takes_density=True),
     "ties": _as_peft(ties, takes_density=True),
     "dare": _as_peft(dare_linear, takes_density=True),
+    "dare_ties": _as_peft(dare_ties, takes_density=True),
+    "svd": svd,
 }
 PAPERS = ("concat", "linear")  # their result keeps the inputs' alpha / rank; that of PEFT's methods is 1
-PRUNING = ("magnitude", "ties", "dare")
+PRUNING = ("magnitude", "ties", "dare", "dare_ties")
+RANDOM = ("dare", "dare_ties")
+ANY_RANKS = ("concat", "svd")  # the others add matrices entry by entry

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..adapter.mask_files import MasksMetadata
 from ..adapter.masks import LoriMasks
 from ..adapter.plain_lora import check_plain
 from .checks import check_bases, check_method, check_ranks
-from .methods import METHODS, PAPERS, Factors
+from .methods import METHODS, PAPERS, RANDOM, Factors, svd
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,12 @@ class Plan:
         sources (`Sequence[AdapterFolder]`): the adapters.
         method (`str`): one of `METHODS`.
         density (`float` or `None`): what the pruning methods keep, a fraction in (0, 1].
-        seed (`int`): of the random numbers of `dare`.
+        seed (`int`): of the random numbers of `dare` and `dare_ties`.
         base (`str` or `None`): the base model's name.
+        svd_rank (`int`, *optional*): what `svd` is to leave; by default the highest rank of the sources.
+
+    Attributes:
+        lost (`dict[str, float]`): module path -> the share of its delta's norm that `svd` has lost, in [0, 1].
     """
 
     sources: Sequence[AdapterFolder]
@@ -41,6 +45,8 @@ class Plan:
     density: float | None
     seed: int
     base: str | None
+    svd_rank: int | None = None
+    lost: dict[str, float] = field(default_factory=dict, init=False)
 
     @cached_property
     def paths(self) -> list[str]:
@@ -59,7 +65,14 @@ class Plan:
         The merged adapter's rank, the same in all modules: what a module has less is filled with zeros. PEFT's
         `rank_pattern` would save them, but vLLM does not read it.
         """
+        if self.method == "svd" and self.svd_rank is not None:
+            return self.svd_rank
         return max(offset + source.rank for offset, source in zip(self.offsets, self.sources, strict=True))
+
+    @property
+    def fits(self) -> bool:
+        """Whether `svd` has nothing to cut: the ranks together are no higher than the one to be left."""
+        return self.method == "svd" and sum(source.rank for source in self.sources) <= self.rank
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -76,7 +89,7 @@ class Plan:
         is, bit for bit; 1 where they differ, and for PEFT's methods, which give it 1.
         """
         scalings = {scaling for source in self.sources for scaling in source.scalings.values()}
-        papers = self.method in PAPERS or len(self.sources) == 1
+        papers = self.fits or self.method in PAPERS or (len(self.sources) == 1 and self.method != "svd")
         return scalings.pop() if papers and len(scalings) == 1 else 1.0
 
     @property
@@ -88,7 +101,7 @@ class Plan:
     @cached_property
     def random_states(self) -> dict[str, Tensor]:
         """
-        Module path -> the state of torch's generator in which PEFT draws for it, with `dare`, after
+        Module path -> the state of torch's generator in which PEFT draws for it, with `dare` and `dare_ties`, after
         `torch.manual_seed(seed)`. Before that, `add_weighted_adapter` draws to initialise the merged adapter.
         """
         order, states = sorted(self.paths, key=_model_order), {}
@@ -127,7 +140,7 @@ class Plan:
             `tuple[Tensor, Tensor]`: A `(rank, in_features)` and B `(out_features, rank)`.
         """
         (rows, columns), method = self.shapes[path], self.method
-        if len(self.sources) == 1 and method not in PAPERS:
+        if self.fits or (len(self.sources) == 1 and method not in (*PAPERS, "svd")):
             method = "concat"  # as PEFT, which merges a single adapter by `linear` whatever the method
         shares = {
             number: Factors(A, B, weights[number], self.sources[number].scalings[path] / self.scaling)
@@ -142,10 +155,14 @@ class Plan:
                 if number not in shares:
                     zeros = torch.zeros(source.rank, columns), torch.zeros(rows, source.rank)
                     shares[number] = Factors(*zeros, 1.0, 1.0)
-        with torch.random.fork_rng(devices=[], enabled=method == "dare"):
-            if method == "dare":
+        ordered = [shares[number] for number in sorted(shares)]
+        if method == "svd":
+            A, B, self.lost[path] = svd(ordered, self.rank)
+            return _padded(A, 0, self.rank), _padded(B, 1, self.rank)
+        with torch.random.fork_rng(devices=[], enabled=method in RANDOM):
+            if method in RANDOM:
                 torch.set_rng_state(self.random_states[path])
-            A, B = METHODS[method]([shares[number] for number in sorted(shares)], self.density)
+            A, B = METHODS[method](ordered, self.density)
         return _padded(A, 0, self.rank), _padded(B, 1, self.rank)
 
     def mask(self, task: str) -> LoriMasks:
@@ -235,6 +252,7 @@ def open_plan(
     method: str,
     *,
     density: float | None = None,
+    rank: int | None = None,
     seed: int = 0,
     base_model: str | None = None,
     token: str | None = None,
@@ -250,7 +268,7 @@ def open_plan(
             f"`adapters={adapters!r}` is no list of adapters. Pass one or more folders or Hub names, e.g. "
             "`adapters=['math-lori-s', 'me/code-lori-s']`."
         )
-    check_method(method, density)
+    check_method(method, density, rank)
     with ExitStack() as stack:
         sources = []
         for name in map(str, adapters):
@@ -258,4 +276,4 @@ def open_plan(
             check_plain(sources[-1], "merged")
         base = check_bases(sources, base_model)
         check_ranks(sources, method)
-        yield Plan(sources, method, density, seed, base)
+        yield Plan(sources, method, density, seed, base, rank)

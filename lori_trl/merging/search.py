@@ -1,6 +1,7 @@
 """Weights for a merge, found on held-out data."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from .plan import Plan, open_plan
 logger = logging.getLogger(__name__)
 
 STRATEGIES = ("shared", "coordinate")
-GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # the paper's weights are 0.3, 0.4 and 0.5
+# Steps of 1.3 around the paper's weights, 0.3 to 0.5: coarser ones hid what the methods differ by.
+GRID = (0.12, 0.16, 0.21, 0.27, 0.35, 0.46, 0.59, 0.77, 1.0, 1.3)
 _MAX_ROUNDS = 3
 
 
@@ -83,6 +85,11 @@ class Search:
         }
 
 
+def default_grid(method: str) -> tuple[float, ...]:
+    """Return the weights to try; of `linear`, whose weights enter the delta squared, the square roots of those."""
+    return tuple(round(math.sqrt(weight), 4) for weight in GRID) if method == "linear" else GRID
+
+
 def search_merge_weights(
     adapters: Sequence[str | Path],
     heldout: Mapping[str, Iterable[Mapping[str, Any]]],
@@ -90,9 +97,10 @@ def search_merge_weights(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     method: str = "concat",
-    strategy: str = "shared",
-    grid: Sequence[float] = GRID,
+    strategy: str = "coordinate",
+    grid: Sequence[float] | None = None,
     density: float | None = None,
+    rank: int | None = None,
     seed: int = 0,
     base_model: str | None = None,
     batch_size: int = 8,
@@ -114,12 +122,12 @@ def search_merge_weights(
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Its tokenizer; where the model is loaded here, the adapters' own if they bring the same, else the base's.
         method (`str`, *optional*, defaults to `"concat"`): as in [`merge_lori_adapters`].
-        strategy (`str`, *optional*, defaults to `"shared"`):
+        strategy (`str`, *optional*, defaults to `"coordinate"`):
             `"shared"` tries every weight of the grid, the same for all adapters. `"coordinate"` goes on from the best
             of these: it tries the grid for one adapter after the other, and again until nothing gets better (at most
             3 rounds).
-        grid (`Sequence[float]`, *optional*): the weights to try, in any order.
-        density, seed, base_model, token: as in [`merge_lori_adapters`].
+        grid (`Sequence[float]`, *optional*): the weights to try, in any order; by default [`default_grid`].
+        density, rank, seed, base_model, token: as in [`merge_lori_adapters`].
         batch_size (`int`, *optional*, defaults to 8): rows a forward pass.
         dtype (`str`, *optional*, defaults to `"float32"`): what the base model is loaded in.
         load_in_4bit (`bool`, *optional*, defaults to `False`): whether its linear layers are packed into 4 bits.
@@ -132,10 +140,12 @@ def search_merge_weights(
 
     Source: the paper gives all adapters one weight and compares a few (Figures 4 d and 7).
     """
-    grid = tuple(sorted(set(grid)))
+    grid = tuple(sorted(set(default_grid(method) if grid is None else grid)))
     _check_search(heldout, strategy, grid)
     sets = {name: list(rows) for name, rows in heldout.items()}
-    with open_plan(adapters, method, density=density, seed=seed, base_model=base_model, token=token) as plan:
+    with open_plan(
+        adapters, method, density=density, rank=rank, seed=seed, base_model=base_model, token=token
+    ) as plan:
         if model is None:
             if plan.base is None:
                 raise ValueError(
@@ -198,7 +208,8 @@ def search_merge_weights(
 def _check_search(heldout: Mapping[str, Any], strategy: str, grid: Sequence[float]) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(
-            f"`strategy={strategy!r}` is not known. Allowed are {', '.join(STRATEGIES)}. Leave it unset for 'shared'."
+            f"`strategy={strategy!r}` is not known. Allowed are {', '.join(STRATEGIES)}. Leave it unset for "
+            "'coordinate'."
         )
     if not grid or 0 in grid:
         raise ValueError(

@@ -21,6 +21,7 @@ from lori_trl.adapter.push import adapter_files
 from lori_trl.compact import expand, export_compact
 from lori_trl.hub.commit import push_files
 from lori_trl.merging import METHODS
+from lori_trl.merging.methods import PRUNING
 from lori_trl.method.layers import module_path
 from lori_trl.method.projections import Projection, fingerprint
 
@@ -158,7 +159,7 @@ def test_large_finite_entries_are_no_fault(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_result_that_is_not_finite_is_refused_and_nothing_written(tmp_path, method):
     adapters = [write_adapter(tmp_path / str(seed), seed) for seed in range(2)]
-    density = 0.5 if method in ("magnitude", "ties", "dare") else None
+    density = 0.5 if method in PRUNING else None
     what = "`weights=.1e.300, 1e.300.` give A or B of model.layers.0.mlp.up_proj .* that are not finite"
     refuse(what, adapters, tmp_path / "merged", weights=[1e300, 1e300], method=method, density=density)
 
@@ -209,4 +210,4 @@ def test_a_rank_that_vllm_takes_only_if_told_is_named(tmp_path, caplog):
     merge_lori_adapters(adapters[:1], output_dir=tmp_path / "one")
     assert "vLLM" not in caplog.text
     merge_lori_adapters(adapters, output_dir=tmp_path / "three")
-    assert "has rank 36" in caplog.text and "`--max-lora-rank 64`, or merge by another method" in caplog.text
+    assert "has rank 36" in caplog.text and "`--max-lora-rank 64`, or merge by `svd`" in caplog.text

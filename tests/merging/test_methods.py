@@ -9,13 +9,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from merging.adapters import SHAPES, assert_close, deltas, factors, write_adapter
+from merging.adapters import SHAPES, assert_close, deltas, factors, refuse, write_adapter
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny import make_llama
 
 from lori_trl import merge_lori_adapters
+from lori_trl.adapter.record import read_record
 from lori_trl.merging import METHODS
+from lori_trl.merging.methods import PRUNING
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -88,7 +90,7 @@ def test_linear_on_numbers_small_enough_to_read(tmp_path):
 @pytest.mark.parametrize("form", [{}, {"use_rslora": True}, {"alpha": 5, "rank": 3}, {"alpha": 7, "use_rslora": True}])
 def test_weight_1_of_one_adapter_is_the_identity(tmp_path, method, form):
     adapter = write_adapter(tmp_path / "a", **form)
-    density = 0.5 if method in ("magnitude", "ties", "dare") else None
+    density = 0.5 if method in PRUNING else None
     merged = merge_lori_adapters([adapter], 1.0, method, tmp_path / "merged", density=density)
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, merged))
     assert before.keys() == after.keys()
@@ -123,6 +125,7 @@ def test_by_default_the_deltas_are_averaged(tmp_path):
         ("ties", "ties", 0.7),
         ("dare", "dare_linear", 0.7),
         ("dare", "dare_linear", 1.0),
+        ("dare_ties", "dare_ties", 0.7),
     ],
 )
 def test_as_peft_merges(peft_adapters, tmp_path, method, theirs, density):
@@ -183,3 +186,31 @@ torch.testing.assert_close(model(torch.arange(10).view(1, 10)).logits, expected,
 assert not any(name.startswith("lori_trl") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 8, 30])
+def test_svd_is_the_best_approximation_of_its_rank(tmp_path, rank):
+    """Against the decomposition of the whole delta, which the method never makes."""
+    adapters = [write_adapter(tmp_path / "a", 1), write_adapter(tmp_path / "b", 2, rank=5, alpha=7)]
+    first, second = (deltas(adapter) for adapter in adapters)
+    merged = merge_lori_adapters(adapters, [0.5, -0.8], "svd", tmp_path / "merged", rank=rank)
+    lost = read_record(merged).merge.lost or {}
+    for path, delta in deltas(merged).items():
+        whole = 0.5 * first[path] - 0.8 * second[path]
+        U, values, Vh = torch.linalg.svd(whole, full_matrices=False)
+        best = (U[:, :rank] * values[:rank]) @ Vh[:rank]
+        assert (delta - best).norm() <= 1e-5 * whole.norm()
+        share = ((whole - best).norm() / whole.norm()).item()
+        assert lost.get(path, 0.0) == pytest.approx(share, abs=1e-5)
+    config = LoraConfig.from_pretrained(merged)
+    assert config.r == rank and not (merged / "masks").exists()
+
+
+def test_svd_keeps_by_default_the_highest_rank(tmp_path):
+    adapters = [write_adapter(tmp_path / "a", 1), write_adapter(tmp_path / "b", 2, rank=5)]
+    assert LoraConfig.from_pretrained(merge_lori_adapters(adapters, 1.0, "svd", tmp_path / "merged")).r == 5
+
+
+@pytest.mark.parametrize(("method", "rank"), [("svd", 0), ("svd", 2.5), ("concat", 4)])
+def test_a_rank_that_means_nothing_is_refused(tmp_path, method, rank):
+    refuse("`rank=", [write_adapter(tmp_path / "a")], tmp_path / "merged", method=method, rank=rank)

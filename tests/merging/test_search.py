@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from tiny import lora_config, make_trainer
 from transformers import AutoModelForCausalLM
 
 from lori_trl import merge_lori_adapters
+from lori_trl.adapter.record import read_record
 from lori_trl.cli import main
 from lori_trl.evaluation import completion_loss
-from lori_trl.merging.search import search_merge_weights
+from lori_trl.merging.search import default_grid, search_merge_weights
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_the_losses_of_a_search_are_those_of_the_merges(searched, tmp_path, mode
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     search = search_merge_weights(
-        adapters, rows, model, tokenizer, method=method, grid=(0.5, 1.0), density=density, seed=3
+        adapters, rows, model, tokenizer, method=method, strategy="shared", grid=(0.5, 1.0), density=density, seed=3
     )
     assert [trial.weights for trial in search.trials] == [(0.5, 0.5), (1.0, 1.0)]
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
@@ -72,7 +74,7 @@ def test_a_coordinate_search_goes_on_from_the_best_shared_weight(searched, token
     rows = read_rows({"w7": heldout["w7"]})  # only the first adapter's task counts
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     grid = (0.1, 0.5, 1.0)
-    shared = search_merge_weights(adapters, rows, model, tokenizer, grid=grid)
+    shared = search_merge_weights(adapters, rows, model, tokenizer, grid=grid, strategy="shared")
     search = search_merge_weights(adapters, rows, model, tokenizer, grid=grid, strategy="coordinate")
     assert search.trials[:3] == shared.trials and len({trial.weights for trial in search.trials}) == len(search.trials)
     assert search.best.objective <= shared.best.objective
@@ -119,7 +121,7 @@ def test_a_wrong_search_is_one_message(searched, tmp_path, capsys, model_folder)
     file = str(heldout["w7"])
     other = str(write_adapter(tmp_path / "other", base=str(model_folder)))
     for arguments, says in (
-        (["--heldout", file], "`--heldout` without `--search`"),
+        (["--heldout", file, "--weights", "1"], "`--heldout` without `--search`"),
         (["--dtype", "bfloat16", "--load_in_4bit"], "`--dtype --load_in_4bit` without `--search`"),
         (["--search", "shared"], "`heldout` names no data"),
         (["--search", "shared", "--heldout", file, file], "names a file twice"),
@@ -134,3 +136,20 @@ def test_a_wrong_search_is_one_message(searched, tmp_path, capsys, model_folder)
         main(["merge", other, "--search", "shared", "--heldout", file, "--output_dir", str(tmp_path / "merged")])
     assert "does not fit" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
+
+
+def test_held_out_rows_alone_mean_a_coordinate_search(searched, tmp_path):
+    adapters, heldout = searched
+    files = [str(file) for file in heldout.values()]
+    output = tmp_path / "merged"
+    assert (
+        main(["merge", *map(str, adapters), "--heldout", *files, "--grid", "0.4", "0.8", "--output_dir", str(output)])
+        == 0
+    )
+    assert read_record(output).merge.search["strategy"] == "coordinate"
+
+
+def test_the_grid_of_linear_is_the_square_root_of_the_others():
+    """Its weights enter the delta squared."""
+    assert [weight**2 for weight in default_grid("linear")] == pytest.approx(default_grid("concat"), rel=1e-3)
+    assert all(1.25 < high / low < 1.36 for low, high in pairwise(default_grid("concat")))
