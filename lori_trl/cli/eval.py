@@ -16,6 +16,7 @@ def add_parser(commands) -> None:
         help="evaluate adapters beside their base model",
         epilog="example:\n  lori eval code-lori-s math-lori-s --tasks gsm8k boolq safety\n"
         "  lori eval code-lori-s --metrics loss --dataset_path held_out.jsonl\n"
+        "  lori eval --sequence safety-lori then-math-lori --dataset_path safety=a.jsonl math=b.jsonl\n"
         "  accelerate launch --multi_gpu -m lori_trl.cli eval code-lori-s --tasks nlu",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -30,6 +31,12 @@ def add_parser(commands) -> None:
         default=[],
         metavar="[TASK=]PATH",
         help="local data, a .jsonl or .json file or a folder, for all tasks or for one; by default those on the Hub",
+    )
+    add(
+        "--sequence",
+        action="store_true",
+        help="the models are stages of one adapter, a task more in each: the loss of every task after every stage, "
+        "and what was forgotten; the first sets of --dataset_path are the tasks', in the same order",
     )
     add("--limit", type=int, help="take the first so many rows of each set")
     add("--batch_size", type=int, default=8, help="sequences at a time (default: 8)")
@@ -60,6 +67,8 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
     for name in ("limit", "batch_size", "max_new_tokens", "num_samples"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"`--{name} {value}` is too few. Allowed are 1 and more. Pass a positive number.")
+    if options.sequence:
+        return _run_sequence(options, is_writer)
     if not options.tasks and not options.metrics:
         raise ValueError(
             "Neither `--tasks` nor `--metrics` is given. Allowed are tasks such as boolq, gsm8k, safety or humaneval, "
@@ -126,6 +135,52 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
     elsewhere = [name for name in options.models if name not in folders]
     if elsewhere and options.output_path is None:
         show(f"No file was written for {', '.join(elsewhere)}: `--output_path FILE` writes one for all models.")
+
+
+def _run_sequence(options: argparse.Namespace, is_writer: bool) -> None:
+    """Measure the loss of every set after every stage, and say what was forgotten."""
+    from importlib.util import find_spec
+
+    from ..evaluation import models
+    from ..evaluation.loss import held_out_rows, measure_loss
+    from ..evaluation.sequence import SequenceResults, sequence_results
+
+    if options.tasks:
+        raise ValueError(
+            f"`--sequence` with `--tasks {' '.join(options.tasks)}`: a sequence is measured by the loss on your own "
+            "rows. Allowed is `--dataset_path`, one set for each adapter. Leave `--tasks` out."
+        )
+    paths = {name or Path(path).stem: path for name, path in _local_data(options.dataset_path).items()}
+    stages = ["base", *(_label(name, options.models) for name in options.models)]
+    empty = ((),) * len(stages)
+    SequenceResults(tuple(stages), tuple(paths), (), empty, empty)  # raises where there are too few sets
+    picture = options.output_path.with_suffix(".png") if options.output_path and find_spec("matplotlib") else None
+    check_targets({"--output_path": options.output_path, "the picture": picture}, [*options.models, *paths.values()])
+    base_name = models.find_base_model(options.base_model, options.models, allow_modified=options.allow_modified)
+    if base_name is None:
+        raise ValueError(
+            f"`--sequence {' '.join(options.models)}` are whole models. A sequence is one base model and the adapters "
+            "that were trained on it, one after another. Pass adapters."
+        )
+    rows = {name: held_out_rows(path, options.limit) for name, path in paths.items()}
+    model, tokenizer = models.load_model(
+        base_name, dtype=options.dtype or "float32", load_in_4bit=options.load_in_4bit
+    )
+
+    def measure(label: str, model, tokenizer) -> list:
+        show(f"{label}:")
+        return [measure_loss(model, tokenizer, paths[name], rows[name], options.batch_size) for name in paths]
+
+    figures = [measure("base", model, tokenizer)]
+    for name, label in zip(options.models, stages[1:], strict=True):
+        with models.with_adapter(model, name, allow_modified=options.allow_modified) as (adapted, own):
+            figures.append(measure(label, adapted, own or tokenizer))
+    results = sequence_results(stages, list(paths), figures)
+    show(results.table(), *results.sentences())
+    if is_writer and options.output_path is not None:
+        show(f"written to {results.write(options.output_path)}")
+        if picture is not None:
+            show(f"drawn in {results.draw(picture)}")
 
 
 def _label(name: str, names: list[str]) -> str:
