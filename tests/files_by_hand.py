@@ -24,7 +24,7 @@ def change_record(folder: Path, change: Callable[[dict], None]) -> None:
 
 def seal(values: dict) -> dict:
     """Put a fitting checksum behind a record's values."""
-    values.pop("sha256", None)
+    values = {name: value for name, value in values.items() if name != "sha256"}
     return {**values, "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 
 

@@ -33,9 +33,8 @@ from ..inputs.files import describe_fault, parse_json, replacing
 from ..inputs.typed_values import plain, typed
 from ..method.layers import module_path, tensor_name
 from ..method.projections import Projection, draw_projection, fingerprint
-from . import compact_v1
 from .adapter_contents import Contents
-from .layout import COMPACT_VERSION, LaterFormatError, check_task_name, check_version
+from .layout import FORMAT_VERSION, LaterFormatError, check_task_name, check_version
 from .mask_files import MasksMetadata
 from .record import LoriRecord
 from .safetensors import hash_tensor, opened
@@ -135,7 +134,7 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
     tensors |= _round(values, dtype)
     tensors["samples"] = torch.stack([_sample(A[path]) for path in B])
     header = _Header(
-        format_version=COMPACT_VERSION,
+        format_version=FORMAT_VERSION,
         adapter_config=contents.adapter_config,
         lori_config={},
         recipe=contents.recipe,
@@ -193,18 +192,15 @@ def _read(file: Path) -> tuple[_Header, LoriRecord, dict[str, Tensor], dict[str,
     try:
         with opened(file) as opened_file:
             metadata = parse_json((opened_file.metadata() or {})[COMPACT_FORMAT])
-            version = check_version(metadata["format_version"], COMPACT_VERSION, file)
-            checksum = metadata.pop("sha256") if version > 1 else None
+            check_version(metadata["format_version"], file)
+            checksum = metadata.pop("sha256")
             header = typed(_Header, metadata, "")
             record = LoriRecord.from_dict(header.lori_config, file)
             header.check(record, file.stat().st_size)
             tensors = {name: opened_file.get_tensor(name) for name in opened_file.keys()}  # noqa: SIM118
-        if checksum is None:
-            logger.warning(f"`{file}` is of version 1, which has no checksum: that it is whole cannot be checked.")
-        elif checksum != _checksum(metadata, tensors):
+        if checksum != _checksum(metadata, tensors):
             raise TypeError("the contents do not match their checksum")
-        read = _decode if version > 1 else compact_v1.read_positions
-        positions = {name: read(tensors, name, header.sizes) for name in header.names_of_positions}
+        positions = {name: _decode(tensors, name, header.sizes) for name in header.names_of_positions}
         count = sum(map(len, _unions(positions.values(), len(header.modules))))
         if tensors["values"].shape != (count,):
             raise TypeError("the values are not as many as the positions")

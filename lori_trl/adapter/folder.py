@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..hub.download import is_repo_id
 from ..inputs.files import describe_fault, read_json
 from ..inputs.typed_values import typed
 from ..method.layers import module_path
+from ..method.lora_fields import KNOWN, UNSET
 from .adapter_contents import Contents
 from .compact_file import read_compact
 from .fetch import fetch_adapter
@@ -151,12 +153,6 @@ class AdapterFolder:
 
     def _compare_with_record(self, record: LoriRecord) -> None:
         """Raise if the files are not those that the record was written for."""
-        if record.tensors is None:
-            logger.warning(
-                f"`{self.name}` is of format 1, which has no checksums: whether its B is what was trained cannot be "
-                "checked. Saving it again with this version adds them."
-            )
-            return
         names = {*self._names.values(), *self.others}
         differing = sorted(names ^ record.tensors.keys())
         if differing:
@@ -189,7 +185,7 @@ class AdapterFolder:
         Raises:
             `ValueError`: it is another one than was saved.
         """
-        if self.record is None or self.record.tensors is None or hash_tensor(tensor) == self.record.tensors[name]:
+        if self.record is None or hash_tensor(tensor) == self.record.tensors[name]:
             return tensor
         if ".lora_A." in name:
             raise ValueError(
@@ -422,9 +418,26 @@ def _read_adapter_config(file: Path) -> dict[str, Any]:
         ranks = [known.r, *(known.rank_pattern or {}).values()]
         if min(ranks) < 1:
             raise ValueError(f"ranks {ranks}")
-        return config
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"`{file}` is no LoRA adapter's ({describe_fault(error)}). It must be the JSON that PEFT wrote, with `r` "
             "and `lora_alpha`. Fetch or save the adapter again."
         ) from error
+    if unknown := _unknown_settings(config):
+        raise ValueError(
+            f"`{file}` sets {', '.join(f'{name}={value!r:.80}' for name, value in unknown.items())}, which PEFT "
+            f"{version('peft')} does not know: what the adapter computes with it cannot be known either. Allowed are "
+            "the fields of PEFT's `LoraConfig`. Upgrade lori_trl and peft; or take out what you know changes nothing."
+        )
+    return config
+
+
+def _unknown_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config sets beyond the fields of LoRA; what a later PEFT writes by default is none of it."""
+    unknown = {name: value for name, value in config.items() if name not in KNOWN and value not in UNSET}
+    if unknown:
+        from peft import LoraConfig  # not before: it takes seconds
+
+        defaults = LoraConfig().to_dict()
+        unknown = {name: value for name, value in unknown.items() if name not in defaults or defaults[name] != value}
+    return unknown

@@ -1,4 +1,4 @@
-"""Where things lie in an adapter's folder or repository: every file name, every format's version.
+"""Where things lie in an adapter's folder or repository: every file name, and the format's version.
 
 adapter_config.json  adapter_model.safetensors      PEFT's, untouched
 lori_config.json                                    the record: task, projection, counts, history, checksums
@@ -47,9 +47,7 @@ _TOKENIZER_FILES = {
 }
 _MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-]+\.jinja")
 
-RECORD_VERSION = 2
-MASKS_VERSION = 1
-COMPACT_VERSION = 2
+FORMAT_VERSION = 2  # of the record, the mask files and the compact file
 
 MAX_JSON_BYTES = 10_000_000  # an adapter's JSON has some kB; a parser would build gigabytes from 100 MB
 _MAX_TOKENIZER_BYTES = 100_000_000  # a vocabulary of 262,144 tokens has 33 MB
@@ -161,18 +159,17 @@ class LaterFormatError(ValueError):
     """A file of a format that only a later `lori_trl` knows."""
 
 
-def check_version(version: Any, newest: int, file: str | Path) -> int:
+def check_version(version: Any, file: str | Path) -> None:
     """
-    Return a format's version.
+    Check a file's format version.
 
     Raises:
-        `TypeError`: it is no whole number from 1 on.
-        `LaterFormatError`: it is later than this `lori_trl` knows.
+        `TypeError`: it is no format that this `lori_trl` reads.
+        `LaterFormatError`: only a later one can.
     """
-    if type(version) is not int or version < 1:
-        raise TypeError(f"format_version={version!r}")
-    if version > newest:
+    if type(version) is int and version > FORMAT_VERSION:
         raise LaterFormatError(
-            f"`{file}` has format_version {version}. This lori_trl reads versions up to {newest}. Upgrade lori_trl."
+            f"`{file}` has format_version {version}. This lori_trl reads version {FORMAT_VERSION}. Upgrade lori_trl."
         )
-    return version
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise TypeError(f"format_version={version!r}")

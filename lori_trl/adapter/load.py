@@ -80,7 +80,9 @@ def load_with_peft(
     model: PreTrainedModel, adapter: AdapterFolder, *, adapter_name: str = "default", is_trainable: bool = False
 ) -> PeftModel:
     """
-    Load an adapter with PEFT, and make sure that all of it arrived: PEFT leaves B at zero where the file has none.
+    Load an adapter with PEFT, and make sure that all of it arrived.
+
+    PEFT leaves out modules that the config does not name, and leaves B at zero where the file has none.
 
     Args:
         model (`PreTrainedModel`): the base model.
@@ -106,10 +108,14 @@ def load_with_peft(
             f"`{adapter.name}` cannot be loaded by PEFT ({describe_fault(error)}). Its {ADAPTER_CONFIG} must be one "
             "that PEFT wrote, and the base model the one that it was trained on. Fetch or save the adapter again."
         ) from error
-    missing = [path for path in lora_layers(loaded, adapter_name) if path not in adapter.shapes]
-    if missing or adapter.unpaired:
+    layers = lora_layers(loaded, adapter_name)
+    missing = [path for path in layers if path not in adapter.shapes]
+    left_out = [path for path in adapter.shapes if path not in layers]
+    if missing or left_out or adapter.unpaired:
         loaded.unload()
-        raise _misfit(adapter, model, f"it has no lora_A and lora_B for {[*missing, *adapter.unpaired][0]}")
+        lacks = f"it has no lora_A and lora_B for {[*missing, *adapter.unpaired, None][0]}"
+        fault = f"its {ADAPTER_CONFIG} leaves out {left_out[0]}, which its weights have" if left_out else lacks
+        raise _misfit(adapter, model, fault)
     return loaded
 
 

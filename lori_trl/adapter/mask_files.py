@@ -20,8 +20,8 @@ from ..inputs.typed_values import plain, typed
 from ..method.layers import GRANULARITIES
 from ..method.projections import Projection
 from .layout import (
+    FORMAT_VERSION,
     MASKS_FOLDER,
-    MASKS_VERSION,
     RECORD_NAME,
     LaterFormatError,
     check_task_name,
@@ -79,7 +79,7 @@ def write_masks(folder: str | Path, entries: Mapping[str, Tensor], metadata: Mas
         for path, mask in entries.items()
     }
     shapes = {path: list(mask.shape) for path, mask in entries.items()}
-    values = {"format_version": MASKS_VERSION, **plain(metadata), "shapes": shapes}
+    values = {"format_version": FORMAT_VERSION, **plain(metadata), "shapes": shapes}
     values["sha256"] = _checksum(values, packed)
     with replacing(file) as partial:
         save_file(packed, partial, metadata={MASKS_FORMAT: json.dumps(values)})
@@ -100,7 +100,7 @@ def read_masks(file: Path) -> tuple[dict[str, Tensor], MasksMetadata]:
         with opened(file) as tensors:
             values = parse_json((tensors.metadata() or {})[MASKS_FORMAT])
             packed = {path: tensors.get_tensor(path) for path in tensors.keys()}  # noqa: SIM118
-        check_version(values["format_version"], MASKS_VERSION, file)
+        check_version(values["format_version"], file)
         if values.pop("sha256") != _checksum(values, packed):
             raise TypeError("the contents do not match their checksum")
         del values["format_version"]

@@ -1,6 +1,6 @@
 """Plain LoRA: an adapter whose A and B are all there is."""
 
-from ..method.lora_options import NOT_PLAIN
+from ..method.lora_fields import NOT_PLAIN
 from .folder import AdapterFolder
 
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from ..inputs.files import describe_fault, read_json
 from ..inputs.typed_values import left_out, plain, typed
 from ..method.layers import GRANULARITIES
+from ..method.lora_fields import DECIDE_THE_DELTA, UNSET
 from ..method.projections import Projection
-from .layout import MAX_JSON_BYTES, RECORD_NAME, RECORD_VERSION, check_task_name, check_version
+from .layout import FORMAT_VERSION, MAX_JSON_BYTES, RECORD_NAME, check_task_name, check_version
 from .record_fields import Calibration, Counts, Merge, TaskRecord, Training
 
 PHASES = ("calibration", "adaptation")
@@ -29,8 +30,6 @@ _DECIDES_THE_MASK = (
 )
 VARIANTS = ("LoRI-D", "LoRI-S", "merged")
 
-_NO_SETTINGS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")  # of an adapter_config.json
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoriRecord:
@@ -40,7 +39,7 @@ class LoriRecord:
     The facts of the newest task's run stand at the top, those of earlier tasks in `tasks`.
 
     Args:
-        format_version (`int`): of the file it was read from, or the newest.
+        format_version (`int`): of `lori_config.json`.
         task (`str`): the newest task.
         phase (`str`): what the weights come from: `"calibration"` or `"adaptation"`.
         variant (`str`): `"LoRI-D"`, `"LoRI-S"` or `"merged"`.
@@ -54,11 +53,11 @@ class LoriRecord:
         training ([`Training`] or `None`): the newest task's run.
         versions (`dict[str, str]`): package -> version.
         merge ([`Merge`], *optional*): how the adapter was merged.
-        adapter_config (`str`, *optional*): SHA-256 of PEFT's settings, see [`hash_settings`]; from format 2 on.
-        tensors (`dict[str, str]`, *optional*): name -> SHA-256 of every saved tensor; from format 2 on.
+        adapter_config (`str`): SHA-256 of PEFT's settings, see [`hash_settings`]; empty until the adapter is written.
+        tensors (`dict[str, str]`): name -> SHA-256 of every saved tensor; empty until the adapter is written.
     """
 
-    format_version: int = RECORD_VERSION
+    format_version: int = FORMAT_VERSION
     task: str
     phase: str
     variant: str
@@ -72,8 +71,8 @@ class LoriRecord:
     training: Training | None = None
     versions: dict[str, str]
     merge: Merge | None = left_out()
-    adapter_config: str | None = left_out()
-    tensors: dict[str, str] | None = left_out()
+    adapter_config: str = ""
+    tensors: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_run(
@@ -196,7 +195,6 @@ class LoriRecord:
         """Add what a reader checks: the SHA-256 of PEFT's settings and of every tensor."""
         return replace(
             self,
-            format_version=RECORD_VERSION,
             adapter_config=hash_settings(adapter_config),
             tensors=dict(sorted(tensors.items())),
         )
@@ -249,7 +247,8 @@ class LoriRecord:
             "counts": not 0 <= (self.counts.selected or 0) <= self.counts.lora_B <= self.counts.lora,
             "tasks": len({record.task for record in self.tasks}) < len(self.tasks)
             or any(not 0 <= record.selected <= self.counts.lora_B for record in self.tasks),
-            "tensors": self.format_version > 1 and (self.tensors is None or self.adapter_config is None),
+            "adapter_config": not self.adapter_config,
+            "tensors": not self.tensors,
         }
         wrong = [name for name, is_wrong in faults.items() if is_wrong]
         if wrong:
@@ -273,10 +272,10 @@ class LoriRecord:
                 raise TypeError(f"{type(values).__name__} instead of an object")
             values = dict(values)
             checksum = values.pop("sha256", None)
-            later = check_version(values.get("format_version"), RECORD_VERSION, file) > 1
+            check_version(values.get("format_version"), file)
         except TypeError as error:
             raise _unreadable(file, error) from error
-        if later and checksum != _checksum(values) and not allow_modified:
+        if checksum != _checksum(values) and not allow_modified:
             raise ValueError(
                 f"`{file}` was changed after it was saved: its contents do not match its own checksum. What it says "
                 "of masks and A decides what an adapter is. Fetch or save it again; if you changed it on purpose, "
@@ -292,7 +291,7 @@ class LoriRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON holds them, with a checksum over all of them."""
         values = plain(self)
-        return {**values, "sha256": _checksum(values)} if self.format_version > 1 else values
+        return {**values, "sha256": _checksum(values)}
 
     def to_json(self) -> str:
         """Return the contents of `lori_config.json`."""
@@ -318,15 +317,15 @@ def read_record(folder: str | Path, *, allow_modified: bool = False) -> LoriReco
 
 def hash_settings(adapter_config: Mapping[str, Any]) -> str:
     """
-    Hash what of PEFT's `adapter_config.json` decides what the adapter does: SHA-256.
+    Hash what of PEFT's `adapter_config.json` decides what the adapter does to its modules: SHA-256.
 
-    The same for any order of keys and names, whoever wrote the file; settings that are off do not count, nor where the
-    base model lies.
+    The same for any order of keys and names, whichever version of PEFT wrote the file, and wherever the base model
+    lies. Which modules the adapter has, its tensors say, which have hashes of their own.
     """
     values = {
         name: sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value
-        for name, value in adapter_config.items()
-        if name not in _NO_SETTINGS and value not in (None, False, 0, "none", [], {})
+        for name in DECIDE_THE_DELTA & adapter_config.keys()
+        if (value := adapter_config[name]) not in UNSET
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

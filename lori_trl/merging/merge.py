@@ -203,9 +203,8 @@ def _merged_adapters(
 
 
 def _hashes(source: AdapterFolder) -> dict[str, str]:
-    """Return the SHA-256 of its files; a record of format 2 holds those of the matrices, which are checked as read."""
-    sealed = source.record is not None and source.record.tensors is not None
-    names = [ADAPTER_CONFIG, RECORD_NAME] if sealed else [*PEFT_FILES, *([RECORD_NAME] if source.record else [])]
+    """Return the SHA-256 of its files; a record holds those of the matrices, which are checked as they are read."""
+    names = PEFT_FILES if source.record is None else (ADAPTER_CONFIG, RECORD_NAME)
     return {name: hash_file(source.folder / name, lfs=True) for name in names}
 
 

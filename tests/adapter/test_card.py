@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from files_by_hand import seal
 from huggingface_hub import ModelCard
 from tiny import make_trainer, trained_adapter
 
@@ -38,7 +39,7 @@ PEFT = {
     "target_modules": ["v_proj", "q_proj"],
 }
 LORI = {
-    "format_version": 1,
+    "format_version": 2,
     "task": "code",
     "phase": "adaptation",
     "variant": "LoRI-S",
@@ -71,6 +72,8 @@ LORI = {
         ],
     },
     "versions": {"lori_trl": "0.1.0", "trl": "1.16.0", "peft": "0.21.2"},
+    "adapter_config": "0" * 64,
+    "tensors": {"base_model.model.a.lora_A.weight": "0" * 64},
 }
 RESULTS = {
     "format_version": 1,
@@ -98,7 +101,7 @@ def changed(**changes) -> dict:
 
 
 def record(values: dict = LORI) -> LoriRecord:
-    return LoriRecord.from_dict(values)
+    return LoriRecord.from_dict(seal(values))
 
 
 def single() -> str:

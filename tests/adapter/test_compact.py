@@ -24,7 +24,6 @@ from lori_trl.method.layers import tensor_name
 from lori_trl.method.projections import Projection, draw_projection, fingerprint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-GOLDEN_FOLDER = GOLDEN / "adapter_v1"
 
 RESTORED = ["adapter_config.json", "adapter_model.safetensors", "lori_config.json", "masks/code.safetensors"]
 
@@ -129,12 +128,12 @@ def test_int8_has_a_scale_a_matrix(folder, tmp_path):
     load_lori_adapter(make_llama(), tmp_path / "again")
 
 
-def test_version_1_is_read_for_ever(tmp_path, caplog):
-    expand(GOLDEN / "compact_v1.safetensors", tmp_path / "again")
-    assert "version 1, which has no checksum" in caplog.text
-    again, before = (load_file(place / "adapter_model.safetensors") for place in (tmp_path / "again", GOLDEN_FOLDER))
+def test_a_file_of_format_2_is_read_for_ever(tmp_path):
+    expand(GOLDEN / "compact.safetensors", tmp_path / "again")
+    folders = tmp_path / "again", GOLDEN / "adapter"
+    again, before = (load_file(place / "adapter_model.safetensors") for place in folders)
     assert all(torch.equal(again[name], before[name]) for name in before)
-    assert LoriMasks.from_pretrained(GOLDEN / "compact_v1.safetensors") == LoriMasks.from_pretrained(GOLDEN_FOLDER)
+    assert LoriMasks.from_pretrained(GOLDEN / "compact.safetensors") == LoriMasks.from_pretrained(GOLDEN / "adapter")
 
 
 # ---- the code --------------------------------------------------------------------------------------------------
@@ -231,6 +230,7 @@ def grow(metadata: dict, rows: int) -> None:
     ("change", "says"),
     [
         (lambda metadata, tensors: metadata.update(format_version=3), "Upgrade"),
+        (lambda metadata, tensors: metadata.update(format_version=1), "format_version=1"),
         (lambda metadata, tensors: metadata.pop("modules"), "not a readable compact adapter"),
         (lambda metadata, tensors: metadata["dtypes"].update(A="int8"), "dtypes"),
         (lambda metadata, tensors: metadata["lori_config"].update(task="../../x"), "task_name="),

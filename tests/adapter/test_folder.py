@@ -175,9 +175,9 @@ def test_staging_replaces_the_config_last(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "new")) == ["aaa", "lori_config.json", "zzz"]
 
 
-def test_version_1_loads_for_ever(model):
-    """Golden: an adapter as version 0.1.0 wrote it."""
-    loaded = load_lori_adapter(model, Path(__file__).parents[1] / "golden" / "adapter_v1")
+def test_format_2_loads_for_ever(model):
+    """Golden: an adapter as format 2 was first written."""
+    loaded = load_lori_adapter(model, Path(__file__).parents[1] / "golden" / "adapter")
     assert isinstance(loaded, PeftModel) and loaded.lori_masks["code"].num_selected == 204
     torch.testing.assert_close(logits(loaded)[0, 5, :3], torch.tensor(GOLDEN_LOGITS), rtol=1e-4, atol=1e-5)
 

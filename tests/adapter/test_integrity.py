@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from tiny import make_llama, trained_adapter
 
 from lori_trl import cli, load_lori_adapter, merge_lori_adapters, push_lori_to_hub
+from lori_trl.adapter import folder as folder_module
 from lori_trl.adapter.gguf_export import export_gguf
 from lori_trl.compact import export_compact
 from lori_trl.continual import extract_task, read_ledger
 from lori_trl.evaluation import with_adapter
 from lori_trl.inspection import inspect_adapters
+from lori_trl.method.lora_fields import KNOWN
 
 B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 
@@ -102,6 +104,47 @@ def test_a_file_that_peft_wrote_again_is_the_same_adapter(folder, tmp_path):
     load_lori_adapter(make_llama(), folder)
 
 
+def change_config(folder: Path, **changes) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_config_that_another_peft_wrote_is_the_same_adapter(reader, folder, tmp_path):
+    """PEFT shortens lists of targets, and every version has fields of its own."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    change_config(folder, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.1, use_next=None, next=False)
+    READERS[reader](folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("is_lori", [True, False])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_setting_that_nobody_knows_is_refused_by_name(reader, is_lori, folder, tmp_path):
+    change_config(folder, use_mirror_lora=True)
+    if not is_lori:
+        (folder / "lori_config.json").unlink()
+    with pytest.raises(ValueError, match="sets use_mirror_lora=True, which PEFT .* does not know"):
+        READERS[reader](folder, tmp_path / "out", allow_modified=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_later_peft_writes_by_default_is_no_unknown_setting(folder, monkeypatch):
+    monkeypatch.setattr(folder_module, "KNOWN", KNOWN - {"megatron_core", "qalora_group_size"})
+    load_lori_adapter(make_llama(), folder)
+    change_config(folder, qalora_group_size=32)
+    with pytest.raises(ValueError, match="sets qalora_group_size=32"):
+        load_lori_adapter(make_llama(), folder)
+
+
+@pytest.mark.parametrize("is_lori", [True, False])
+def test_a_module_that_peft_would_leave_out_is_named(is_lori, folder):
+    change_config(folder, target_modules=["q_proj"])
+    if not is_lori:
+        (folder / "lori_config.json").unlink()
+    with pytest.raises(ValueError, match="its adapter_config.json leaves out model.layers.0.mlp.down_proj"):
+        evaluate(folder)
+
+
 def test_what_plain_peft_trained_on_can_be_continued(folder, tmp_path, capsys):
     model = PeftModel.from_pretrained(make_llama(), folder, is_trainable=True)
     with torch.no_grad():
@@ -125,9 +168,3 @@ def test_a_changed_record_is_no_secret(folder):
     ):
         with pytest.raises(ValueError, match="was changed after it was saved"):
             read(folder)
-
-
-def test_version_1_is_read_with_one_warning(caplog):
-    golden = Path(__file__).parents[1] / "golden" / "adapter_v1"
-    load_lori_adapter(make_llama(), golden)
-    assert caplog.text.count("is of format 1, which has no checksums") == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from files_by_hand import seal
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -157,8 +158,8 @@ def test_several_tasks_in_a_folder(tmp_path):
     random_masks(1, task="old").save_pretrained(tmp_path)
     random_masks(2, task="new").save_pretrained(tmp_path)
     assert LoriMasks.from_pretrained(tmp_path).task == "new"  # the newest file, where nothing is on record
-    record = json.loads((GOLDEN / "adapter_v1" / "lori_config.json").read_text()) | {"task": "old"}
-    (tmp_path / "lori_config.json").write_text(json.dumps(record))
+    record = json.loads((GOLDEN / "adapter" / "lori_config.json").read_text()) | {"task": "old"}
+    (tmp_path / "lori_config.json").write_text(json.dumps(seal(record)))
     assert LoriMasks.from_pretrained(tmp_path).task == "old"
     assert LoriMasks.from_pretrained(tmp_path, task="new") == random_masks(2)
     with pytest.raises(FileNotFoundError, match="no masks of task 'none'. It has those of new, old"):
@@ -187,10 +188,11 @@ def test_altered_metadata_is_found(tmp_path):
     save_file(tensors, file, metadata={"lori_masks": metadata["lori_masks"].replace("0.7", "0.8")})
     with pytest.raises(ValueError, match="do not match their checksum"):
         LoriMasks.from_pretrained(file)
-    later = json.loads(metadata["lori_masks"]) | {"format_version": 99}
-    save_file(tensors, file, metadata={"lori_masks": json.dumps(later)})
-    with pytest.raises(ValueError, match="format_version 99.*Upgrade"):
-        LoriMasks.from_pretrained(file)
+    for version, says in ((99, "format_version 99.*Upgrade"), (1, "format_version=1")):
+        other = json.loads(metadata["lori_masks"]) | {"format_version": version}
+        save_file(tensors, file, metadata={"lori_masks": json.dumps(other)})
+        with pytest.raises(ValueError, match=says):
+            LoriMasks.from_pretrained(file)
 
 
 @pytest.mark.parametrize("task", [None, "", "a/b", "../x", "-x", "a b", "x" * 97, "a\n"])
@@ -200,7 +202,7 @@ def test_a_task_that_cannot_name_a_file_is_refused(task, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_version_1_loads_for_ever():
-    masks = LoriMasks.from_pretrained(GOLDEN / "masks_v1.safetensors")
+def test_format_2_loads_for_ever():
+    masks = LoriMasks.from_pretrained(GOLDEN / "masks.safetensors")
     assert masks == random_masks(5) and masks.task == "golden" and masks.sparsity == 0.7
     assert masks.projection == Projection("gaussian", 7, "sha256:00")
