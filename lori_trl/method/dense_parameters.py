@@ -17,17 +17,23 @@ def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parame
 
     Returns:
         `dict[str, nn.Parameter]`: name in the model -> parameter.
-
-    Raises:
-        `ValueError`: something is trained that PEFT would not save with the adapter.
     """
-    saved_whole = tuple(name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    dense = {
+    return {
         name: parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and f".lora_B.{adapter_name}." not in name and f".{VALUES}." not in name
     }
-    unsaved = [name for name in dense if not name.startswith(tuple(f"{wrapper}." for wrapper in saved_whole))]
+
+
+def check_saved(model: PeftModel, adapter_name: str) -> None:
+    """
+    Refuse a model of which something is trained that PEFT would not save with the adapter.
+
+    Raises:
+        `ValueError`: something is.
+    """
+    wrappers = [f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    unsaved = [name for name in dense_parameters(model, adapter_name) if not name.startswith(tuple(wrappers))]
     if unsaved:
         raise ValueError(
             f"{len(unsaved)} parameters would be trained and not be saved with the adapter: {', '.join(unsaved[:3])}"
@@ -35,7 +41,6 @@ def dense_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parame
             "`trainable_token_indices` of the `LoraConfig` name. Name them there, or freeze them with "
             "`requires_grad_(False)`."
         )
-    return dense
 
 
 def dense_counts(model: PeftModel, adapter_name: str) -> dict[str, int]:

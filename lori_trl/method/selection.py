@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+from .sharding import gather_like, local, shard_like
 
 # Entries looked at in one go, of several tensors together. It bounds the temporaries to some 20 MB. Smaller ones mean
 # thousands of operations, each of which waits for all of its threads: on a busy machine, that is what takes the time.
@@ -47,14 +49,16 @@ def select_largest(
     names = sorted(tensors)
     sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     group = next(iter(sharded.values())).device_mesh.get_group() if sharded else None
-    exclude = {name: _local(_shard_like(mask, tensors[name])) for name, mask in (exclude or {}).items()}
-    tensors = {name: _local(tensor) for name, tensor in tensors.items()}
+    exclude = {name: local(shard_like(mask, tensors[name])) for name, mask in (exclude or {}).items()}
+    tensors = {name: local(tensor) for name, tensor in tensors.items()}
 
+    # Three passes over all entries: two for the K-th largest, one that compares each entry with it.
     kth, ties, ties_left_out = _kth_largest(tensors, exclude, names, k, group)
     if ties_left_out == 0:
         above, ties = kth - 1, 0  # all of them are taken: no counting
     else:
         above = kth
+    # Each tensor learns beforehand how many of its ties it may take. So no rank needs to know the others' rows.
     quotas = _tie_quotas(tensors, exclude, names, kth, ties, group) if ties > 0 else {}
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for pieces, bits in _magnitude_bits(tensors, exclude, names):
@@ -66,7 +70,7 @@ def select_largest(
                 quotas[name] -= positions.numel()
             parts[name].append(part)
     masks = {name: _join(parts.pop(name), tensors[name]) for name in names}
-    masks |= {name: _gather_like(masks[name], sharded[name]) for name in sharded}
+    masks |= {name: gather_like(masks[name], sharded[name]) for name in sharded}
     smallest = torch.tensor(kth if kth < _NOTHING else 0, dtype=torch.int32).view(torch.float32).item()
     return masks, smallest
 
@@ -79,6 +83,7 @@ def _kth_largest(
     group: dist.ProcessGroup | None,
 ) -> tuple[int, int, int]:
     """Return the bit pattern of the K-th largest magnitude, and how many of its ties to take and to leave out."""
+    # The sign bit is cleared, so 15 of the upper 16 bits remain: 32,768 bins, the largest numbers in the last ones.
     upper = torch.zeros(1 << 15, dtype=torch.int64)
     for _, bits in _magnitude_bits(tensors, exclude, names):
         upper += torch.bincount(bits >> 16, minlength=1 << 15).cpu()
@@ -92,6 +97,7 @@ def _kth_largest(
         )
     high, above = _bin_of_kth(upper, min(k, int(upper.sum())))
 
+    # Within that bin, the lower 16 bits tell the values apart: one value a bin, so that a bin's count is its ties.
     lower = torch.zeros(1 << 16, dtype=torch.int64)
     for _, bits in _magnitude_bits(tensors, exclude, names):
         lower += torch.bincount(bits[(bits >> 16) == high] & 0xFFFF, minlength=1 << 16).cpu()
@@ -99,7 +105,8 @@ def _kth_largest(
     if high == 0:
         lower[0] = 0  # zeros are no candidates
     k_within = min(k - above, int(lower.sum()))
-    if k_within <= 0:  # nothing but zeros is left in this bin
+    if k_within <= 0:
+        # Fewer than k entries are nonzero: bin 0 holds zeros alone. All that lie above it are asked for instead.
         return _kth_largest(tensors, exclude, names, above, group) if above > 0 else (_NOTHING, 0, 0)
     low, above_within = _bin_of_kth(lower, k_within)
     ties = k_within - above_within
@@ -115,6 +122,7 @@ def _tie_quotas(
     group: dist.ProcessGroup | None,
 ) -> dict[str, int]:
     """Share the ties out over (name, rank) in order: rank by rank is row by row, since tensors are sharded by rows."""
+    # Ties go to the lowest position. Entries are counted here by (name, rank), which is the order of their positions.
     counts = torch.tensor(
         [sum(int((bits == kth).sum()) for _, bits in _magnitude_bits(tensors, exclude, [name])) for name in names]
     )
@@ -122,6 +130,7 @@ def _tie_quotas(
     by_rank = torch.zeros(len(names), ranks, dtype=torch.int64)
     by_rank[:, rank] = counts
     _sum_over_ranks(by_rank, group)
+    # What (name, rank) may take is what is left of the ties after all before it took theirs.
     taken_before = by_rank.flatten().cumsum(0).view_as(by_rank) - by_rank
     quotas = torch.minimum(by_rank, (ties - taken_before).clamp(min=0))
     return dict(zip(names, quotas[:, rank].tolist(), strict=True))
@@ -134,24 +143,9 @@ def _sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> None:
         counts.copy_(on_device)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _shard_like(whole: Tensor, model: Tensor) -> Tensor:
-    if isinstance(model, DTensor) and not isinstance(whole, DTensor):
-        return distribute_tensor(whole.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
-    return whole
-
-
-def _gather_like(shard: Tensor, model: DTensor) -> Tensor:
-    mesh, placements = model.device_mesh, model.placements
-    whole = DTensor.from_local(shard.byte(), mesh, placements, shape=model.shape, stride=model.stride())
-    return whole.full_tensor().bool()
-
-
 def _bin_of_kth(histogram: Tensor, k: int) -> tuple[int, int]:
     """Return the bin that holds the K-th largest entry (k >= 1), and how many entries lie in the bins above it."""
+    # from_top[i] counts the entries in the i + 1 highest bins. The first one that reaches k is the bin that is wanted.
     from_top = histogram.flip(0).cumsum(0)
     bins_above = int(torch.searchsorted(from_top, k))
     return histogram.numel() - 1 - bins_above, int(from_top[bins_above - 1]) if bins_above else 0
@@ -165,6 +159,7 @@ def _magnitude_bits(
 ) -> Iterator[tuple[list[Piece], Tensor]]:
     """Yield (pieces, bit patterns of their magnitudes as int32) chunk by chunk; excluded entries read as 0."""
     for pieces in _chunks(tensors, names):
+        # float32 has every bfloat16 and float16 exactly. Without the sign bit, its bits are those of the magnitude.
         parts = [tensors[name].detach().reshape(-1)[start:end].float() for name, start, end in pieces]
         bits = torch.cat(parts).view(torch.int32).bitwise_and_(0x7FFFFFFF)
         for (name, start, end), piece in zip(pieces, *_split(pieces, bits), strict=True):

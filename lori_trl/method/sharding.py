@@ -26,12 +26,41 @@ def full_shape(weight: nn.Parameter) -> torch.Size:
     return getattr(weight, "ds_shape", weight.shape)  # ZeRO-3's name for it
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return what of a tensor is here: all of it, but for a `DTensor`."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(whole: Tensor, model: Tensor) -> Tensor:
+    """Shard what every rank has whole as another tensor is sharded, if it is; nothing is sent. Its type stays."""
+    if not isinstance(model, DTensor) or isinstance(whole, DTensor):
+        return whole
+    return distribute_tensor(whole.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+
+
+def gather_like(shard: Tensor, model: DTensor) -> Tensor:
+    """Put the ranks' parts of a bool tensor together that is sharded as another one is."""
+    whole = DTensor.from_local(  # as bytes: gloo exchanges no bools
+        shard.byte(), model.device_mesh, model.placements, shape=model.shape, stride=model.stride()
+    )
+    return whole.full_tensor().bool()
+
+
+def flat_range(sharded: DTensor) -> tuple[int, int]:
+    """Return which flat positions of a tensor sharded by rows this rank holds. Rows are dealt out as by `chunk`."""
+    rows, ranks = sharded.shape[0], sharded.device_mesh.size()
+    row_size = sharded.numel() // rows
+    # All ranks but the last few have the same number of rows, rounded up. So those last ones have fewer, or none.
+    first = min(-(-rows // ranks) * sharded.device_mesh.get_local_rank(), rows)
+    return first * row_size, first * row_size + sharded.to_local().numel()
+
+
 @torch.no_grad()
 def gather(weight: Tensor) -> Tensor:
     """Return a copy of the whole parameter, on its device."""
     if isinstance(weight, DTensor):
         return weight.full_tensor()
-    with _gathered(weight):
+    with _gathered(weight):  # outside of this context, ZeRO-3's parameter is empty
         return weight.detach().clone()
 
 
@@ -45,24 +74,24 @@ def assign(weight: nn.Parameter, value: Tensor) -> None:
         value (`Tensor`): the whole of what it shall be, the same on every rank.
     """
     if isinstance(weight, DTensor):
-        weight.copy_(_shard_like(value, weight))
+        weight.copy_(shard_like(value.to(weight.dtype), weight))
         return
-    with _gathered(weight, modified_by=0):
+    with _gathered(weight, modified_by=0):  # at its end, every rank takes its part of what rank 0 has
         weight.copy_(value)
 
 
 @torch.no_grad()
 def change(weight: nn.Parameter, before: Tensor) -> Tensor:
     """
-    Return how far a parameter has moved: a `DTensor` stays one, everything else comes to the CPU, whole.
+    Return how far a parameter has moved, in float32: a `DTensor` stays one, everything else comes to the CPU, whole.
 
     Args:
         weight (`nn.Parameter`): the parameter.
         before (`Tensor`): the whole of what it was, on the CPU.
     """
     if isinstance(weight, DTensor):
-        return weight.detach() - _shard_like(before, weight)
-    return gather(weight).cpu() - before.to(weight.dtype)
+        return weight.detach().float() - shard_like(before.float(), weight)
+    return gather(weight).cpu().float() - before.float()
 
 
 def mask_shards(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | None) -> list[RemovableHandle]:
@@ -80,7 +109,7 @@ def mask_shards(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]
     if masks is None:
         return []
     return [
-        weight.register_post_accumulate_grad_hook(_zero_outside(_shard_like(masks[path], weight).to_local()))
+        weight.register_post_accumulate_grad_hook(_zero_outside(local(shard_like(masks[path], weight))))
         for path, weight in weights.items()
         if isinstance(weight, DTensor) and weight.requires_grad
     ]
@@ -100,7 +129,7 @@ def adapter_state(model: "PeftModel", adapter_name: str, keep: bool) -> dict[str
     """
     state = {}
     for name, weight in _adapter_weights(model, adapter_name):
-        whole = gather(weight)
+        whole = gather(weight)  # on every rank, for all must take part
         if keep:
             state[name] = whole.cpu()
     return state
@@ -113,14 +142,8 @@ def _adapter_weights(model: "PeftModel", adapter_name: str) -> Iterator[tuple[st
             yield name, weight
 
 
-def _shard_like(whole: Tensor, sharded: DTensor) -> DTensor:
-    """Take this rank's part of what every rank has whole: nothing is sent."""
-    whole = whole.to(sharded.device, sharded.dtype if whole.is_floating_point() else None)
-    return distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
-
-
 def _zero_outside(mask: Tensor) -> Callable[[Any], Any]:
-    outside = ~mask
+    outside = ~mask  # inverted once, not in every step
     return lambda shard: shard.grad.to_local().masked_fill_(outside, 0)
 
 

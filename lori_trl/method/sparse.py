@@ -1,32 +1,35 @@
-"""Training B on a mask, by two backends that give one result.
+"""Training B on a mask, by two backends.
 
 `hook` is the paper's way and the yardstick: B stays dense, and hooks on it zero its gradient outside the mask.
 
 `packed` makes the trained entries of a matrix one 1-D parameter, the values, and freezes B itself. Gradients,
-optimizer state and the printed parameter count are then truly a tenth of B's, and every optimizer works unchanged. The
-values are folded into B before B is read, so that whoever looks at B (saving, merging, another adapter) sees what was
-trained; after an optimizer's step, [`fold_values`] does it.
+optimizer state and the printed parameter count are then truly a tenth of B's. An optimizer that treats every entry by
+itself (SGD, Adam, Lion, ...) gives the same values as with `hook`. One whose update depends on a parameter's shape
+does not: Adafactor estimates a matrix's second moments from its rows and columns, which a vector does not have.
+
+The values are folded into B before B is read, so that whoever looks at B (saving, merging, another adapter) sees what
+was trained; after an optimizer's step, [`fold_values`] does it.
 
 Masks and positions are buffers of the layer, so that they follow it to any device; they are in no state dict.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.lora.variants import _register_frozen_peft_weight
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as module_hooks
 from torch.nn.parallel import DistributedDataParallel
+from transformers.pytorch_utils import Conv1D
 
+from .branch import Branch, LayerWithBranch, Unpacked, fold_into
 from .layers import VALUES, lora_layers
+from .sharding import flat_range
 
 SPARSE_BACKENDS = ("packed", "hook")
 # The layer's other attributes. As with `VALUES`, there is no "lora_" in them.
@@ -50,21 +53,17 @@ def sparse_training(
 
     Source: Algorithm 1, line 18.
     """
-    undo: list[Callable[[], None]] = []
-    try:
+    with ExitStack() as undo:
         for path, layer in lora_layers(model, adapter_name).items():
             if not layer.lora_B[adapter_name].weight.requires_grad:
                 continue  # frozen by hand, and so it stays
             mask = None if masks is None or masks[path].all() else masks[path]
             if backend == "packed":
-                undo.append(_pack(layer, adapter_name, mask))
+                undo.callback(_pack(layer, adapter_name, mask))
             elif mask is not None:
-                undo.append(_zero_gradient_outside(layer, adapter_name, mask))
-        undo.append(_keep_to_this_rank(model))
+                undo.callback(_zero_gradient_outside(layer, adapter_name, mask))
+        undo.callback(_keep_to_this_rank(model))
         yield
-    finally:
-        for restore in undo:
-            restore()
 
 
 def fold_values(model: PeftModel, adapter_name: str) -> None:
@@ -105,14 +104,22 @@ def _packed_layers(model: PeftModel, adapter_name: str) -> Iterator[tuple[LoraLa
 
 def _keep_to_this_rank(model: PeftModel) -> Callable[[], None]:
     """Keep DDP from sending masks and positions, which are the same on every rank, with every forward pass."""
-    names = [name for name, _ in model.named_buffers() if name.rpartition(".")[2] in (INDICES, MASK)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    return lambda: delattr(model, "_ddp_params_and_buffers_to_ignore")
+    ours = [name for name, _ in model.named_buffers() if name.rpartition(".")[2] in (INDICES, MASK)]
+    others = vars(model).get("_ddp_params_and_buffers_to_ignore")  # what somebody else wants DDP to leave alone
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*(others or ()), *ours])
+
+    def restore() -> None:
+        del model._ddp_params_and_buffers_to_ignore
+        if others is not None:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, others)
+
+    return restore
 
 
 def _zero_gradient_outside(layer: LoraLayer, adapter_name: str, mask: Tensor) -> Callable[[], None]:
     """Zero the gradient of a layer's B outside a mask. Returns the function that ends it."""
     weight = layer.lora_B[adapter_name].weight
+    # A buffer, which `model.to(device)` moves; the hook below reads it anew each time.
     layer.register_buffer(MASK, mask.to(weight.device), persistent=False)
     # Runs before a gradient is accumulated, reduced over ranks or clipped: nothing behind it sees the other entries.
     hook = weight.register_hook(lambda gradient: gradient.masked_fill(~getattr(layer, MASK), 0))
@@ -129,8 +136,9 @@ def _pack(layer: LoraLayer, adapter_name: str, mask: Tensor | None) -> Callable[
     weight = layer.lora_B[adapter_name].weight
     if mask is None:
         layer.lora_variant[adapter_name] = SparseLora(packed=False)
-        return lambda: layer.lora_variant.pop(adapter_name)
+        return lambda: layer.lora_variant.pop(adapter_name, None)  # nothing is there if the adapter was deleted
 
+    # `set_adapter()` thaws all weights of the adapter that it activates, but for those in PEFT's registry.
     frozen_before = layer.frozen_peft_weight_names
     _register_frozen_peft_weight(layer, adapter_name, "lora_B")
     indices = mask.flatten().nonzero().flatten().to(weight.device)
@@ -139,7 +147,9 @@ def _pack(layer: LoraLayer, adapter_name: str, mask: Tensor | None) -> Callable[
     layer.register_buffer(INDICES, indices, persistent=False)
     setattr(layer, VALUES, nn.ParameterDict())
     if variant.packed:
-        getattr(layer, VALUES)[adapter_name] = nn.Parameter(weight.detach().flatten()[indices])
+        # float32 whatever B's type. In bfloat16 a step of less than 0.4 % of a value would be lost.
+        values = weight.detach().flatten()[indices].to(torch.promote_types(weight.dtype, torch.float32))
+        getattr(layer, VALUES)[adapter_name] = nn.Parameter(values)
     layer.adapter_layer_names = (*type(layer).adapter_layer_names, VALUES)  # `set_adapter()` freezes and thaws it
     hooks = [
         layer.register_state_dict_pre_hook(_fold_layer),
@@ -199,20 +209,21 @@ class SparseLora(LoraVariant):
         if self.idle:
             return result
         A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        values, indices = self._values(module, active_adapter) if self.packed else (None, None)
+        if self.packed:
+            B = Unpacked.apply(*self._values(module, active_adapter), B)
         dropout = module.lora_dropout[active_adapter]
         drop_share = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
-        device, base, W = x.device.type, module.get_base_layer(), None
-        in_place = not _hooks(base)  # a hook may have kept the base layer's output
+        device, base, scaling = x.device.type, module.get_base_layer(), module.scaling[active_adapter]
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast:
             x = x.to(torch.get_autocast_dtype(device))
-        elif x.requires_grad and x.dtype == base.weight.dtype and len(module.active_adapters) == 1 and _is_plain(base):
-            # One backward function for the layer and its branch: the branch's part of the gradient is added in place.
-            result, W = result.detach(), base.weight
+        # Under autocast the base layer computes with a copy of W in another type, which is not at hand here.
+        fused = not autocast and x.requires_grad and x.dtype == base.weight.dtype and result.is_contiguous()
+        if fused and len(module.active_adapters) == 1 and _is_untouched(base) and _is_frozen_linear(base):
+            return LayerWithBranch.apply(x, result.detach(), base.weight, A, B, scaling, drop_share)
+        # The types are chosen by now; autocast would choose them once more for every product.
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            scaling = module.scaling[active_adapter]
-            return _SparseBranch.apply(result, x, B, values, A, W, indices, scaling, drop_share, in_place)
+            return Branch.apply(result, x, A, B, scaling, drop_share, _is_untouched(base))
 
     def _values(self, module: LoraLayer, adapter_name: str) -> tuple[Any, Tensor]:
         return getattr(module, VALUES)[adapter_name], getattr(module, INDICES)
@@ -224,10 +235,11 @@ class SparseLora(LoraVariant):
             return
         B, (values, indices) = module.lora_B[adapter_name].weight, self._values(module, adapter_name)
         if isinstance(B, DTensor):
-            start, end = _flat_range(B)
+            # B is sharded by rows and the values evenly: most of a rank's values belong into other ranks' rows.
+            start, end = flat_range(B)
             mine = (indices >= start) & (indices < end)
             B, indices, values = B.to_local(), indices[mine] - start, values.full_tensor()[mine]
-        _fold(B, indices, values)
+        fold_into(B, indices, values)
 
     @torch.no_grad()
     def read(self, module: LoraLayer, adapter_name: str) -> None:
@@ -238,7 +250,8 @@ class SparseLora(LoraVariant):
             return
         values, indices = self._values(module, adapter_name)
         if isinstance(B, DTensor):
-            start, end = _flat_range(values)
+            # The other way round: this rank's values may lie in any rank's rows.
+            start, end = flat_range(values)
             B, values, indices = B.full_tensor(), values.to_local(), indices[start:end]
         values.copy_(B.flatten()[indices])
 
@@ -254,14 +267,19 @@ class SparseLora(LoraVariant):
         return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 
-def _is_plain(base: nn.Module) -> bool:
-    """Say whether a frozen base layer is x W^T and nothing else, whose gradient for x is g W."""
+def _is_untouched(base: nn.Module) -> bool:
+    """Say whether a base layer's output is its own x W^T + b, which nobody else has seen or needs to keep."""
+    # A class of somebody's own may end in an activation that keeps its output for the backward pass.
+    return type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base) and not _has_hooks(base)
+
+
+def _is_frozen_linear(base: nn.Module) -> bool:
+    """Say whether a base layer's gradient for x is g W, with nothing to train and the whole of W here."""
     trained = any(parameter.requires_grad for parameter in base.parameters())
-    replaced = "forward" in vars(base)
-    return type(base) is nn.Linear and not (_hooks(base) or replaced or trained or isinstance(base.weight, DTensor))
+    return type(base) is nn.Linear and not trained and not isinstance(base.weight, DTensor)
 
 
-def _hooks(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     """Say whether somebody looks at what goes through a module, forward or backward."""
     return bool(
         module._forward_hooks
@@ -270,103 +288,3 @@ def _hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or module_hooks._has_any_global_hook()
     )
-
-
-def _flat_range(sharded: DTensor) -> tuple[int, int]:
-    """Return which flat positions of a tensor sharded by rows this rank holds. Rows are dealt out as by `chunk`."""
-    rows, ranks = sharded.shape[0], sharded.device_mesh.size()
-    row_size = sharded.numel() // rows
-    first = min(-(-rows // ranks) * sharded.device_mesh.get_local_rank(), rows)
-    return first * row_size, first * row_size + sharded.to_local().numel()
-
-
-def _fold(B: Tensor, indices: Tensor, values: Tensor) -> None:
-    # Through `.data`: the same numbers again must not count as a change of a tensor that a backward pass has saved.
-    B.data.view(-1).index_copy_(0, indices, values.detach())
-
-
-class _SparseBranch(torch.autograd.Function):
-    """
-    result + scaling * dropout(x) A^T B^T, written into `result` where `in_place` says so.
-
-    Where the base layer's W is given, `result` is that layer's output, detached, and the backward pass that of both.
-
-    For the backward pass it keeps x A^T (rank wide) and the positions that dropout zeroed; x itself is not
-    needed, since A is frozen. B is the gradient's receiver if `values` is `None`, else `values` is.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        result: Tensor,  # first, as autograd wants it where it is a view that is written to
-        x: Tensor,
-        B: Tensor,
-        values: Tensor | None,
-        A: Tensor,
-        W: Tensor | None,
-        indices: Tensor | None,
-        scaling: float,
-        drop_share: float,
-        in_place: bool,
-    ) -> Tensor:
-        if values is not None and indices is not None:
-            _fold(B, indices, values)
-        rows, dropped = x.reshape(-1, x.shape[-1]), None
-        if drop_share > 0:
-            dropped = _draw_dropped(x.numel(), drop_share, x.device)
-            rows = rows.flatten().index_fill(0, dropped, 0).view(rows.shape)
-            scaling = scaling / (1 - drop_share)
-        h = rows @ A.to(rows.dtype).T
-        ctx.save_for_backward(h, A, B, values, W, indices, dropped)
-        ctx.scaling, ctx.input_shape = scaling, x.shape
-        if in_place and result.dtype == h.dtype and result.is_contiguous():
-            ctx.mark_dirty(result)
-            result.view(-1, result.shape[-1]).addmm_(h, B.to(h.dtype).T, alpha=scaling)
-            return result
-        return result + (h @ B.to(h.dtype).T).mul_(scaling).view(result.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        h, A, B, values, W, indices, dropped = ctx.saved_tensors
-        rows = gradient.reshape(-1, gradient.shape[-1]).to(h.dtype)
-        d_x = d_B = d_values = None
-        if ctx.needs_input_grad[1]:
-            if values is not None and dist.is_available() and dist.is_initialized():
-                _fold(B, indices, values)  # FSDP gathers B anew for the backward pass
-            d_h, A = rows @ B.to(h.dtype), A.to(h.dtype)
-            if W is not None and dropped is None:
-                d_x = (rows @ W).addmm_(d_h, A, alpha=ctx.scaling)
-            else:
-                d_x = d_h.mul_(ctx.scaling) @ A
-                if dropped is not None:
-                    d_x.view(-1).index_fill_(0, dropped, 0)
-                if W is not None:
-                    d_x.addmm_(rows, W)
-            d_x = d_x.view(ctx.input_shape)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            d_B = rows.T @ h
-            if values is not None:
-                d_values = d_B.view(-1)[indices].mul_(ctx.scaling).to(values.dtype)
-                d_B = None
-            else:
-                d_B = d_B.mul_(ctx.scaling).to(B.dtype)
-        return gradient if W is None else None, d_x, d_B, d_values, None, None, None, None, None, None
-
-
-def _draw_dropped(numel: int, drop_share: float, device: torch.device) -> Tensor:
-    """
-    Draw which of `numel` entries are dropped: each with probability `drop_share`, independently.
-
-    Instead of one random number an entry it draws one a dropped entry, the gap to the next one, which is geometrically
-    distributed. On a CPU most of the time that dropout takes goes into random numbers.
-
-    Returns:
-        `Tensor`: flat positions, int64, rising; some positions stand there more than once.
-    """
-    expected = numel * drop_share
-    count = int(expected + 6 * math.sqrt(expected) + 10)  # so that they reach the end, but for once in 1e9
-    gaps = torch.rand(count, device=device).neg_().log1p_().div_(math.log1p(-drop_share)).long()
-    positions = gaps.add_(1).cumsum(0).sub_(1)
-    # Those beyond the end repeat the first one: no data-dependent shape, so that a GPU need not be waited for.
-    return torch.where(positions < numel, positions, positions[0].clamp(max=numel - 1))

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapter.masks import LoriMasks
-from ..method.dense_parameters import dense_parameters
+from ..method.dense_parameters import check_saved, dense_parameters
 from ..method.layers import pools
 from ..method.lora_options import check_lora_config, check_one_adapter
 from ..method.sparsity import num_to_select
@@ -86,6 +86,7 @@ def check_trained(
             f"{len(frozen)} of {len(weights)} modules have a frozen lora_B and are not trained, e.g. {frozen[0]}. To "
             "train them too, set `requires_grad_()`."
         )
+    check_saved(model, adapter_name)
     dense = dense_parameters(model, adapter_name)
     if dense and args.disjoint_masks:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from lori_trl import LoriMasks
+from lori_trl.method.branch import draw_dropped
 from lori_trl.method.layers import lora_layers
 from lori_trl.method.projections import init_projections
-from lori_trl.method.sparse import VALUES, SparseLora, _draw_dropped, sparse_training
+from lori_trl.method.sparse import VALUES, SparseLora, sparse_training
 
 
 @pytest.fixture
@@ -239,6 +241,17 @@ def test_deleting_the_adapter_takes_the_values_along(adapted):
     assert all(".other." in name for name in trainable(adapted))
 
 
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_adapter_can_be_deleted_in_every_phase(adapted, masked, backend):
+    adapted.add_adapter("other", lora_config())
+    with sparse_training(adapted, "default", random_masks(adapted) if masked else None, backend):
+        adapted.delete_adapter("default")
+    assert all(".other." in name for name in trainable(adapted))
+    assert not any("sparse" in name for name, _ in [*adapted.named_buffers(), *adapted.named_modules()])
+    loss(adapted)
+
+
 # ---- the layer moves, is copied, and is looked at -------------------------------------------------------------------
 
 
@@ -303,6 +316,90 @@ def test_hooks_on_a_base_layer_fire_and_see_what_peft_shows_them(adapted, kind, 
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_buffers_that_ddp_was_to_ignore_are_so_afterwards(adapted):
+    """Masks and positions are added to the list that is there, and taken out of it again."""
+    adapted._ddp_params_and_buffers_to_ignore = ["mine"]
+    with sparse_training(adapted, "default", random_masks(adapted)):
+        assert "mine" in adapted._ddp_params_and_buffers_to_ignore
+        assert len(adapted._ddp_params_and_buffers_to_ignore) == 15
+    assert adapted._ddp_params_and_buffers_to_ignore == ["mine"]
+
+
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+def test_B_need_not_be_contiguous(adapted, backend):
+    masks, expected = random_masks(adapted), {}
+    for layout in ("contiguous", "transposed"):
+        model = copy.deepcopy(adapted)
+        if layout == "transposed":
+            for weight in weights(model).values():
+                weight.data = weight.data.T.contiguous().T
+        with sparse_training(model, "default", masks, backend):
+            optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
+            for _ in range(2):
+                loss(model).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for path, weight in weights(model).items():
+            torch.testing.assert_close(weight, expected.setdefault(path, weight))
+            assert weight.is_contiguous() is (layout == "contiguous")
+
+
+def test_the_values_of_a_bfloat16_B_are_float32(adapted):
+    """A step far below bfloat16's resolution is not lost."""
+    model = copy.deepcopy(adapted).bfloat16()
+    with sparse_training(model, "default", random_masks(model)):
+        loss(model).backward()
+        values = list(trainable(model).values())
+        assert {value.dtype for value in values} == {value.grad.dtype for value in values} == {torch.float32}
+        before = [value.detach().clone() for value in values]
+        for value in values:
+            value.data += 1e-5
+        loss(model)
+        assert all((value > old).all() for value, old in zip(values, before, strict=True))
+    assert {weight.dtype for weight in weights(model).values()} == {torch.bfloat16}
+
+
+class Activated(nn.Linear):
+    """A linear layer of somebody's own that ends in an activation, which keeps its output for the backward pass."""
+
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
+@pytest.mark.parametrize("how", ["subclass", "forward replaced"])
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+def test_a_linear_layer_that_ends_in_an_activation(backend, how):
+    torch.manual_seed(0)
+    linear = Activated(8, 6) if how == "subclass" else nn.Linear(8, 6)
+    if how == "forward replaced":
+        linear.forward = lambda x, plain=linear.forward: plain(x).sigmoid()
+    model = get_peft_model(nn.ModuleDict({"one": linear}), lora_config(target_modules=["one"]))
+    layer = lora_layers(model, "default")["one"]
+    layer.lora_B["default"].weight.data.normal_()
+    x, gradients = torch.randn(5, 8), []
+    for ours in (False, True):
+        leaf = x.clone().requires_grad_()
+        with sparse_training(model, "default", None, backend) if ours else nullcontext():
+            layer(leaf).square().sum().backward()
+        gradients.append((leaf.grad, layer.lora_B["default"].weight.grad.clone()))
+        model.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+def test_a_layer_without_tokens(model, backend):
+    """An expert that no token goes to, with dropout."""
+    peft_model = get_peft_model(model, lora_config(lora_dropout=0.5)).train()
+    init_projections(peft_model, "default", seed=1)
+    masks = random_masks(peft_model)
+    layer = lora_layers(peft_model, "default")["model.layers.0.self_attn.q_proj"]
+    with sparse_training(peft_model, "default", masks, backend):
+        x = torch.zeros(0, 32, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.shape == (0, 32)
+        assert all(not weight.grad.any() for weight in trainable(layer).values())
+
+
 # ---- dropout -------------------------------------------------------------------------------------------------------
 
 
@@ -311,8 +408,9 @@ def test_dropped_entries_are_independent_and_of_the_right_share():
     numel, rounds, p = 1000, 4000, 0.05
     counts, pairs = torch.zeros(numel), torch.zeros(numel)
     for _ in range(rounds):
-        dropped = torch.zeros(numel)
-        dropped[_draw_dropped(numel, p, torch.device("cpu"))] = 1
+        dropped = torch.zeros(numel + 1)
+        dropped[draw_dropped(numel, p, torch.device("cpu"))] = 1
+        dropped = dropped[:-1]  # what lies past the end
         counts += dropped
         pairs += dropped * dropped.roll(1)
     sigma = (p * (1 - p) / rounds) ** 0.5
@@ -322,10 +420,24 @@ def test_dropped_entries_are_independent_and_of_the_right_share():
     assert (pairs.mean() / rounds - p * p).abs() < 1e-4
 
 
+def test_the_last_entry_is_dropped_no_more_often_than_the_others():
+    """Of 256 entries at p = 0.001, none is dropped 77 times of a hundred."""
+    torch.manual_seed(0)
+    config = lora_config(r=256, lora_alpha=256, target_modules=["one"], lora_dropout=0.001)
+    model = get_peft_model(nn.ModuleDict({"one": nn.Linear(256, 256, bias=False)}), config).train()
+    layer = lora_layers(model, "default")["one"]
+    layer.get_base_layer().weight.data.zero_()
+    for part in (layer.lora_A, layer.lora_B):
+        part["default"].weight.data.copy_(torch.eye(256))
+    layer.lora_variant["default"] = SparseLora()
+    kept = sum((layer(torch.ones(1, 256)) > 0).long() for _ in range(2000))
+    assert kept.min() > 1980
+
+
 @pytest.mark.parametrize("numel", [1, 2, 7])
 def test_few_entries_can_be_dropped(numel):
-    positions = torch.cat([_draw_dropped(numel, 0.3, torch.device("cpu")) for _ in range(50)])
-    assert 0 <= positions.min() and positions.max() < numel
+    positions = torch.cat([draw_dropped(numel, 0.3, torch.device("cpu")) for _ in range(50)])
+    assert set(positions.tolist()) == {*range(numel + 1)}  # the last is past the end
 
 
 def test_dropout_is_what_lora_means_by_it(model):
