@@ -298,6 +298,17 @@ class _Handler(BaseHTTPRequestHandler):
         siblings += [{"rfilename": name, "size": 1, "blobId": "0" * 40} for name in found.names]
         return _Answer(200, {"id": repo, "sha": commit.sha, "private": found.private, "siblings": siblings})
 
+    def tree(self, repo: str, revision: str) -> _Answer:
+        found = self._repo(repo)
+        entries = []
+        for name, content in sorted(self._revision(found, revision).files.items()):
+            entry = {"type": "file", "path": name, "size": len(content), "oid": git_sha(content)}
+            if name in found.lfs:
+                oid = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"size": len(content), "oid": oid, "pointerSize": 134}
+            entries.append(entry)
+        return _Answer(200, entries)
+
     def preupload(self, repo: str, revision: str) -> _Answer:
         found = self._repo(repo, write=True)
         commit = self._revision(found, revision)
@@ -441,6 +452,7 @@ _ROUTES = [
     ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
     ("GET", rf"/api/models/{_REPO}", _Handler.info),
     ("GET", rf"/api/models/{_REPO}/revision/(?P<revision>.+)", _Handler.info),
+    ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)", _Handler.tree),
     ("GET", rf"/api/models/{_REPO}/discussions", _Handler.discussions),
     ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>.+)", _Handler.preupload),
     ("POST", rf"/api/models/{_REPO}/commit/(?P<revision>.+)", _Handler.commit),

@@ -1,9 +1,11 @@
 """Files up to the Hub in one commit, which arrives whole or not at all."""
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import HFValidationError, httpx, validate_repo_id
 
-from ..inputs.files import replacing
+from ..inputs.files import parse_json, replacing
+from ..inputs.typed_values import plain, typed
 from .download import (
     WAITS,
     describe,
@@ -24,6 +27,8 @@ from .download import (
     look_at,
     patiently,
 )
+
+logger = logging.getLogger(__name__)
 
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{16,}")
 _FAILURES = (HfHubHTTPError, httpx.HTTPError, RuntimeError, ValueError)  # what the client raises when a push fails
@@ -158,42 +163,59 @@ class _Push:
         )
 
 
+@dataclass(frozen=True)
+class _Remembered:
+    """The head that the last push left on a branch, and of a later one that was on its way: name -> its hashes."""
+
+    commit: str
+    sent: dict[str, tuple[str, ...]]
+
+
 class _Memory:
     """
-    Remembers, in the folder that is pushed, the head that the last push from it left on each branch.
+    Remembers, in the folder that is pushed, what the last push from it left on each branch.
 
-    What is about to be sent is noted too: if the process dies before the answer, the commit is recognised later.
+    What is about to be sent is noted too: if the process dies before the answer, the commit is recognised later. A
+    file that was cut or cannot be written stops no push: what is not remembered is not checked.
     """
 
     def __init__(self, file: Path | None, branch: str):
         self.file, self.branch = file, branch
-        self.records = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+        self.records: dict[str, _Remembered] = {}
+        if file is not None:
+            with suppress(OSError, ValueError, TypeError, RecursionError):
+                self.records = typed(dict[str, _Remembered], parse_json(file.read_text(encoding="utf-8")), "")
 
     def check(self, head: _Head, push: _Push) -> None:
         """Raise if the head is neither the commit that was left there nor what was on its way."""
         record = self.records.get(self.branch)
-        if record is None or record["commit"] == head.commit:
+        if record is None or record.commit == head.commit:
             return
         hashes = {name: file.lfs.sha256 if file.lfs else file.blob_id for name, file in head.files.items()}
-        sent = record["sent"]
-        if not sent or not all(hashes.get(name) in known for name, known in sent.items()):
+        if not record.sent or not all(hashes.get(name) in known for name, known in record.sent.items()):
             raise _conflict(push, head, f" To put yours on top of it all the same, delete `{self.file}` first.")
 
     def note(self, head: _Head, push: _Push) -> None:
         """Note what is about to be sent."""
-        hashes = {name: [hash_file(file, lfs=True), hash_file(file, lfs=False)] for name, file in push.files.items()}
-        self._write({"commit": head.commit, "sent": hashes})
+        hashes = {name: (hash_file(file, lfs=True), hash_file(file, lfs=False)) for name, file in push.files.items()}
+        self._write(_Remembered(head.commit, hashes))
 
     def keep(self, commit: str) -> None:
         """Note the commit that has arrived."""
-        self._write({"commit": commit, "sent": {}})
+        self._write(_Remembered(commit, {}))
 
-    def _write(self, record: dict) -> None:
-        if self.file is not None:
-            self.records[self.branch] = record
+    def _write(self, record: _Remembered) -> None:
+        self.records[self.branch] = record
+        if self.file is None:
+            return
+        try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.file) as partial:
-                partial.write_text(json.dumps(self.records, indent=2), encoding="utf-8")
+                partial.write_text(json.dumps(plain(self.records), indent=2), encoding="utf-8")
+        except OSError as error:
+            logger.info(
+                f"`{self.file}` was not written ({error}): the next push does not know this commit as its own."
+            )
 
 
 def _find(push: _Push, head: _Head) -> CommitInfo | None:

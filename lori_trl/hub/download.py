@@ -1,5 +1,6 @@
 """Files down from the Hub: of one commit, and checked byte by byte."""
 
+import glob
 import hashlib
 import json
 import logging
@@ -7,11 +8,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from huggingface_hub import HfApi, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -23,6 +24,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import get_session, httpx
+
+from ..inputs.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +94,8 @@ def fetch_from_hub(
     chosen = _checked_names(repo_id, list(files), choose)
     for name in chosen:
         _check_size(repo_id, name, files[name].size or 0, max_bytes(name))
-    # The first by the revision's own name: so the cache learns which commit that is, for when it is offline.
-    folder = _fetch(repo_id, files[chosen[0]], info.sha, token, revision)
-    for name in chosen[1:]:
-        _fetch(repo_id, files[name], info.sha, token, info.sha)
+    folder = _fetch(repo_id, [files[name] for name in chosen], info.sha, token)
+    _note_commit(folder, revision or "main")
     return folder
 
 
@@ -177,30 +178,49 @@ def _check_size(repo_id: str, name: str, size: int, largest: int | None) -> None
         )
 
 
-def _fetch(repo_id: str, sibling: RepoSibling, commit: str, token: str | None, revision: str | None) -> Path:
-    name = sibling.rfilename
+@limited_silence()
+def _fetch(repo_id: str, siblings: list[RepoSibling], commit: str, token: str | None) -> Path:
+    wanted = siblings
     for again in (False, True):
+        patterns = [glob.escape(sibling.rfilename) for sibling in wanted]
 
-        def download(again=again):
-            return hf_hub_download(repo_id, name, revision=revision, token=token, force_download=again)
+        def download(patterns=patterns, again=again):
+            return snapshot_download(
+                repo_id, revision=commit, allow_patterns=patterns, token=token, force_download=again
+            )
 
         try:
-            file = Path(patiently(download, WAITS[:1]))  # the client itself has tried for half a minute
-        except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, ValueError) as error:
+            folder = Path(patiently(download, WAITS[:1]))  # the client itself has tried for half a minute
+            wanted = [sibling for sibling in siblings if not is_same(folder / sibling.rfilename, sibling)]
+        except (HfHubHTTPError, httpx.HTTPError, FileNotFoundError, ValueError) as error:
             if isinstance(error, HfHubHTTPError) and not is_transient(error):
-                raise _explained(repo_id, revision, error) from None
+                raise _explained(repo_id, commit, error) from None
             raise ConnectionError(
-                f"`{name}` of `{repo_id}` cannot be fetched ({describe(error, token)}). All files must come from "
-                f"commit {commit[:12]}, so no older copy is taken. Try again later."
+                f"The files of `{repo_id}` cannot be fetched ({describe(error, token)}). All must come from commit "
+                f"{commit[:12]}, so no older copy is taken. Try again later."
             ) from None
-        folder = file.parents[len(PurePosixPath(name).parts) - 1]
-        if folder.name == commit and is_same(file, sibling):
+        if not wanted:
             return folder
-        logger.warning(f"{name} of {repo_id} in the cache is not what the Hub has: fetching it again.")
+        logger.warning(f"{wanted[0].rfilename} of {repo_id} in the cache is not what the Hub has: fetching it again.")
     raise ValueError(
-        f"`{name}` of `{repo_id}` arrived altered, twice. Its hash must be the one that the Hub lists for commit "
-        f"{commit[:12]}. Try again; if it stays so, something between you and the Hub changes the files."
+        f"`{wanted[0].rfilename}` of `{repo_id}` arrived altered, twice. Its hash must be the one that the Hub lists "
+        f"for commit {commit[:12]}. Try again; if it stays so, something between you and the Hub changes the files."
     )
+
+
+def _note_commit(folder: Path, revision: str) -> None:
+    """
+    Note which commit a branch or tag is, in the cache's `refs/`, for when the Hub cannot be asked.
+
+    The client does that by itself only where it is asked for a branch, of which it takes whatever commit is newest.
+    """
+    if revision == folder.name:
+        return
+    with suppress(OSError):  # a cache that cannot be written has the files all the same
+        ref = folder.parents[1] / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(ref) as partial:
+            partial.write_text(folder.name)
 
 
 def _fetch_from_cache(
@@ -211,7 +231,7 @@ def _fetch_from_cache(
     error: Exception,
 ) -> Path:
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError:
         raise ConnectionError(
             f"`{repo_id}` cannot be fetched ({describe(error)}), and the cache does not have it. Fetching needs the "

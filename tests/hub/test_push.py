@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from lori_trl import LoriMasks, cli, load_lori_adapter, push_lori_to_hub
 from lori_trl.compact import export_compact
 from lori_trl.evaluation import with_adapter
+from lori_trl.hub.download import fetch_from_hub
 
 REPO = "me/code-lori-s"
 FILES = [
@@ -357,6 +358,26 @@ def test_somebodys_newer_commit_is_not_pushed_over(hub, folder):
     assert is_whole(hub, folder)
 
 
+@pytest.mark.parametrize(
+    "damaged", ['{"http', "", "[]", "null", '{"%s": 5}', '{"%s": {"commit": 5}}', '{"%s": {"commit": "a", "sent": 1}}']
+)
+def test_a_memory_that_was_cut_stops_no_push(hub, folder, damaged):
+    push_lori_to_hub(folder, REPO)
+    memory = folder / ".cache" / "lori_trl" / "pushed.json"
+    branch = next(iter(json.loads(memory.read_text())))
+    memory.write_text(damaged.replace("%s", branch))
+    change(folder)
+    push_lori_to_hub(folder, REPO)
+    assert is_whole(hub, folder)
+    assert json.loads(memory.read_text())[branch]["commit"] == hub.repos[REPO].branches["main"]
+
+
+def test_a_folder_that_cannot_be_written_is_pushed(hub, folder):
+    (folder / ".cache").write_text("no folder")
+    push_lori_to_hub(folder, REPO)
+    assert is_whole(hub, folder)
+
+
 @pytest.mark.parametrize("what", ["", "lost", "500-after", 503])
 def test_there_is_one_pull_request(hub, folder, what):
     hub.create(REPO)
@@ -627,6 +648,27 @@ def test_an_old_copy_is_not_taken_for_the_new_commit(hub, folder):
     hub.fail("HEAD", "/resolve/", 503, times=1000)
     with pytest.raises(ConnectionError, match="no older copy is taken"):
         LoriMasks.from_pretrained(REPO)
+
+
+def test_a_commit_that_comes_while_files_are_fetched_changes_nothing(hub, folder, monkeypatch):
+    push_lori_to_hub(folder, REPO)
+    pushed = LoriMasks.from_pretrained(folder)
+    flipped = LoriMasks({path: ~mask for path, mask in pushed.items()}, **vars(pushed.metadata))
+    flipped.save_pretrained(folder / "newer")
+    newer = contents(hub) | {"masks/code.safetensors": (folder / "newer/masks/code.safetensors").read_bytes()}
+    hub.fail("GET", "/tree/", "", first=lambda: hub.repos[REPO].commit("main", "newer", newer))
+    hub.fail("HEAD", "/resolve/", "", first=lambda: hub.repos[REPO].commit("main", "newest", newer))
+    assert LoriMasks.from_pretrained(REPO) == pushed
+    go_offline(monkeypatch)
+    assert LoriMasks.from_pretrained(REPO) == pushed  # `main` is the commit of which all files are there
+
+
+def test_names_that_are_patterns_are_names(hub):
+    files = {"masks/a[1].pt": b"one", "masks/a1.pt": b"other", "masks/b*.pt": b"two", "masks/bc.pt": b"other"}
+    hub.create(REPO, files=files)
+    wanted = ["masks/a[1].pt", "masks/b*.pt"]
+    folder = fetch_from_hub(REPO, lambda names: [name for name in names if name in wanted], max_bytes=lambda _: None)
+    assert {file.relative_to(folder).as_posix() for file in folder.rglob("*.pt")} == {*wanted}
 
 
 # ---- the authors' repositories ---------------------------------------------------------------------------------
