@@ -197,7 +197,9 @@ class _Memory:
 
     def note(self, head: _Head, push: _Push) -> None:
         """Note what is about to be sent."""
-        hashes = {name: (hash_file(file, lfs=True), hash_file(file, lfs=False)) for name, file in push.files.items()}
+        hashes: dict[str, tuple[str, ...]] = {
+            name: (hash_file(file, lfs=True), hash_file(file, lfs=False)) for name, file in push.files.items()
+        }
         self._write(_Remembered(head.commit, hashes))
 
     def keep(self, commit: str) -> None:
