@@ -27,6 +27,8 @@ _DECIDES_THE_MASK = (
     "calibration_fraction",
     "calibration_lr_scheduler_type",
     "calibration_warmup_steps",
+    "protect_rows",
+    "protect_epsilon",
 )
 VARIANTS = ("LoRI-D", "LoRI-S", "merged")
 

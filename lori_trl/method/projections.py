@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..inputs.typed_values import left_out
 from .layers import lora_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-PROJECTION_INITS = ("gaussian", "kaiming_uniform")
+PROJECTION_INITS = ("gaussian", "kaiming_uniform", "contrastive")
+CONTRASTIVE = "contrastive"  # the one that comes from activations and not from a seed
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Projection:
         init (`str` or `None`): one of `PROJECTION_INITS`; unknown where A came with a foreign adapter.
         seed (`int` or `None`): the projection seed; likewise.
         fingerprint (`str`): see [`fingerprint`].
+        protected (`tuple[str, ...]`, *optional*): the data that a contrastive A leaves alone.
     """
 
     init: str | None
     seed: int | None
     fingerprint: str
+    protected: tuple[str, ...] | None = left_out()
 
     def same_draw(self, other: "Projection") -> bool:
         """Say whether two come from one seed, though one of them may be rounded to bfloat16."""

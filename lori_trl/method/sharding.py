@@ -155,6 +155,16 @@ def _gathered(weight: Tensor, modified_by: int | None = None) -> AbstractContext
     return GatheredParameters([weight], modifier_rank=modified_by)
 
 
+def gathered(model: nn.Module) -> AbstractContextManager:
+    """Hold all of a model on this device for a while, where ZeRO-3 has spread it; every rank must take part."""
+    parameters = [weight for weight in model.parameters() if hasattr(weight, "ds_id")]
+    if not parameters:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters)
+
+
 def engine_dtype(accelerator: "Accelerator") -> torch.dtype:
     """Return the type in which the engine holds the adapter: DeepSpeed casts all weights to the one it trains in."""
     plugin = accelerator.state.deepspeed_plugin

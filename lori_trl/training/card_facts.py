@@ -31,7 +31,7 @@ _HYPERPARAMETERS = """
     max_length packing completion_only_loss assistant_only_loss loss_type average_tokens_across_devices
     sparsity mask_granularity disjoint_masks calibration_method calibration_learning_rate
     calibration_num_train_epochs calibration_max_steps calibration_fraction calibration_lr_scheduler_type
-    calibration_warmup_steps projection_init sparse_backend
+    calibration_warmup_steps projection_init protect_rows protect_epsilon sparse_backend
 """.split()
 
 

@@ -12,9 +12,10 @@ from ..adapter.masks import LoriMasks
 from ..method.dense_parameters import check_saved, dense_parameters
 from ..method.layers import pools
 from ..method.lora_options import check_lora_config, check_one_adapter
+from ..method.projections import CONTRASTIVE
 from ..method.sparsity import num_to_select
 from .config import LoriArguments
-from .training_rows import check_not_empty, check_text
+from .training_rows import check_not_empty, check_text, have_images
 
 logger = get_logger(__name__)
 
@@ -53,6 +54,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             "`peft_config` is missing. LoRI trains an adapter: pass e.g. `peft_config=LoraConfig(r=32, lora_alpha=64, "
             "target_modules='all-linear')`, or a `PeftModel` as `model` to continue its adapter."
         )
+    if args.projection_init == CONTRASTIVE:
+        _check_contrastive(given)
     check_not_empty(rows)
     if given.get("formatting_func") is None:
         check_text(rows, "train_dataset")
@@ -64,6 +67,21 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         logger.warning(
             f"`warmup_steps={args.warmup_steps}` has no effect with `lr_scheduler_type='constant'`. Pass "
             "'constant_with_warmup', or leave `warmup_steps` unset."
+        )
+
+
+def _check_contrastive(given: Mapping[str, Any]) -> None:
+    """Refuse a contrastive A where there is no A to make, or no text to make it from."""
+    if given.get("peft_config") is None:
+        raise ValueError(
+            "`projection_init='contrastive'` with an adapter that is continued: it keeps the A that it has. Allowed is "
+            "a fresh adapter. Merge the earlier adapter into the base and pass a `peft_config`, or leave "
+            "`projection_init` unset."
+        )
+    if given.get("train_dataset") is not None and have_images(given["train_dataset"]):
+        raise ValueError(
+            "`projection_init='contrastive'` with image rows: activations are taken of text alone. Allowed are rows "
+            "without images. Leave `projection_init` unset."
         )
 
 

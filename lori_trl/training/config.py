@@ -11,7 +11,7 @@ from trl import SFTConfig
 from ..adapter.layout import check_task_name
 from ..inputs.intervals import INTERVALS, range_fault
 from ..method.layers import GRANULARITIES
-from ..method.projections import PROJECTION_INITS
+from ..method.projections import CONTRASTIVE, PROJECTION_INITS
 from ..method.saliency import CALIBRATION_METHODS, GRADIENT_BATCHES
 from ..method.sparse import SPARSE_BACKENDS
 
@@ -95,9 +95,18 @@ class LoriArguments(Arguments):
 
         projection_init (`str`, *optional*, defaults to `"gaussian"`):
             Distribution of A: `"gaussian"` N(0, 1/(3 d_in)) or `"kaiming_uniform"` U(-1/sqrt(d_in), 1/sqrt(d_in)), the
-            authors' and PEFT's. Both have the same variance.
+            authors' and PEFT's. Both have the same variance. `"contrastive"` takes the directions that the task's own
+            rows use and those in `protect` do not, from the base model's activations.
         projection_seed (`int`, *optional*):
             Seed of A. Defaults to one derived from `seed` and `task_name` by SHA-256.
+        protect (`list[str]`, *optional*):
+            What a contrastive A leaves alone: data sets on the Hub, .jsonl or .json files, folders. Rows of earlier
+            tasks, or general text. Without it, A follows the task's own rows alone.
+        protect_rows (`int`, *optional*, defaults to `48`):
+            Rows of every data set, and of the task's own, that a contrastive A is made from, evenly spread.
+        protect_epsilon (`float`, *optional*, defaults to `0.1`):
+            How much of a protected direction's use counts as none, in units of the mean over all directions. Higher:
+            more of A is what the task uses most, less of it is what the protected data do not use.
 
         > Parameters that control the training
 
@@ -181,6 +190,19 @@ class LoriArguments(Arguments):
     projection_seed: int | None = field(
         default=None, metadata={"help": "Seed of A. Defaults to one derived from `seed` and `task_name`."}
     )
+    protect: list[str] | None = field(
+        default=None,
+        metadata={"help": "What a contrastive A leaves alone: data sets on the Hub, .jsonl or .json files, folders."},
+    )
+    protect_rows: int = field(
+        default=48, metadata={"help": "Rows of every data set, and of the task's own, that a contrastive A is made from."}
+    )
+    protect_epsilon: float = field(
+        default=0.1,
+        metadata={
+            "help": "How much of a protected direction's use counts as none, in units of the mean over all directions."
+        },
+    )
     sparse_backend: str = field(
         default="packed",
         metadata={
@@ -198,6 +220,7 @@ class LoriArguments(Arguments):
         if self.task_name is not None:
             check_task_name(self.task_name)
         self._check_calibration()
+        self._check_projection()
         for name, allowed in (
             ("mask_granularity", list(GRANULARITIES)),
             ("calibration_method", CALIBRATION_METHODS),
@@ -228,6 +251,18 @@ class LoriArguments(Arguments):
             raise ValueError(
                 "`calibration_max_steps=1` with `calibration_method='gradient'`: one gradient agrees with itself "
                 "everywhere. Allowed are two batches or more. Leave it unset for 8."
+            )
+
+    def _check_projection(self) -> None:
+        if self.protect and self.projection_init != CONTRASTIVE:
+            raise ValueError(
+                f"`protect={self.protect}` has no effect with `projection_init={self.projection_init!r}`, which is drawn "
+                "from a seed. Allowed is 'contrastive'. Pass that, or leave `protect` unset."
+            )
+        if self.projection_seed is not None and self.projection_init == CONTRASTIVE:
+            raise ValueError(
+                f"`projection_seed={self.projection_seed}` has no effect with `projection_init='contrastive'`, whose A "
+                "comes from activations. Allowed is none. Leave `projection_seed` unset."
             )
 
     def _check_intervals(self) -> None:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +30,20 @@ from ..continual import feasible_entries, tasks_that_fit
 from ..method.dense_parameters import dense_counts, dense_parameters, set_back, show_bias_of_tied_head
 from ..method.layers import VALUES, lora_layers
 from ..method.lora_options import check_variants, for_language_part
-from ..method.projections import Fingerprint, Projection, derive_projection_seed, freeze_projections, init_projections
+from ..method.projections import (
+    CONTRASTIVE,
+    Fingerprint,
+    Projection,
+    derive_projection_seed,
+    freeze_projections,
+    init_projections,
+)
 from ..method.saliency import GradientAgreement, random_saliency
 from ..method.sharding import adapter_state, assign, change, engine_dtype, full_shape, gather, mask_shards
 from ..method.sparse import fold_values, refresh_values, sparse_training, values_in_state_dict
 from ..method.sparsity import num_to_select
 from ..recipes.tasks import kept_positions
+from .activations import init_from_activations, protected_names, take_over_projection
 from .base_model import keep_4bit_layers
 from .card_facts import CardFacts, hyperparameters
 from .checkpoints import begin_run, deepspeed_checkpoints_as_data, find_checkpoint, note_run
@@ -126,7 +134,9 @@ class LoriTrainerMixin(HubPushes):
         show_bias_of_tied_head(self.model)
         self.earlier_masks: dict[str, LoriMasks] = dict(vars(self.model).get("lori_masks", {}))
         self.earlier_tasks = [TaskRecord.from_dict(task) for task in vars(self.model).get("lori_tasks", [])]
-        self.projection = self._init_projection(given_masks) if peft_config is not None else self._keep_projection()
+        self.projection = (
+            self._keep_projection() if peft_config is None else self._init_projection(given_masks, given)
+        )
         check_trained(self.model, self.adapter_name, self.weights, self.args)
         self.initial_weights = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
         self._fresh_state = {name: copy.deepcopy(vars(self)[name]) for name in _STATE_OF_A_PHASE & vars(self).keys()}
@@ -350,15 +360,35 @@ class LoriTrainerMixin(HubPushes):
 
     # ---- the adapter -------------------------------------------------------------------------------------------
 
-    def _init_projection(self, masks: LoriMasks | None) -> Projection:
-        """Draw A anew for a fresh adapter: the one that given masks were calibrated on, or the task's own."""
+    def _init_projection(self, masks: LoriMasks | None, given: Mapping[str, Any]) -> Projection:
+        """Make A anew for a fresh adapter: the one that given masks were calibrated on, or the task's own."""
+        if self.args.projection_init == CONTRASTIVE:
+            return self._init_from_activations(given)
         known = (masks.projection if masks is not None else None) or Projection(None, None, "")
+        if known.init == CONTRASTIVE:
+            raise ValueError(
+                f"`projection_init={self.args.projection_init!r}`, but the given masks were calibrated on a contrastive "
+                "A, which no seed draws. Allowed is 'contrastive' with the same rows. Pass that and the `protect` of "
+                "the run that the masks come from."
+            )
         init = known.init or self.args.projection_init
         seed = known.seed if self.args.projection_seed is None else self.args.projection_seed
         if seed is None:
             seed = derive_projection_seed(self.args.seed, self.task_name)
         init_projections(self.model, self.adapter_name, seed=seed, init=init)
         return Projection(init, seed, self._fingerprint())
+
+    def _init_from_activations(self, given: Mapping[str, Any]) -> Projection:
+        init_from_activations(
+            self.model,
+            self.adapter_name,
+            given["train_dataset"],
+            self.args,
+            accelerator=self.accelerator,
+            processing_class=self.processing_class,
+            formatting_func=given.get("formatting_func"),
+        )
+        return Projection(CONTRASTIVE, None, self._fingerprint(), protected_names(self.args))
 
     def _keep_projection(self) -> Projection:
         """Keep the A of an adapter that is continued; where it came from is known if `lori_trl` loaded it."""
@@ -529,6 +559,10 @@ class LoriTrainerMixin(HubPushes):
     def _check_same_run(self, folder: Path) -> LoriRecord:
         """Return a checkpoint's record; raise if it is not of a run like this one."""
         earlier = read_record(folder)
+        own = replace(self.projection, fingerprint=earlier.projection.fingerprint)
+        if own.init == CONTRASTIVE and own == earlier.projection:
+            take_over_projection(self.model, self.adapter_name, folder)
+            self.projection = earlier.projection
         values = hyperparameters(self.args)
         training = replace(self.card_facts.training, hyperparameters=values, world_size=self.args.world_size)
         replace(self.record, training=training).check_same_run(earlier, folder)
