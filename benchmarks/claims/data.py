@@ -34,24 +34,24 @@ class Rows:
     def train(self, task: str, seed: int) -> Dataset:
         """Draw the rows of a run, without those of the dev split, in the order in which they are trained on."""
         chance = random.Random(f"{task}/{seed}")
-        drawn = sorted(chance.sample(self._short(task, "train")[DEV_ROWS:], STEPS * BATCH), key=_length)
+        drawn = sorted(chance.sample(self.short(task, "train")[DEV_ROWS:], STEPS * BATCH), key=_length)
         batches = [drawn[first : first + BATCH] for first in range(0, len(drawn), BATCH)]  # of like lengths
         return Dataset.from_list(list(chain.from_iterable(chance.sample(batches, len(batches)))))
 
     def dev(self, task: str) -> list[Row]:
         """Return the rows that learning rates and weights are chosen on."""
-        return self._short(task, "train")[:DEV_ROWS]
+        return self.short(task, "train")[:DEV_ROWS]
 
     def test(self, task: str) -> list[Row]:
         """Return the rows that results are measured on."""
-        return self._short(task, "test")[:TEST_ROWS]
+        return self.short(task, "test")[:TEST_ROWS]
 
     def harmful(self) -> list[Row]:
         """Return harmful requests that no run is trained on."""
         return self._file(self.folder / "safety" / "test.jsonl")
 
     @cache  # noqa: B019
-    def _short(self, task: str, split: str) -> list[Row]:
+    def short(self, task: str, split: str) -> list[Row]:
         if task == "nlu":
             sets = [self._file(folder / f"{split}.jsonl") for folder in sorted((self.folder / "nlu").iterdir())]
             return _in_turn(*sets)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -42,10 +43,13 @@ class Worker:
         rows ([`Rows`]): the data.
         cache (`Path`): where adapters and masks are kept, a folder a cell.
         plan (`Callable`): returns the cells, in order, as far as they are known.
+        measured (`Callable`, *optional*): runs a cell and returns its figures.
     """
 
-    def __init__(self, store: Store, rows: Rows, cache: Path, plan: Callable[[], list[Cell]]):
-        self.store, self.rows, self.cache, self.plan = store, rows, cache, plan
+    def __init__(
+        self, store: Store, rows: Any, cache: Path, plan: Callable[[], list[Cell]], measured: Callable = measure
+    ):
+        self.store, self.rows, self.cache, self.plan, self.measured = store, rows, cache, plan, measured
         self.commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
@@ -85,7 +89,7 @@ class Worker:
         started = time.process_time()
         shutil.rmtree(self.folder(cell), ignore_errors=True)  # what a kill, or an earlier run, has left
         self.folder(cell).mkdir(parents=True)
-        figures = measure(cell, self.rows, self.folder)
+        figures = self.measured(cell, self.rows, self.folder)
         seconds = round(time.process_time() - started, 1)
         if cell not in self.store:
             versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}

@@ -57,9 +57,7 @@ def contrastive_projections(
     return made
 
 
-def contrastive_projection(
-    new: Moments, protected: Moments | None = None, *, rank: int, epsilon: float
-) -> Tensor:
+def contrastive_projection(new: Moments, protected: Moments | None = None, *, rank: int, epsilon: float) -> Tensor:
     """
     Return the A that responds to a new task's inputs and not to protected ones.
 

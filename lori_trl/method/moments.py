@@ -124,7 +124,9 @@ def _leaders(model: nn.Module, layers: Mapping[str, "LoraLayer"], rows: Rows) ->
     return {path: leaders.get(path, path) for path in layers}
 
 
-def _groups(leaders: Mapping[str, str], layers: Mapping[str, "LoraLayer"], rows: Sequence[Rows]) -> Iterable[list[str]]:
+def _groups(
+    leaders: Mapping[str, str], layers: Mapping[str, "LoraLayer"], rows: Sequence[Rows]
+) -> Iterable[list[str]]:
     """Deal the inputs out to groups of which each fits into memory."""
     group: list[str] = []
     held = 0

@@ -74,8 +74,8 @@ def _check_contrastive(given: Mapping[str, Any]) -> None:
     """Refuse a contrastive A where there is no A to make, or no text to make it from."""
     if given.get("peft_config") is None:
         raise ValueError(
-            "`projection_init='contrastive'` with an adapter that is continued: it keeps the A that it has. Allowed is "
-            "a fresh adapter. Merge the earlier adapter into the base and pass a `peft_config`, or leave "
+            "`projection_init='contrastive'` with an adapter that is continued: it keeps the A that it has. Allowed "
+            "is a fresh adapter. Merge the earlier adapter into the base and pass a `peft_config`, or leave "
             "`projection_init` unset."
         )
     if given.get("train_dataset") is not None and have_images(given["train_dataset"]):

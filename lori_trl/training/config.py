@@ -195,7 +195,8 @@ class LoriArguments(Arguments):
         metadata={"help": "What a contrastive A leaves alone: data sets on the Hub, .jsonl or .json files, folders."},
     )
     protect_rows: int = field(
-        default=48, metadata={"help": "Rows of every data set, and of the task's own, that a contrastive A is made from."}
+        default=48,
+        metadata={"help": "Rows of every data set, and of the task's own, that a contrastive A is made from."},
     )
     protect_epsilon: float = field(
         default=0.1,

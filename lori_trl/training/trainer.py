@@ -134,9 +134,7 @@ class LoriTrainerMixin(HubPushes):
         show_bias_of_tied_head(self.model)
         self.earlier_masks: dict[str, LoriMasks] = dict(vars(self.model).get("lori_masks", {}))
         self.earlier_tasks = [TaskRecord.from_dict(task) for task in vars(self.model).get("lori_tasks", [])]
-        self.projection = (
-            self._keep_projection() if peft_config is None else self._init_projection(given_masks, given)
-        )
+        self.projection = self._keep_projection() if peft_config is None else self._init_projection(given_masks, given)
         check_trained(self.model, self.adapter_name, self.weights, self.args)
         self.initial_weights = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
         self._fresh_state = {name: copy.deepcopy(vars(self)[name]) for name in _STATE_OF_A_PHASE & vars(self).keys()}

@@ -46,7 +46,9 @@ def test_rows_are_the_leading_generalised_eigenvectors(new, protected):
     assert A.shape == (6, 48) and A.dtype == torch.float32
     assert angle(A, plain(first, second, 6, 0.1)) < 1e-5
     response = (first.double() @ A.double().T).square().mean(0)
-    torch.testing.assert_close(response, (first.double().square().sum(1).mean() / (3 * 48)).expand(6), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        response, (first.double().square().sum(1).mean() / (3 * 48)).expand(6), rtol=1e-5, atol=0
+    )
     assert all(row[row.abs().argmax()] > 0 for row in A)
 
 
@@ -68,4 +70,6 @@ def test_iteration_finds_what_all_eigenvectors_give(monkeypatch):
     new, protected = moments(drawn(400, 48, 1)), moments(drawn(400, 48, 2))
     whole = contrastive_projection(new, protected, rank=6, epsilon=0.1)
     monkeypatch.setattr(contrastive, "_DENSE", 8)
-    torch.testing.assert_close(contrastive_projection(new, protected, rank=6, epsilon=0.1), whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        contrastive_projection(new, protected, rank=6, epsilon=0.1), whole, rtol=1e-4, atol=1e-6
+    )
