@@ -106,8 +106,11 @@ def _is_path(name: str) -> bool:
 
 
 def _protected_data(name: str, args: LoriArguments) -> Dataset | IterableDataset:
-    source = {"dataset_path": name} if _is_path(name) else {"dataset_name": name}
-    script = LoriScriptArguments(**source)
+    script = LoriScriptArguments()
+    if _is_path(name):
+        script.dataset_path = name
+    else:
+        script.dataset_name = name
     return load_training_data(script, _text_field(args))[script.dataset_train_split]
 
 

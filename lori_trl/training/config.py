@@ -257,13 +257,13 @@ class LoriArguments(Arguments):
     def _check_projection(self) -> None:
         if self.protect and self.projection_init != CONTRASTIVE:
             raise ValueError(
-                f"`protect={self.protect}` has no effect with `projection_init={self.projection_init!r}`, which is drawn "
-                "from a seed. Allowed is 'contrastive'. Pass that, or leave `protect` unset."
+                f"`protect={self.protect}` has no effect with `projection_init={self.projection_init!r}`, which is "
+                "drawn from a seed. Allowed is 'contrastive'. Pass that, or leave `protect` unset."
             )
         if self.projection_seed is not None and self.projection_init == CONTRASTIVE:
             raise ValueError(
-                f"`projection_seed={self.projection_seed}` has no effect with `projection_init='contrastive'`, whose A "
-                "comes from activations. Allowed is none. Leave `projection_seed` unset."
+                f"`projection_seed={self.projection_seed}` has no effect with `projection_init='contrastive'`, whose "
+                "A comes from activations. Allowed is none. Leave `projection_seed` unset."
             )
 
     def _check_intervals(self) -> None:

@@ -365,9 +365,9 @@ class LoriTrainerMixin(HubPushes):
         known = (masks.projection if masks is not None else None) or Projection(None, None, "")
         if known.init == CONTRASTIVE:
             raise ValueError(
-                f"`projection_init={self.args.projection_init!r}`, but the given masks were calibrated on a contrastive "
-                "A, which no seed draws. Allowed is 'contrastive' with the same rows. Pass that and the `protect` of "
-                "the run that the masks come from."
+                f"`projection_init={self.args.projection_init!r}`, but the given masks were calibrated on a "
+                "contrastive A, which no seed draws. Allowed is 'contrastive' with the same rows. Pass that and the "
+                "`protect` of the run that the masks come from."
             )
         init = known.init or self.args.projection_init
         seed = known.seed if self.args.projection_seed is None else self.args.projection_seed

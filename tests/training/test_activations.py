@@ -89,11 +89,7 @@ def test_a_run_trains_on_it_and_plain_peft_loads_it(make, tmp_path):
     loaded = load_lori_adapter(make_llama(), tmp_path / "run")
     assert loaded.lori_masks["code"].projection == trainer.projection
     card = (tmp_path / "run" / "README.md").read_text()
-    assert (
-        "contrastive" in card
-        and "earlier.jsonl" in card
-        and "Merge this adapter with adapters of another A" not in card
-    )
+    assert "contrastive" in card and "earlier.jsonl" in card and "its seed is not on record" not in card
 
 
 def test_a_run_that_is_resumed_keeps_its_A(make, tmp_path, monkeypatch):
