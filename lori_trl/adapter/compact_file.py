@@ -11,6 +11,8 @@ Tensors of the file, all modules in sorted order of their paths:
     task.<task>.counts     positions per module (int64)
     samples                16 entries of A per module, to compare with where another platform draws A
     tensors.<name>         every other tensor of the adapter as it is; A itself, where it has no seed
+    A.<path>, scales.<path>  in their place, where values are int8 and A comes from activations: int8, a scale a row;
+                           layers with the same A have it once
 
 The metadata ends in a checksum over all of it.
 """
@@ -30,9 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..inputs.files import describe_fault, parse_json, replacing
-from ..inputs.typed_values import plain, typed
+from ..inputs.typed_values import left_out, plain, typed
 from ..method.layers import module_path, tensor_name
-from ..method.projections import Projection, draw_projection, fingerprint
+from ..method.projections import CONTRASTIVE, Projection, draw_projection, fingerprint
 from .adapter_contents import Contents
 from .layout import FORMAT_VERSION, LaterFormatError, check_task_name, check_version
 from .mask_files import MasksMetadata
@@ -65,6 +67,7 @@ class _Header:
     modules: dict[str, tuple[int, ...]]  # path -> rows and rank of B, columns of A
     dtypes: dict[str, str]
     projection_drawn: bool
+    projection_rounded: dict[str, str] | None = left_out()  # path -> the path whose A it has, where A is int8
 
     @property
     def sizes(self) -> list[int]:
@@ -111,14 +114,15 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
         contents ([`Contents`]): the adapter.
         dtype (`torch.dtype`, *optional*):
             What the trained entries are rounded to: `torch.bfloat16`, `torch.float16`, or `torch.int8` with a scale a
-            matrix; by default they are kept bit for bit.
+            matrix; by default they are kept bit for bit. With int8, an A from activations is rounded too, row by row.
     """
     state = dict(contents.tensors)
     B = dict(sorted((module_path(name), state.pop(name)) for name in sorted(state) if ".lora_B." in name))
     A = {module_path(name): tensor for name, tensor in state.items() if ".lora_A." in name}
     projection = contents.record.projection
     drawn = fingerprint(_draw(projection, A)) == fingerprint(A)
-    if drawn:
+    rounded = _shared(A) if dtype == torch.int8 and projection.init == CONTRASTIVE and not drawn else None
+    if drawn or rounded is not None:
         state = {name: tensor for name, tensor in state.items() if ".lora_A." not in name}
     positions = {f"task.{task}": [_where(masks[path]) for path in B] for task, (masks, _) in contents.masks.items()}
     known = _unions(positions.values(), len(B))
@@ -132,6 +136,7 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
     for name, sets in positions.items():
         tensors |= {f"{name}.gaps": _encode(sets), f"{name}.counts": torch.tensor([len(each) for each in sets])}
     tensors |= _round(values, dtype)
+    tensors |= _round_projections(A, rounded or {})
     tensors["samples"] = torch.stack([_sample(A[path]) for path in B])
     header = _Header(
         format_version=FORMAT_VERSION,
@@ -142,11 +147,17 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
         modules={path: (*weight.shape, A[path].shape[1]) for path, weight in B.items()},
         dtypes={"A": _name_of(next(iter(A.values())).dtype), "B": _name_of(next(iter(B.values())).dtype)},
         projection_drawn=drawn,
+        projection_rounded=rounded,
     )
+    record = contents.record
     hashes = {name: hash_tensor(tensor) for name, tensor in contents.tensors.items()}
     if dtype is not None:  # the record says what a reader will see
         hashes |= {name: hash_tensor(weight) for name, weight in _weights(header, tensors, union).items()}
-    record = contents.record.sealed(contents.adapter_config, hashes)
+    if rounded is not None:
+        A = _rounded_projections(header, tensors)
+        hashes |= {tensor_name(path, "lora_A"): hash_tensor(weight) for path, weight in A.items()}
+        record, header = _on_rounded_projection(record, header, fingerprint(A))
+    record = record.sealed(contents.adapter_config, hashes)
     metadata = plain(replace(header, lori_config=record.to_dict()))
     metadata["sha256"] = _checksum(metadata, tensors)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +185,9 @@ def read_compact(file: Path) -> Contents:
             masks = _on_projection(masks, record.projection, drawn)
             record = replace(record, projection=drawn)
         state |= {tensor_name(path, "lora_A"): weight for path, weight in A.items()}
+    elif header.projection_rounded is not None:
+        rounded = _rounded_projections(header, tensors)
+        state |= {tensor_name(path, "lora_A"): weight for path, weight in rounded.items()}
     state |= _weights(header, tensors, _unions(positions.values(), len(header.modules)))
     return Contents(header.adapter_config, record, header.recipe, masks, state)
 
@@ -204,6 +218,10 @@ def _read(file: Path) -> tuple[_Header, LoriRecord, dict[str, Tensor], dict[str,
         count = sum(map(len, _unions(positions.values(), len(header.modules))))
         if tensors["values"].shape != (count,):
             raise TypeError("the values are not as many as the positions")
+        for path, leader in (header.projection_rounded or {}).items():
+            _, rank, columns = header.modules[path]
+            if tensors[f"A.{leader}"].shape != (rank, columns) or tensors[f"scales.{leader}"].shape != (rank, 1):
+                raise TypeError(f"A of {path} has another shape than its module")
         if tensors["samples"].shape != (len(header.modules), _SAMPLES):
             raise TypeError(f"samples of shape {tuple(tensors['samples'].shape)}")
     except LaterFormatError:
@@ -280,6 +298,39 @@ def _draw(projection: Projection, like: Mapping[str, Tensor]) -> dict[str, Tenso
         path: draw_projection(path, *weight.shape, seed=seed, init=init).to(weight.dtype)
         for path, weight in like.items()
     }
+
+
+def _shared(A: Mapping[str, Tensor]) -> dict[str, str]:
+    """Find which modules have the same A: path -> the first one with it."""
+    leaders: dict[str, str] = {}
+    return {path: leaders.setdefault(hash_tensor(weight), path) for path, weight in sorted(A.items())}
+
+
+def _round_projections(A: Mapping[str, Tensor], leaders: Mapping[str, str]) -> dict[str, Tensor]:
+    """Round every A to int8 with a scale a row."""
+    tensors: dict[str, Tensor] = {}
+    for path in dict.fromkeys(leaders.values()):
+        weight = A[path].float()
+        scales = weight.abs().amax(1, keepdim=True) / 127
+        tensors |= {f"A.{path}": (weight / scales.clamp(min=1e-38)).round().to(torch.int8), f"scales.{path}": scales}
+    return tensors
+
+
+def _rounded_projections(header: _Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        path: (tensors[f"A.{leader}"].float() * tensors[f"scales.{leader}"]).to(header.dtype("A"))
+        for path, leader in (header.projection_rounded or {}).items()
+    }
+
+
+def _on_rounded_projection(record: LoriRecord, header: _Header, taken: str) -> tuple[LoriRecord, _Header]:
+    """Let record and masks name the A that a reader will see."""
+    stored, rounded = record.projection, replace(record.projection, fingerprint=taken)
+    masks = {
+        task: replace(metadata, projection=rounded) if metadata.projection == stored else metadata
+        for task, metadata in header.masks.items()
+    }
+    return replace(record, projection=rounded), replace(header, masks=masks)
 
 
 def _sample(weight: Tensor) -> Tensor:

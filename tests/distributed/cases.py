@@ -16,6 +16,7 @@ CASES = {
     "adamw, accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "matrix-wise": {"mask_granularity": "matrix"},
     "LoRI-D": {"sparsity": 0.0},
+    "contrastive": {"sparsity": 0.0, "projection_init": "contrastive"},
     "given masks": {"mask_name_or_path": "sgd, model-wide"},
     "continued, disjoint": {"adapter_name_or_path": "adamw, accumulated", "task_name": "math", "disjoint_masks": True},
     "gradients' agreement": {"calibration_method": "gradient"},
