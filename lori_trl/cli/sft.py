@@ -92,7 +92,7 @@ def sft(arguments: list[str] | None = None) -> int:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     if trainer.is_world_process_zero():
         _print_outcome(trainer, metrics)
-    trainer.end()
+    trainer.accelerator.end_training()
     return 0
 
 

@@ -1,6 +1,7 @@
 """The loss on held-out completions."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length, is_conversational
+from trl import is_conversational
 
 from ..recipes.tasks import LoriScriptArguments, load_training_data
 from ..training.base_model import precision
@@ -146,7 +147,7 @@ def _tokenize_completion(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, A
             completion += tokenizer.eos_token
         prompt_ids = tokenizer(text=prompt)["input_ids"]
         ids = tokenizer(text=prompt + completion)["input_ids"]
-    return ids, common_prefix_length(prompt_ids, ids)
+    return ids, len(os.path.commonprefix([prompt_ids, ids]))  # lists, too
 
 
 def _row_losses(model: PreTrainedModel, batch: list[tuple[list[int], int]]) -> tuple[list[float], list[int]]:

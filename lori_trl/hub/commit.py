@@ -13,10 +13,11 @@ from typing import NamedTuple
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import HFValidationError, httpx, validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..inputs.files import parse_json, replacing
 from ..inputs.typed_values import plain, typed
+from .compat import httpx
 from .download import (
     WAITS,
     describe,

@@ -23,7 +23,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
-from huggingface_hub.utils import get_session, httpx
+from huggingface_hub.utils import get_session
+
+from .compat import httpx
 
 from ..inputs.files import replacing
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import fields
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
@@ -9,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from ..inputs.intervals import check_range
 from .lora_fields import BEGINNINGS, REFUSED
 
+_KNOWN = SUPPORTED | DENSE.keys() | REFUSED.keys() | BEGINNINGS.keys()
 _INTERVALS = {"r": "[1, inf)", "lora_alpha": "(0, inf)", "lora_dropout": "[0, 1)"}
 
 
@@ -28,9 +30,12 @@ def check_lora_config(config: LoraConfig, fresh: bool) -> None:
         raise TypeError(
             f"The adapter's config is a {type(config).__name__}. LoRI is a kind of LoRA: pass a `LoraConfig`."
         )
-    for name, why in {**REFUSED, **(BEGINNINGS if fresh else {})}.items():
-        if value := getattr(config, name):
-            raise _not_possible(name, value, why, "False" if value is True else "None")
+    refused, plain = {**REFUSED, **(BEGINNINGS if fresh else {})}, LoraConfig()
+    for name in [each.name for each in fields(LoraConfig)]:  # an older PEFT lacks some of those that stand above
+        value, default = getattr(config, name), getattr(plain, name)
+        unknown = None if name in _KNOWN else "this PEFT is newer than those that LoRI was tried with"
+        if (why := refused.get(name, unknown)) and value and value != default:
+            raise _not_possible(name, value, why, repr(default))
     if config.bias != "none":
         raise _not_possible("bias", config.bias, REFUSED["lora_bias"], "'none'")
     if fresh and config.init_lora_weights not in (True, "gaussian"):

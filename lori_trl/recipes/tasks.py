@@ -25,9 +25,9 @@ from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import httpx
 from trl import ScriptArguments
 
+from ..hub.compat import httpx
 from ..inputs.files import describe_fault
 from .find import shipped_folder
 

@@ -10,13 +10,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import httpx
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from trl.data_utils import is_conversational
+from trl import is_conversational
 
 from ..adapter.card import hub_id
 from ..adapter.record_fields import BaseModel, Losses, Scalar, Training, TrainingData
+from ..hub.compat import httpx
 from .base_model import quantization
 from .training_rows import fingerprint_rows
 

@@ -14,6 +14,7 @@ from ..method.layers import GRANULARITIES
 from ..method.projections import CONTRASTIVE, PROJECTION_INITS
 from ..method.saliency import CALIBRATION_METHODS, GRADIENT_BATCHES
 from ..method.sparse import SPARSE_BACKENDS
+from .compat import CheckpointingFields
 
 # The schedules that need no arguments and no evaluations.
 CALIBRATION_SCHEDULES = (
@@ -34,7 +35,7 @@ else:
 
 
 @dataclass
-class LoriArguments(Arguments):
+class LoriArguments(CheckpointingFields, Arguments):
     r"""
     The LoRI fields, to be mixed into any TRL config: `class LoriDPOConfig(LoriArguments, DPOConfig)`.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
@@ -20,7 +21,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
-from trl.trainer.utils import global_then_local_main_first
 
 from ..adapter.masks import LoriMasks
 from ..adapter.record import LoriRecord, read_record
@@ -635,7 +635,8 @@ class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):
         if not ours or args.max_length is None:
             return dataset
         kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Truncating {dataset_name} dataset"}
-        with global_then_local_main_first():
+        state = PartialState()
+        with state.main_process_first(), state.local_main_process_first():  # a cache may be each node's own
             return dataset.map(
                 _truncate_row,
                 fn_kwargs={

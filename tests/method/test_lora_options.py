@@ -6,20 +6,13 @@ import dataclasses
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from peft.tuners.lora.config import (
-    ArrowConfig,
-    BdLoraConfig,
-    CordaConfig,
-    EvaConfig,
-    KasaConfig,
-    LoraGAConfig,
-    MontecloraConfig,
-    VeloraConfig,
-)
+from peft.tuners.lora import config as configs
 from tiny import lora_config
 
-from lori_trl.method.lora_options import BEGINNINGS, DENSE, REFUSED, SUPPORTED
+from lori_trl.method import lora_options
+from lori_trl.method.lora_options import BEGINNINGS, DENSE, REFUSED, SUPPORTED, check_lora_config
 
+FIELDS = {field.name for field in dataclasses.fields(LoraConfig)}  # `kasa_config` is PEFT 0.21's
 # A value that asks for it, for each of the refused fields.
 ASKED = {
     "use_dora": True,
@@ -27,24 +20,32 @@ ASKED = {
     "target_parameters": ["q_proj.weight"],
     "alora_invocation_tokens": [3, 4],
     "use_qalora": True,
-    "use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"]),
-    "arrow_config": ArrowConfig(),
-    "kasa_config": KasaConfig(),
-    "monteclora_config": MontecloraConfig(),
-    "velora_config": VeloraConfig(),
+    "use_bdlora": configs.BdLoraConfig(target_modules_bd_a=["q_proj"]),
+    "arrow_config": configs.ArrowConfig(),
+    "kasa_config": getattr(configs, "KasaConfig", object)(),
+    "monteclora_config": configs.MontecloraConfig(),
+    "velora_config": configs.VeloraConfig(),
     "megatron_config": {"tensor_model_parallel_size": 1},
     "loftq_config": {"loftq_bits": 4},
-    "eva_config": EvaConfig(),
-    "corda_config": CordaConfig(),
-    "lora_ga_config": LoraGAConfig(),
+    "eva_config": configs.EvaConfig(),
+    "corda_config": configs.CordaConfig(),
+    "lora_ga_config": configs.LoraGAConfig(),
 }
 
 
 def test_every_field_of_a_lora_config_stands_in_the_table_once():
     """PEFT's next field fails here: say whether it is supported, or refused and why."""
-    fields = {field.name for field in dataclasses.fields(LoraConfig)}
     table = [*SUPPORTED, *DENSE, *REFUSED, *BEGINNINGS]
-    assert fields == set(table) and len(table) == len(set(table))
+    assert FIELDS <= set(table) and len(table) == len(set(table))
+    assert set(table) - FIELDS <= {"kasa_config"}
+
+
+def test_a_field_that_only_a_later_peft_has_is_refused_where_it_is_set(make_trainer, monkeypatch):
+    monkeypatch.setattr(lora_options, "_KNOWN", FIELDS - {"qalora_group_size"})
+    config = lora_config(qalora_group_size=8)
+    with pytest.raises(ValueError, match="`qalora_group_size=8` is not possible with LoRI: this PEFT is newer than"):
+        make_trainer(model="no/such-model", peft_config=config)
+    check_lora_config(lora_config(), fresh=True)
 
 
 def test_every_variant_of_peft_is_refused():
@@ -53,7 +54,7 @@ def test_every_variant_of_peft_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", [*REFUSED, *BEGINNINGS])
+@pytest.mark.parametrize("name", sorted(FIELDS & {*REFUSED, *BEGINNINGS}))
 def test_what_is_no_plain_lora_is_refused_before_a_model_is_loaded(make_trainer, name):
     config = lora_config()
     setattr(config, name, ASKED[name])  # some need each other when they are passed
