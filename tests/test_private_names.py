@@ -73,11 +73,8 @@ NAMES = [
     ("trl", "SFTTrainer._tag_names", "", "the card's tags"),
     ("trl", "SFTTrainer._tokenizer", "", "truncation_mode='keep_prompt_end'"),
     ("trl", "SFTTrainer.create_model_card", "", "LoRI's card in place of TRL's"),
-    ("trl.data_utils", "common_prefix_length", "", "evaluation.loss finds completions as the trainer does"),
-    ("trl.data_utils", "is_conversational", "example", "the card and evaluation.loss"),
     ("trl.scripts.sft", "make_parser", "prog", "lori recipes validate, of baselines"),
     ("trl.trainer.utils", "create_model_from_path", "", "base_model.load_base_model"),
-    ("trl.trainer.utils", "global_then_local_main_first", "", "truncation_mode='keep_prompt_end'"),
 ]
 # Attributes that an instance sets: they stand in the class's source alone.
 SET_LATER = {

@@ -3,10 +3,13 @@
 import functools
 import random
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -147,3 +150,9 @@ class Stop(TrainerCallback):
         if phase == self.phase and state.global_step == 2:
             self.phase = None
             raise KeyboardInterrupt
+
+
+def needs(package: str, version: str, why: str) -> pytest.MarkDecorator:
+    """Skip a test where a package is older than what it needs."""
+    there = metadata.version(package)
+    return pytest.mark.skipif(Version(there) < Version(version), reason=f"needs {package} {version}: {why}")

@@ -27,7 +27,7 @@ from ..recipes.find import (
 from .completion import sft_completion_parser
 from .errors import bad_input
 from .terminal import printable, show, show_logs_as_text
-from .version import version_line
+from .version import version_lines
 
 _EXAMPLE = """
 several processes: --accelerate_config single | ddp | fsdp2 | fsdp2_multinode | zero2 | zero3 | FILE, and
@@ -58,7 +58,7 @@ def sft(arguments: list[str] | None = None) -> int:
     show_logs_as_text()
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
     if "--version" in arguments:
-        show(version_line())
+        show(version_lines())
         return 0
     if any(argument.startswith("--print-completion") for argument in arguments):
         sft_completion_parser().parse_args(arguments)

@@ -1,27 +1,20 @@
 """`--version`: of lori_trl and of what it stands on, for bug reports."""
 
 import argparse
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-_BELOW = ("torch", "transformers", "trl", "peft")
+from ..inputs.stack import NEEDED, installed, too_old, untried
 
 
 class ShowVersion(argparse.Action):
     """Print the versions, and stop."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(version_line())
+        print(version_lines())
         parser.exit()
 
 
-def version_line() -> str:
-    """Return the versions that are installed, in one line, without importing anything."""
-    return f"lori_trl {_installed('lori-trl')} ({', '.join(f'{name} {_installed(name)}' for name in _BELOW)})"
-
-
-def _installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # a checkout on the path
-        return "(not installed)"
+def version_lines() -> str:
+    """Return the installed versions in one line, and one for each that won't do. Imports none of the packages."""
+    versions = ", ".join(f"{name} {installed(name)}" for name in NEEDED)
+    return "\n".join([f"lori_trl {installed('lori-trl')} ({versions})", *too_old(), *untried()])

@@ -473,6 +473,11 @@ def _read_json(file: str) -> Dataset:
             f"`{file}` is unreadable: {error.__cause__}. A .jsonl file has one JSON object a line, a .json "
             "file a list of them, all with the same keys. Correct the file."
         ) from error
+    except KeyError as error:  # ended by datasets 4.8
+        raise ValueError(
+            f"`{file}` has rows without the key {error}, which datasets below 4.8 can't read. Allowed are the same "
+            "keys in every row. Write null where there is nothing, or run `pip install 'datasets>=4.8'`."
+        ) from error
 
 
 def _split_files(dataset_path: str, recipe: str | None) -> dict[str, str]:

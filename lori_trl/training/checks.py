@@ -14,6 +14,7 @@ from ..method.layers import pools
 from ..method.lora_options import check_lora_config, check_one_adapter
 from ..method.projections import CONTRASTIVE
 from ..method.sparsity import num_to_select
+from .compat import check_versions
 from .config import LoriArguments
 from .training_rows import check_not_empty, check_text, have_images
 
@@ -57,6 +58,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if args.projection_init == CONTRASTIVE:
         _check_contrastive(given)
     check_not_empty(rows)
+    check_versions(given)
     if given.get("formatting_func") is None:
         check_text(rows, "train_dataset")
         for name, more in (evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}).items():

@@ -5,13 +5,18 @@ The one other place is `hub/compat.py`. No other module asks for a version. When
 rise to what stands beside a difference, it goes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from typing import Any
 
+from datasets import Dataset
+from packaging.version import Version
 from transformers import TrainingArguments
 
 if "activation_checkpointing" in {each.name for each in fields(TrainingArguments)}:
 
+    @dataclass
     class CheckpointingFields:
         """Nothing to add: transformers has the fields."""
 
@@ -42,3 +47,23 @@ else:  # transformers below 5.23 knows `activation_checkpointing` as `gradient_c
             super().__post_init__()  # type: ignore[misc]
             self.activation_checkpointing = self.gradient_checkpointing  # type: ignore[attr-defined]
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs  # type: ignore[attr-defined]
+
+
+def check_versions(given: Mapping[str, Any]) -> None:
+    """
+    Refuse by name what an installed version can't do.
+
+    Args:
+        given (`Mapping[str, Any]`): a trainer's arguments, name -> value.
+
+    Raises:
+        `ValueError`: TRL 1.8 would look for the reference's log probabilities in a file that it has not written.
+    """
+    if not getattr(given["args"], "precompute_ref_log_probs", False) or Version(version("trl")) >= Version("1.9"):
+        return
+    rows = given["train_dataset"]
+    if isinstance(rows, Dataset) and not rows.cache_files:
+        raise ValueError(
+            "`precompute_ref_log_probs=True` with rows in memory needs TRL 1.9. With TRL 1.8 rows from files are "
+            "allowed. Save the rows and load them again, or run `pip install 'trl>=1.9'`."
+        )

@@ -19,7 +19,7 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]
         ("a: !!int ''", "a tag is not allowed"),
         ("a: !!python/object/apply:os.system [ls]", "a tag is not allowed"),
         ("a: " + "[" * 100, "more than 16 levels is not allowed"),
-        ("a: " + "[" * 5000, "nesting"),
+        ("a: " + "[" * 5000, "line 1, column"),
         ("a:\n" + "".join(" " * n + "-\n" for n in range(1, 100)), "more than 16 levels is not allowed"),
         ("a: " + "9" * 400, "line 1, column 4: a number of more than 40 characters"),
         ("a: 0x" + "f" * 5000, "a number of more than 40 characters"),

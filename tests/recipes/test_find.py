@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lori_trl.cli import sft
 from lori_trl.cli.sft import sft_parser
 from lori_trl.recipes.find import find_recipe, list_recipes, read_recipe, shipped_folder, validate_recipe
 from lori_trl.recipes.tasks import TASKS
+from lori_trl.training.compat import CheckpointingFields
 
 # Merge recipes have a schema of their own, and their own tests.
 ALL = {file.stem: file for file in shipped_folder("recipes").rglob("*.yaml") if file.parent.name != "merge"}
@@ -174,8 +176,10 @@ RAW = {
     "code": {"instruction": "w1 w2", "input": "w3", "output": "w4 w5"},
     "safety": {"instruction": "w1 w2", "input": "", "output": "w3 w4"},
 }
+# For TRL's own script, too: transformers below 5.23 has the old name alone.
+CHECKPOINTING = "gradient_checkpointing" if fields(CheckpointingFields) else "activation_checkpointing"
 SHORT = "--dtype float32 --bf16 False --max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1"
-SHORT += " --activation_checkpointing False --dataloader_pin_memory False --save_strategy no --report_to none"
+SHORT += f" --{CHECKPOINTING} False --dataloader_pin_memory False --save_strategy no --report_to none"
 SHORT += " --disable_tqdm True"
 
 

@@ -10,8 +10,10 @@ import yaml
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import needs
 
 from lori_trl.evaluation.harness import benchmark_rows
+from lori_trl.recipes import tasks
 from lori_trl.recipes.find import shipped_folder
 from lori_trl.recipes.tasks import (
     BENCHMARKS,
@@ -115,13 +117,28 @@ def test_trls_formats_stay_as_they_are(row, text_field, tmp_path):
     ("rows", "message"),
     [
         ([{"question": "a", "answer": "b"}], "have the columns question, answer. Allowed are TRL's formats"),
-        ([{"instruction": "a", "output": "b"}, {"instruction": "a"}], "`output=None`, where text is needed"),
+        pytest.param(
+            [{"instruction": "a", "output": "b"}, {"instruction": "a"}],
+            "`output=None`, where text is needed",
+            marks=needs("datasets", "4.8", "reads rows of which some lack a key"),
+        ),
         ([{"question": "a", "answer": "#### 1"}, {"question": "a", "answer": "1"}], "has no `#### n`"),
     ],
 )
 def test_what_is_not_understood_is_refused(rows, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_training_data(LoriScriptArguments(dataset_path=write(tmp_path, "own.jsonl", rows)))
+
+
+def test_rows_without_a_key_are_read_or_refused_by_the_version_s_name(tmp_path, monkeypatch):
+    """As datasets 4.7 does it."""
+
+    def load_dataset(*args, **kwargs):
+        raise KeyError("output")
+
+    monkeypatch.setattr(tasks, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"rows without the key 'output', which datasets below 4\.8 can't read"):
+        load_training_data(LoriScriptArguments(dataset_path=write(tmp_path, "own.jsonl", [{"a": 1}])))
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------------------------
