@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test test-release test-lowest test-distributed test-serving docs lint format bench clean
+.PHONY: quickstart test test-release test-lowest test-newest test-distributed test-serving docs lint format bench clean
 
 quickstart: .venv/installed .venv/smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
@@ -16,10 +16,16 @@ test: .venv/dev .venv/smollm2
 test-release: .venv/dev .venv/smollm2
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m release
 
-# The lowest versions that pyproject.toml allows, in an environment of their own, on what uses most of them.
+# All fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 test-lowest: .venv-lowest/installed
-	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest tests/cli/test_recipes.py tests/cli/test_sft.py tests/inspection \
-		tests/merging/test_search.py tests/adapter/test_card.py tests/training/test_preview.py tests/test_private_names.py
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile
+
+# All fast tests with the newest releases that the index has, pre-releases too. Made anew each time; torch stays TORCH.
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --pre "$(TORCH)" --editable ".[dev]"
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile
 
 # Two CPU ranks of DDP, FSDP2, ZeRO-2 and ZeRO-3 against one process.
 test-distributed: .venv/deepspeed
@@ -56,10 +62,10 @@ bench: .venv/installed .venv/smollm2
 	touch $@
 
 .venv-lowest/installed: pyproject.toml
+	rm -rf .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python tests/lowest_versions.py > .venv-lowest/requirements.txt
-	.venv-lowest/bin/python -m pip install --quiet --requirement .venv-lowest/requirements.txt "pytest>=8.0"
-	.venv-lowest/bin/python -m pip install --quiet --no-deps --editable .
+	.venv-lowest/bin/python tests/lowest_versions.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt "$(TORCH)" --editable ".[dev]"
 	touch $@
 
 .venv/dev: .venv/installed
@@ -86,4 +92,4 @@ bench: .venv/installed .venv/smollm2
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest dist build site
+	rm -rf .venv .venv-lowest .venv-newest dist build site

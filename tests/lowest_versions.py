@@ -1,4 +1,8 @@
-"""Print the lowest versions that pyproject.toml allows of what the package needs, one a line, for pip."""
+"""
+Print the lowest versions that pyproject.toml allows of what the package needs, one a line, as pip's constraints.
+
+But for torch, of which the Makefile says which build it is.
+"""
 
 import re
 import tomllib
@@ -8,4 +12,5 @@ project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").rea
 extras = project["optional-dependencies"]
 for requirement in [*project["dependencies"], *extras["plots"], *extras["quantization"]]:
     name, version = re.match(r"([\w-]+)>=([\w.]+)", requirement).groups()
-    print(f"{name}=={version}")
+    if name != "torch":
+        print(f"{name}=={version}")

@@ -70,8 +70,3 @@ def test_the_source_distribution_has_what_its_readme_needs(sdist):
     for folder in folders - {"benchmarks"}:  # where runs leave what git ignores
         assert files_below(sdist / folder) == files_below(ROOT / folder)
     assert not [name for name in files_below(sdist) if name.endswith((".pyc", ".whl")) or "cache" in name.lower()]
-
-
-def test_the_private_names_have_bounds_that_were_tried():
-    bounds = {each.partition(">=")[0]: each.partition(">=")[2].split(",<") for each in PROJECT["dependencies"]}
-    assert {name for name, bound in bounds.items() if len(bound) == 2} == {"peft", "transformers", "trl"}
