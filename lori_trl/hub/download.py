@@ -25,9 +25,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import get_session
 
-from .compat import httpx
-
 from ..inputs.files import replacing
+from .compat import httpx
 
 logger = logging.getLogger(__name__)
 

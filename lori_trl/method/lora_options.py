@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
 from ..inputs.intervals import check_range
-from .lora_fields import BEGINNINGS, REFUSED
+from .lora_fields import BEGINNINGS, DENSE, REFUSED, SUPPORTED
 
 _KNOWN = SUPPORTED | DENSE.keys() | REFUSED.keys() | BEGINNINGS.keys()
 _INTERVALS = {"r": "[1, inf)", "lora_alpha": "(0, inf)", "lora_dropout": "[0, 1)"}
