@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from .adapter.push import push_lori_to_hub
     from .merging import merge_lori_adapters
     from .training.config import LoriArguments, LoriSFTConfig
-    from .training.trainer import LoriSFTTrainer, LoriTrainerMixin
+    from .training.sft_trainer import LoriSFTTrainer
+    from .training.trainer import LoriTrainerMixin
     from .training.trainers import (
         LoriDPOConfig,
         LoriDPOTrainer,
@@ -37,7 +38,7 @@ _MODULES = {
     "LoriRewardConfig": "training.trainers",
     "LoriRewardTrainer": "training.trainers",
     "LoriSFTConfig": "training.config",
-    "LoriSFTTrainer": "training.trainer",
+    "LoriSFTTrainer": "training.sft_trainer",
     "LoriTrainerMixin": "training.trainer",
     "load_lori_adapter": "adapter.load",
     "merge_lori_adapters": "merging",

@@ -89,7 +89,7 @@ def write_record(folder: Path, masks: list, projection) -> None:
     lora_B = sum(tensor.numel() for name, tensor in tensors.items() if ".lora_B." in name)
     record = LoriRecord(
         task=masks[-1].task,
-        phase="adaptation",
+        phase="adapting",
         variant="LoRI-S",
         sparsity=masks[-1].sparsity,
         granularity=masks[-1].granularity,

@@ -78,19 +78,19 @@ def check_run(trainer, base, *, inputs=None, tolerance: float = 0.0) -> None:
     # 2. B outside the mask is bit-identical, and inside it was trained.
     moved = 0
     for path, weight in trainer.weights.items():
-        B, B0, mask = weight.detach().cpu(), trainer.initial_weights[path], trainer.masks[path]
+        B, B0, mask = weight.detach().cpu(), trainer.run.initial_weights[path], trainer.masks[path]
         assert torch.equal(B[~mask], B0[~mask]), path
         moved += int((B != B0).sum())
     assert moved > 0.5 * trainer.masks.num_selected
 
     # 3. The mask is a plain top-K of the calibrated |B - B0|.
-    (B0, dense0), (B1, _) = witness.seen["calibration", "begin"], witness.seen["calibration", "end"]
+    (B0, dense0), (B1, _) = witness.seen["calibrating", "begin"], witness.seen["calibrating", "end"]
     expected = top_k({path: B1[path] - B0[path] for path in B0}, trainer.args.sparsity)
     assert all(torch.equal(trainer.masks[path], mask) for path, mask in expected.items())
 
     # 4. B is exactly B0 when the adaptation begins, and so is whatever is trained besides.
-    B2, dense2 = witness.seen["adaptation", "begin"]
-    assert all(torch.equal(B2[path], trainer.initial_weights[path]) for path in B2)
+    B2, dense2 = witness.seen["adapting", "begin"]
+    assert all(torch.equal(B2[path], trainer.run.initial_weights[path]) for path in B2)
     assert dense0.keys() == dense2.keys() and all(torch.equal(dense2[name], value) for name, value in dense0.items())
 
     # 5. Plain PEFT computes the same logits from the folder.

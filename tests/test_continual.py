@@ -93,15 +93,15 @@ def test_calibration_moves_free_entries_only(sequence):
         before = {path: weight.detach().clone() for path, weight in self.weights.items()}
         reset(self)
         for path, weight in self.weights.items():
-            assert torch.equal(before[path][~self.feasible[path]], weight[~self.feasible[path]])
+            assert torch.equal(before[path][~self.run.feasible[path]], weight[~self.run.feasible[path]])
 
-    reset = LoriSFTTrainer._reset_weights
+    reset = LoriSFTTrainer._set_B_back
     try:
-        LoriSFTTrainer._reset_weights = note
+        LoriSFTTrainer._set_B_back = note
         train(sequence["math"].parent / "again", "code", sequence["math"])
     finally:
-        LoriSFTTrainer._reset_weights = reset
-    assert trainer.feasible == ~trainer.earlier_masks["math"]
+        LoriSFTTrainer._set_B_back = reset
+    assert trainer.run.feasible == ~trainer.run.earlier_masks["math"]
     assert trainer.masks == LoriMasks.from_pretrained(sequence["code"], task="code")  # and the run is repeatable
 
 
@@ -152,7 +152,7 @@ def test_an_extracted_task_loads_with_plain_peft_and_can_be_continued(sequence, 
     tokens = torch.arange(8)[None]
     assert torch.equal(plain(tokens).logits, ours(tokens).logits)
     trainer = train(tmp_path / "more", "more", tmp_path / "code")
-    assert list(trainer._all_masks()) == ["code", "more"]
+    assert list(trainer.run.all_masks) == ["code", "more"]
 
 
 def test_both_backends_find_the_same_disjoint_masks(sequence, tmp_path):
@@ -174,7 +174,7 @@ def test_the_history_has_every_tasks_run(sequence):
 
 def test_a_task_that_is_there_goes_on_with_its_own_masks(sequence, tmp_path):
     trainer = train(tmp_path / "again", "math", sequence["code"])
-    assert trainer.masks == LoriMasks.from_pretrained(sequence["math"]) and trainer.calibration is None
+    assert trainer.masks == LoriMasks.from_pretrained(sequence["math"]) and trainer.run.calibration is None
     config = json.loads((tmp_path / "again" / "lori_config.json").read_text())
     assert [record["task"] for record in config["tasks"]] == ["code", "math"]
     code = LoriMasks.from_pretrained(sequence["code"], task="code")

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from lori_trl import LoriSFTTrainer, LoriTrainerMixin
 from lori_trl.method.sparse import SparseLora
 from lori_trl.training.hub_pushes import HubPushes
+from lori_trl.training.saving import AdapterSaves
 
 PACKAGE = Path(__file__).parents[1] / "lori_trl"
 LIBRARIES = ("accelerate", "peft", "torch", "transformers", "trl")
@@ -117,7 +118,7 @@ def test_every_private_name_is_in_the_table():
             elif isinstance(node, ast.Attribute) and private(node.attr) and "cli" not in file.parts:
                 called = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
                 used |= {node.attr} if called else set()
-    for ours in (LoriSFTTrainer, LoriTrainerMixin, HubPushes):
+    for ours in (LoriSFTTrainer, LoriTrainerMixin, AdapterSaves, HubPushes):
         used |= {
             name for name in vars(ours) if private(name) and (hasattr(SFTTrainer, name) or hasattr(Trainer, name))
         }

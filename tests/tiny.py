@@ -132,7 +132,7 @@ class RecordingTrainer(LoriSFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.batches = {"calibration": [], "adaptation": []}
+        self.batches = {"calibrating": [], "adapting": []}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.batches[self.phase].append({key: value.clone() for key, value in inputs.items()})
@@ -146,7 +146,7 @@ class Stop(TrainerCallback):
         self.phase = phase
 
     def on_step_end(self, args, state, control, **kwargs):
-        phase = "calibration" if args.output_dir.endswith("calibration") else "adaptation"
+        phase = "calibrating" if args.output_dir.endswith("calibration") else "adapting"
         if phase == self.phase and state.global_step == 2:
             self.phase = None
             raise KeyboardInterrupt

@@ -58,7 +58,8 @@ def lori_trainer(cell: Train, rows: Rows, folder: Folder) -> LoriSFTTrainer:
     if cell.mask is None:
 
         def moves(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-            return {"train": {path: B.detach() - trainer.initial_weights[path] for path, B in trainer.weights.items()}}
+            B0 = trainer.run.initial_weights
+            return {"train": {path: B.detach() - B0[path] for path, B in trainer.weights.items()}}
 
         trainer.add_callback(Snapshots(trainer, folder(cell), moves))
     return trainer

@@ -16,7 +16,9 @@ from ..method.projections import Projection
 from .layout import FORMAT_VERSION, MAX_JSON_BYTES, RECORD_NAME, check_task_name, check_version
 from .record_fields import Calibration, Counts, Merge, TaskRecord, Training
 
-PHASES = ("calibration", "adaptation")
+# How far a run is: nothing is trained; all of B is being trained for the mask; the mask is selected and B is set back;
+# B is being, or was, trained on the mask.
+PHASES = ("new", "calibrating", "calibrated", "adapting")
 # Hyperparameters that a run which is resumed must have in common with the one that began.
 _DECIDES_THE_MASK = (
     "disjoint_masks",
@@ -43,7 +45,7 @@ class LoriRecord:
     Args:
         format_version (`int`): of `lori_config.json`.
         task (`str`): the newest task.
-        phase (`str`): what the weights come from: `"calibration"` or `"adaptation"`.
+        phase (`str`): how far the run is that the weights come from, one of `PHASES`.
         variant (`str`): `"LoRI-D"`, `"LoRI-S"` or `"merged"`.
         sparsity (`float` or `None`): of the newest task, a fraction in [0, 1).
         granularity (`str` or `None`): over what its entries competed.
@@ -138,7 +140,7 @@ class LoriRecord:
         base_models = [run.base_model for run in training if run is not None and run.base_model is not None]
         return cls(
             task="-".join(dict.fromkeys(adapter.task for adapter in merge.adapters))[:96],
-            phase="adaptation",
+            phase="adapting",
             variant="merged",
             sparsity=None,
             granularity=None,

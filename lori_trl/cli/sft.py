@@ -350,7 +350,7 @@ def _build_trainer(script, args, model_args):
     from ..adapter.write import check_output
     from ..recipes.tasks import data_name, load_training_data
     from ..training.base_model import load_base_model
-    from ..training.trainer import LoriSFTTrainer
+    from ..training.sft_trainer import LoriSFTTrainer
 
     data = load_training_data(script, args.dataset_text_field)
     evaluated = args.eval_strategy != "no" or args.eval_on_start

@@ -3,8 +3,10 @@
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import patch_environment
@@ -13,53 +15,115 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from ..adapter.layout import ADAPTER_WEIGHTS, RUN_NAME, masks_name
-from ..adapter.record import read_record
+from ..adapter.record import LoriRecord, read_record
 from ..adapter.safetensors import opened
 from ..inputs.files import replacing
+from .card_facts import hyperparameters
+from .config import LoriArguments
 
 logger = get_logger(__name__)
 
 
-def begin_run(output_dir: Path, calibration_dir: Path) -> str:
+@dataclass(frozen=True)
+class Found:
+    """
+    What an earlier run has left for one that resumes.
+
+    Args:
+        phase (`str`):
+            How far that run was, one of `lori_trl.adapter.record.PHASES`: `"new"` where nothing is to be resumed;
+            `"calibrated"` where the calibration is done and the adaptation has no checkpoint yet.
+        folder (`Path` or `None`): the checkpoint, or the folder of the finished calibration.
+        record ([`LoriRecord`] or `None`): the record in it.
+    """
+
+    phase: str = "new"
+    folder: Path | None = None
+    record: LoriRecord | None = None
+
+    def checkpoint(self, phase: str) -> str | None:
+        """Return the checkpoint to resume a phase from; None where that phase begins anew."""
+        return str(self.folder) if self.phase == phase else None
+
+
+def find_run(resume_from_checkpoint: str | bool | None, args: LoriArguments, task: str) -> Found:
+    """
+    Find what a run is to resume.
+
+    Args:
+        resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint, or `True` for the last complete one.
+        args ([`LoriArguments`]): the run's.
+        task (`str`): its task.
+
+    Raises:
+        `ValueError`: with `True`, there is none.
+        `FileNotFoundError`: the folder holds no adapter.
+    """
+    if not resume_from_checkpoint:
+        return Found()
+    if resume_from_checkpoint is True:
+        folder = _last_place(Path(args.output_dir), Path(args.for_calibration().output_dir), task)
+    else:
+        folder = Path(resume_from_checkpoint)
+    record = read_record(folder)
+    return Found(record.phase, folder, record)
+
+
+def check_same_run(folder: Path, earlier: LoriRecord, record: LoriRecord, args: LoriArguments) -> None:
+    """
+    Check that a checkpoint is of a run like this one.
+
+    Args:
+        folder (`Path`): the checkpoint.
+        earlier ([`LoriRecord`]): its record.
+        record ([`LoriRecord`]): this run's.
+        args ([`LoriArguments`]): this run's.
+
+    Raises:
+        `ValueError`: it is of another one.
+    """
+    if record.training is not None:
+        training = replace(record.training, hyperparameters=hyperparameters(args), world_size=args.world_size)
+        replace(record, training=training).check_same_run(earlier, folder)
+
+
+def logged_before(folder: Path) -> list[dict[str, Any]]:
+    """Return what a phase logged, from the Trainer's state in its folder; nothing where there is none."""
+    state = folder / TRAINER_STATE_NAME
+    return TrainerState.load_from_json(str(state)).log_history if state.is_file() else []
+
+
+def begin_run(args: LoriArguments) -> str:
     """
     Note in a run's folder that a new one begins there. If an earlier one's checkpoints are there, this is told.
 
     Returns:
         `str`: the run's identity, 16 hexadecimal digits.
     """
-    if any(output_dir.glob("checkpoint-*")) or any(calibration_dir.glob("checkpoint-*")):
+    folders = Path(args.output_dir), Path(args.for_calibration().output_dir)
+    if any(checkpoint for folder in folders for checkpoint in folder.glob("checkpoint-*")):
         logger.warning(
-            f"`output_dir={output_dir}` holds checkpoints of another run. This one begins anew, and will replace "
+            f"`output_dir={args.output_dir}` holds checkpoints of another run. This one begins anew, and will replace "
             "those of the same step. To go on with the other, pass `resume_from_checkpoint=True`; to keep it, pass "
             "another `output_dir`."
         )
     run = secrets.token_hex(8)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    note_run(output_dir, run)
+    note_run(args, run)
     return run
 
 
-def note_run(output_dir: Path, run: str) -> None:
-    """Note which run goes on in a folder."""
-    with replacing(output_dir / RUN_NAME) as file:
+def note_run(args: LoriArguments, run: str) -> None:
+    """Note in a run's folder which run goes on there."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / RUN_NAME) as file:
         file.write_text(f"{run}\n", encoding="utf-8")
 
 
-def find_checkpoint(output_dir: Path, calibration_dir: Path, task: str) -> Path:
+def _last_place(output_dir: Path, calibration_dir: Path, task: str) -> Path:
     """
-    Find the last place where the run that began last can be resumed.
-
-    Args:
-        output_dir (`Path`): the run's folder.
-        calibration_dir (`Path`): the folder of its calibration.
-        task (`str`): its task.
-
-    Returns:
-        `Path`: a complete checkpoint of the adaptation; else the folder of a calibration that is done; else a complete
-        checkpoint of the calibration.
-
-    Raises:
-        `ValueError`: there is none.
+    Find the last place where the run that began last can be resumed: a complete checkpoint of the adaptation; else the
+    folder of a calibration that is done; else a complete checkpoint of the calibration.
     """
     run = (output_dir / RUN_NAME).read_text(encoding="utf-8").strip() if (output_dir / RUN_NAME).is_file() else None
     if checkpoint := _last_complete_checkpoint(output_dir, run):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from .config import LoriSFTConfig
-from .trainer import LoriSFTTrainer
+from .sft_trainer import LoriSFTTrainer
 
 _NOT_THE_DATA = {"activation_offloading", "learning_rate", "model_init_kwargs"}
 

@@ -13,11 +13,13 @@ from transformers.integrations import (
     get_reporting_integration_callbacks,
 )
 
+from .run import LoriRun
+
 
 class Trackers:
     """
-    The callbacks that a Trainer made for `report_to`. Each begins one run, with the arguments of that moment, and
-    keeps to it: the calibration therefore has callbacks of its own.
+    The callbacks that a Trainer made for `report_to`. Each begins one run at its tracker, with the arguments of that
+    moment, and keeps to it. So that each phase has a run of its own, the calibration has callbacks of its own.
 
     Args:
         trainer (`Trainer`): the trainer, as it was made.
@@ -26,29 +28,44 @@ class Trackers:
 
     def __init__(self, trainer: Trainer, given: Sequence[Any]):
         kinds = get_reporting_integration_callbacks(trainer.args.report_to)
-        self.trainer = trainer
+        self.trainer, self.run_name = trainer, trainer.args.run_name
         self.own = [each for each in trainer.callback_handler.callbacks if type(each) in kinds and each not in given]
 
-    def name_run(self, args: TrainingArguments, folder: str, name: str) -> None:
-        """Name the runs that begin next. TensorBoard's is a folder of this name, in `folder`."""
-        args.run_name = name
+    def name_run(self, args: TrainingArguments, run: LoriRun, phase: str, folder: str | None = None) -> None:
+        """
+        Name the runs that begin next after the phase. TensorBoard's is a folder of this name.
+
+        Args:
+            args (`TrainingArguments`): the phase's; they get the name.
+            run ([`LoriRun`]): names the runs where the arguments gave no name.
+            phase (`str`): what comes last in the name.
+            folder (`str`, *optional*): where TensorBoard's `runs` are; by default in the `output_dir` of `args`.
+        """
+        args.run_name = f"{self.run_name or f'{run.task}-{str(run.id)[:8]}'}-{phase}"
+        runs = os.path.expanduser(
+            os.getenv("TENSORBOARD_LOGGING_DIR", os.path.join(folder or args.output_dir, "runs"))
+        )
         for each in self.own:
             if isinstance(each, TensorBoardCallback):
-                each.logging_dir = os.path.join(os.path.expanduser(os.getenv("TENSORBOARD_LOGGING_DIR", folder)), name)
+                each.logging_dir = os.path.join(runs, args.run_name)
 
     @contextmanager
-    def apart(self, args: TrainingArguments) -> Iterator[dict[TrainerCallback, TrainerCallback]]:
+    def for_the_calibration(self, args: TrainingArguments) -> Iterator[dict[int, TrainerCallback]]:
         """
-        Yield new callbacks in place of the trainer's: old -> new. What they begin ends with the context.
+        Make new callbacks, which begin runs of their own, for the calibration. These runs end with the context.
 
-        A run that the user began serves both phases, with the arguments `args` of the whole run.
+        Where the user has begun a run (`wandb.init()`, `mlflow.start_run()`), both phases go into that one: its
+        callback stays, and tells the tracker the arguments `args` of both phases at once.
+
+        Yields:
+            `dict[int, TrainerCallback]`: `id` of the trainer's callback -> the calibration's.
         """
         before, ends_wandb = self.own, False
         for each in before:
-            if _goes_on(each):
+            if _has_a_run(each):
                 each.setup(args, self.trainer.state, self.trainer.model)
-            ends_wandb |= isinstance(each, WandbCallback) and not _goes_on(each)
-        new = {each: type(each)() for each in before if not _goes_on(each)}
+            ends_wandb |= isinstance(each, WandbCallback) and not _has_a_run(each)
+        new = {id(each): type(each)() for each in before if not _has_a_run(each)}
         self.own = list(new.values())
         try:
             yield new
@@ -60,8 +77,8 @@ class Trackers:
                 wandb.finish()  # its callback ends no run
 
 
-def _goes_on(callback: TrainerCallback) -> bool:
-    """Say whether a tracker would go on with a run that its user began."""
+def _has_a_run(callback: TrainerCallback) -> bool:
+    """Say whether a tracker would go on with a run that its user has begun."""
     if isinstance(callback, WandbCallback):
         import wandb
 

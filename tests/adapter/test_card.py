@@ -41,7 +41,7 @@ PEFT = {
 LORI = {
     "format_version": 2,
     "task": "code",
-    "phase": "adaptation",
+    "phase": "adapting",
     "variant": "LoRI-S",
     "sparsity": 0.9,
     "granularity": "model",

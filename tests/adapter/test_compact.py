@@ -154,7 +154,7 @@ def contents_of(sets: list[np.ndarray], size: int) -> Contents:
         tensors[tensor_name(f"m{number:02}", "lora_B")] = masks[f"m{number:02}"].float()
     counts = Counts(lora=(size + 1) * len(sets), lora_B=size * len(sets), selected=None)
     record = LoriRecord(
-        task="t", phase="adaptation", variant="LoRI-S", sparsity=0.5, granularity="model", threshold=None,
+        task="t", phase="adapting", variant="LoRI-S", sparsity=0.5, granularity="model", threshold=None,
         projection=Projection(None, None, "sha256:"), calibration=None, counts=counts,
         tasks=(TaskRecord("t", sum(map(len, sets))),), versions={},
     )  # fmt: skip

@@ -74,9 +74,9 @@ def make(engine: str, name: str, folder: Path, references: Path) -> LoriSFTTrain
 
 def run(engine: str, name: str, folder: Path, references: Path) -> None:
     if name.startswith("interrupted"):
-        for phase in ("calibration", "adaptation"):
+        for phase in ("calibrating", "adapting"):
             trainer = make(engine, name, folder, references)
-            if phase == "adaptation" or trainer.masks is None:
+            if phase == "adapting" or trainer.masks is None:
                 trainer.add_callback(End(trainer, phase, interrupt))
                 try:
                     trainer.train(resume_from_checkpoint=any(folder.glob("**/trainer_state.json")))

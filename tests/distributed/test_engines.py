@@ -37,7 +37,7 @@ def launched(tmp_path_factory, references):
     @cache
     def run_all(engine: str) -> tuple[Path, list[str]]:
         folder = tmp_path_factory.mktemp(engine)
-        phases = [("calibration",), ("adaptation",)] if engine in KILLED else []
+        phases = [("calibrating",), ("adapting",)] if engine in KILLED else []
         logs = []
         for phase in [*phases, ()]:
             result = launch(engine, "run.py", engine, folder, references, *phase)

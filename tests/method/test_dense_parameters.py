@@ -53,7 +53,7 @@ def test_a_run_killed_in_either_phase_and_resumed_is_the_undisturbed_run(make_tr
         make_trainer(callbacks=[Stop()], peft_config=peft_config).train()
     resumed = make_trainer(trainer_class=RecordingTrainer, peft_config=peft_config)
     resumed.train(resume_from_checkpoint=True)
-    assert not resumed.batches["calibration"] and resumed.masks == whole.masks
+    assert not resumed.batches["calibrating"] and resumed.masks == whole.masks
     logged = [[sorted(entry) for entry in each.state.log_history] for each in (resumed, whole)]
     assert logged[0] == logged[1] and "calibration_loss" in logged[0][0]
     assert all(torch.equal(value, dense_of(whole)[name]) for name, value in dense_of(resumed).items())

@@ -112,4 +112,4 @@ def test_an_adapter_that_began_with_pissa_can_be_continued(make_trainer, llama):
     trainer = make_trainer(model=model, max_steps=1, calibration_max_steps=1)
     trainer.train()
     for path, weight in trainer.weights.items():
-        assert torch.equal(weight[~trainer.masks[path]], trainer.initial_weights[path][~trainer.masks[path]])
+        assert torch.equal(weight[~trainer.masks[path]], trainer.run.initial_weights[path][~trainer.masks[path]])

@@ -23,8 +23,9 @@ class GradientTrainer(RecordingTrainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if self.phase == "calibration":
-            assert all(torch.equal(weight.cpu(), self.initial_weights[path]) for path, weight in self.weights.items())
+        if self.phase == "calibrating":
+            B0 = self.run.initial_weights
+            assert all(torch.equal(weight.cpu(), B0[path]) for path, weight in self.weights.items())
         return loss
 
 
@@ -56,7 +57,7 @@ def test_gradient_selects_where_the_batches_agree(make_trainer, llama, accumulat
         weight_decay=0.1,
     )
     trainer.calibrate()
-    batches = trainer.batches["calibration"]
+    batches = trainer.batches["calibrating"]
     assert len(batches) == 5 * accumulation
     if accumulation > 1:
         batches = [
@@ -73,7 +74,7 @@ def test_gradient_selects_where_the_batches_agree(make_trainer, llama, accumulat
     assert all((saliency[path] >= threshold)[mask].all() for path, mask in trainer.masks.items())
     assert trainer.masks.num_selected == num_to_select(0.9, trainer.masks.numel)
     assert trainer.masks.threshold == pytest.approx(threshold.item(), rel=1e-4)
-    assert trainer.calibration.method == "gradient" and trainer.calibration.steps == 5
+    assert trainer.run.calibration.method == "gradient" and trainer.run.calibration.steps == 5
 
 
 def test_the_adaptation_after_gradient_is_an_ordinary_one(make_trainer, tmp_path):
@@ -118,7 +119,7 @@ def test_gradient_resumes_where_it_was(make_trainer, tmp_path):
         make_trainer(callbacks=[Stop()], **config).calibrate()
     resumed = make_trainer(trainer_class=RecordingTrainer, **config)
     resumed.train(resume_from_checkpoint=True)
-    assert len(resumed.batches["calibration"]) == 3
+    assert len(resumed.batches["calibrating"]) == 3
     assert resumed.masks == whole.masks and resumed.masks.threshold == whole.masks.threshold
     with pytest.raises(ValueError, match="calibration_method gradient, this run has its default"):
         make_trainer(save_strategy="no").train(resume_from_checkpoint=True)
@@ -140,7 +141,7 @@ def test_random_needs_no_calibration(make_trainer, tmp_path):
     for mask in trainer.masks.values():
         assert mask.sum() == num_to_select(0.9, mask.numel())
     trainer.train()
-    assert trainer.batches["calibration"] == [] and len(trainer.batches["adaptation"]) == 4
+    assert trainer.batches["calibrating"] == [] and len(trainer.batches["adapting"]) == 4
     trainer.save_model()
     assert read_record(tmp_path / "out").calibration == Calibration(method="random", seed=seed)
     assert f"drawn at random from seed {seed}" in (tmp_path / "out" / "README.md").read_text()

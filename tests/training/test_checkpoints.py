@@ -14,28 +14,28 @@ def test_a_second_run_in_a_folder_is_told_and_never_takes_the_first_one_s_masks(
     first = make_trainer(**SAVING)
     first.train()
     assert "checkpoints of another run" not in caplog.text
-    second = make_trainer(callbacks=[Stop("calibration")], seed=0, **SAVING | {"save_steps": 3})
+    second = make_trainer(callbacks=[Stop("calibrating")], seed=0, **SAVING | {"save_steps": 3})
     with pytest.raises(KeyboardInterrupt):
         second.train()  # before its first checkpoint
     assert "holds checkpoints of another run. This one begins anew" in caplog.text
     with pytest.raises(ValueError, match="the run that began last in .* left no complete checkpoint; .*checkpoint-4"):
         make_trainer(**SAVING).train(resume_from_checkpoint=True)
-    third = make_trainer(callbacks=[Stop("adaptation")], **SAVING)
+    third = make_trainer(callbacks=[Stop("adapting")], **SAVING)
     with pytest.raises(KeyboardInterrupt):
         third.train()
     resumed = make_trainer(**SAVING)
     resumed.train(resume_from_checkpoint=True)  # not from the first one's checkpoint-4
-    assert resumed.run == third.run != first.run and resumed.state.global_step == 4
+    assert resumed.run.id == third.run.id != first.run.id and resumed.state.global_step == 4
 
 
 def test_a_resumed_run_keeps_its_identity(make_trainer, tmp_path):
-    first = make_trainer(callbacks=[Stop("adaptation")], **SAVING)
+    first = make_trainer(callbacks=[Stop("adapting")], **SAVING)
     with pytest.raises(KeyboardInterrupt):
         first.train()
     second = make_trainer(**SAVING)
     second.train(resume_from_checkpoint=True)
     second.save_model()
-    assert read_record(tmp_path / "out").training.run == first.run == second.run and len(first.run) == 16
+    assert read_record(tmp_path / "out").training.run == first.run.id == second.run.id and len(first.run.id) == 16
 
 
 def test_checkpoints_of_other_data_and_another_calibration_are_refused(make_trainer, rows, tmp_path):

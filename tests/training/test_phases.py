@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import Stop, lora_config
-from transformers import EarlyStoppingCallback
+from tiny import RecordingTrainer, Stop, lora_config
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lori_trl import LoriSFTTrainer
+from lori_trl.adapter.record import read_record
 
 
 def logged_rates(trainer, name):
@@ -64,13 +65,91 @@ def test_all_early_stopping_callbacks_stay_out_of_the_calibration(make_trainer, 
     assert trainer.callback_handler.callbacks == before
 
 
+class Evaluate(TrainerCallback):
+    """Asks for an evaluation after the second step of each phase, and keeps what others are shown of it."""
+
+    def __init__(self):
+        self.metrics, self.logged = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = state.global_step == 2
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.metrics.append(metrics["eval_loss"])
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logged += [name for name in logs if name.endswith("eval_loss")]
+
+
+def test_an_evaluation_within_the_calibration_keeps_its_names(make_trainer, rows):
+    watch = Evaluate()
+    trainer = make_trainer(callbacks=[watch], eval_dataset=rows.select(range(4)), metric_for_best_model="eval_loss")
+    trainer.train()
+    assert len(watch.metrics) == 2 and watch.logged == ["calibration_eval_loss", "eval_loss"]
+    assert logged_rates(trainer, "calibration_eval_loss") == watch.metrics[:1]
+    assert trainer.state.best_metric == watch.metrics[1]
+
+
+def test_evaluate_within_the_calibration_returns_its_figures(make_trainer, rows):
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            losses.append(trainer.evaluate()["eval_loss"])
+
+    losses: list[float] = []
+    trainer = make_trainer(callbacks=[Look()], eval_dataset=rows.select(range(4)), max_steps=1)
+    trainer.train()
+    assert len(losses) == 5 and len(logged_rates(trainer, "calibration_eval_loss")) == 4
+
+
+def test_callbacks_that_come_and_go_in_the_calibration_stay_or_are_gone(make_trainer):
+    class Seen(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append((type(self).__name__, trainer.phase))
+
+    class Late(Seen):
+        pass
+
+    class Coming(Seen):
+        def on_step_end(self, args, state, control, **kwargs):
+            if trainer.phase == "calibrating" and state.global_step == 1:
+                trainer.add_callback(Late())
+                trainer.remove_callback(Going)
+
+    class Going(Seen):
+        pass
+
+    seen: list[tuple[str, str]] = []
+    trainer = make_trainer(callbacks=[Going(), Coming(), EarlyStoppingCallback(1)], eval_strategy="no")
+    trainer.remove_callback(EarlyStoppingCallback)
+    trainer.train()
+    assert seen[:2] == [("Going", "calibrating"), ("Coming", "calibrating")]
+    assert seen[2:] == [("Coming", "adapting"), ("Late", "adapting")]
+
+
+def test_an_own_trainer_keeps_what_it_noted_in_the_calibration(make_trainer):
+    """TRL's counters begin again in every phase; what a subclass counts is its own affair."""
+    trainer = make_trainer(trainer_class=RecordingTrainer)
+    trainer.train()
+    assert len(trainer.batches["calibrating"]) == len(trainer.batches["adapting"]) == 4
+
+
+def test_the_record_says_how_far_the_run_is(make_trainer, tmp_path):
+    trainer = make_trainer(save_strategy="steps", save_steps=2)
+    trainer.save_model(str(tmp_path / "new"))
+    trainer.train()
+    trainer.save_model()
+    folders = ("new", "out/calibration/checkpoint-2", "out/calibration", "out/checkpoint-2", "out")
+    phases = [read_record(tmp_path / folder).phase for folder in folders]
+    assert phases == ["new", "calibrating", "calibrated", "adapting", "adapting"]
+
+
 # ---- interrupted, repeated -----------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_calibration_is_set_back_and_begins_again(make_trainer, tmp_path):
     whole = make_trainer(output_dir=tmp_path / "whole")
     whole.train()
-    trainer = make_trainer(callbacks=[Stop("calibration")])
+    trainer = make_trainer(callbacks=[Stop("calibrating")])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert not any(weight.any() for weight in trainer.weights.values()) and trainer.masks is None
@@ -96,11 +175,11 @@ def test_the_next_trainer_on_the_model_knows_the_first_task(make_trainer, tmp_pa
     first = make_trainer(output_dir=tmp_path / "first")
     first.train()
     second = make_trainer(output_dir=tmp_path / "second", model=first.model, task_name="math", disjoint_masks=True)
-    assert second.earlier_masks == {"code": first.masks} and second.projection == first.projection
+    assert second.run.earlier_masks == {"code": first.masks} and second.projection == first.projection
     second.train()
     assert not (second.masks & first.masks).num_selected
     assert [task.task for task in second.record.tasks] == ["code", "math"]
-    assert second.record.tasks[0].calibration == first.calibration
+    assert second.record.tasks[0].calibration == first.run.calibration
 
 
 def test_a_trained_adapter_without_a_record_gives_a_warning(make_trainer, llama, caplog):

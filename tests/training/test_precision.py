@@ -16,9 +16,9 @@ def check_trained(trainer):
     moved = 0
     for path, weight in trainer.weights.items():
         B = weight.detach().cpu()
-        assert torch.equal(B[~trainer.masks[path]], trainer.initial_weights[path][~trainer.masks[path]])
+        assert torch.equal(B[~trainer.masks[path]], trainer.run.initial_weights[path][~trainer.masks[path]])
         assert torch.isfinite(B).all()
-        moved += int((B != trainer.initial_weights[path]).sum())
+        moved += int((B != trainer.run.initial_weights[path]).sum())
     assert moved > 0.8 * trainer.masks.num_selected
     assert fingerprint(projections(trainer.model, "default")) == trainer.projection.fingerprint
 

@@ -67,7 +67,7 @@ def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer, acc
             optimizer.step()
         return losses
 
-    calibration = train(batches["calibration"], rates[0])
+    calibration = train(batches["calibrating"], rates[0])
     flat = torch.cat([B[name].detach().abs().flatten() for name in sorted(B)])
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[flat.sort(descending=True, stable=True).indices[: num_to_select(sparsity, flat.numel())]] = True
@@ -75,7 +75,7 @@ def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer, acc
     masks = {name: part.view_as(B[name]) for name, part in zip(sorted(B), parts, strict=True)}
     for name in B:
         B[name].data.zero_()
-    return calibration, masks, train(batches["adaptation"], rates[1], masks), {name: B[name].detach() for name in B}
+    return calibration, masks, train(batches["adapting"], rates[1], masks), {name: B[name].detach() for name in B}
 
 
 RATES = {"sgd": (0.25, 0.5), "adamw_torch": (5e-3, 1e-2)}
@@ -154,8 +154,8 @@ def test_lori_d_follows_algorithm_1_without_a_mask(make_trainer, llama):
         max_grad_norm=0.0,
     )
     trainer.train()
-    batches = {"calibration": trainer.batches["adaptation"], "adaptation": []}
-    assert trainer.batches["calibration"] == [] and trainer.masks.density == 1.0
+    batches = {"calibrating": trainer.batches["adapting"], "adapting": []}
+    assert trainer.batches["calibrating"] == [] and trainer.masks.density == 1.0
     A = projections(trainer.model, "default")
     rates = (lambda step: 0.5, lambda step: 0.5)
     expected = algorithm_1(copy.deepcopy(llama).train(), A, 2.0, batches, 0.0, rates, torch.optim.SGD)[0]
@@ -241,7 +241,7 @@ def test_calibration_leaves_B_at_zero_and_density_exact(make_trainer):
     trainer.calibrate()
     assert all(not weight.any() for weight in trainer.weights.values())
     assert trainer.masks.num_selected == num_to_select(0.9, trainer.masks.numel)
-    assert trainer.calibration.steps == 3 and trainer.calibration.loss > 0
+    assert trainer.run.calibration.steps == 3 and trainer.run.calibration.loss > 0
     assert trainer.masks.projection == trainer.projection
 
 
@@ -263,7 +263,7 @@ def test_calibration_has_its_own_length_rate_and_rows(make_trainer):
     )
     trainer.train()
     assert seen == [(1e-3, 6, True), (5e-3, 16, True)]  # 8 rows x 3 epochs / 4; 32 rows x 2 epochs / 4
-    assert trainer.calibration.samples == 8
+    assert trainer.run.calibration.samples == 8
 
 
 def test_callbacks_see_the_B_that_the_step_has_made(make_trainer):
@@ -316,7 +316,7 @@ def test_phases_log_under_their_own_names(make_trainer):
 def test_progress_bars_name_the_phase(make_trainer, capfd):
     make_trainer(disable_tqdm=False, max_steps=2, calibration_max_steps=2).train()
     shown = capfd.readouterr().err
-    assert "calibration:" in shown and "adaptation:" in shown
+    assert "calibrating:" in shown and "adapting:" in shown
 
 
 def test_early_stopping_and_evaluation_stay_out_of_the_calibration(make_trainer, rows):
@@ -346,7 +346,7 @@ def test_given_masks_skip_the_calibration_and_bring_their_A(make_trainer, adapte
     masks = LoriMasks.from_pretrained(adapter_folder)
     assert trainer.masks == masks and trainer.projection == masks.projection
     trainer.train()
-    assert trainer.calibration is None and trainer.masks.task == "other"
+    assert trainer.run.calibration is None and trainer.masks.task == "other"
 
 
 def test_masks_of_another_A_give_a_warning(make_trainer, adapter_folder, caplog):
@@ -422,11 +422,11 @@ def test_an_optimizer_object_is_refused(model, rows):
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_in", ["calibration", "adaptation"])
+@pytest.mark.parametrize("stop_in", ["calibrating", "adapting"])
 def test_resuming_gives_the_undisturbed_run(make_trainer, tmp_path, stop_in):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3 and args.output_dir.endswith("calibration") == (stop_in == "calibration"):
+            if state.global_step == 3 and args.output_dir.endswith("calibration") == (stop_in == "calibrating"):
                 raise KeyboardInterrupt
 
     config = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
@@ -437,9 +437,9 @@ def test_resuming_gives_the_undisturbed_run(make_trainer, tmp_path, stop_in):
         make_trainer(callbacks=[Stop()], peft_config=peft_config, **config).train()
     resumed = make_trainer(trainer_class=RecordingTrainer, peft_config=peft_config, **config)
     resumed.train(resume_from_checkpoint=True)
-    steps = tuple(len(resumed.batches[phase]) for phase in ("calibration", "adaptation"))
-    assert steps == {"calibration": (2, 4), "adaptation": (0, 2)}[stop_in]
-    assert resumed.masks == whole.masks and resumed.calibration.steps == 4
+    steps = tuple(len(resumed.batches[phase]) for phase in ("calibrating", "adapting"))
+    assert steps == {"calibrating": (2, 4), "adapting": (0, 2)}[stop_in]
+    assert resumed.masks == whole.masks and resumed.run.calibration.steps == 4
     assert all(torch.equal(resumed.weights[path], whole.weights[path]) for path in whole.weights)
 
 
@@ -447,7 +447,7 @@ def test_a_finished_calibration_is_not_run_again(make_trainer):
     make_trainer().calibrate()
     resumed = make_trainer(trainer_class=RecordingTrainer)
     resumed.train(resume_from_checkpoint=True)
-    assert len(resumed.batches["calibration"]) == 0 and len(resumed.batches["adaptation"]) == 4
+    assert len(resumed.batches["calibrating"]) == 0 and len(resumed.batches["adapting"]) == 4
 
 
 def test_half_written_checkpoints_are_passed_over(make_trainer, tmp_path, caplog):
@@ -457,7 +457,7 @@ def test_half_written_checkpoints_are_passed_over(make_trainer, tmp_path, caplog
     state.write_text(state.read_text()[:50])
     resumed = make_trainer(trainer_class=RecordingTrainer, **config)
     resumed.train(resume_from_checkpoint=True)
-    assert len(resumed.batches["adaptation"]) == 2 and "half-written" in caplog.text
+    assert len(resumed.batches["adapting"]) == 2 and "half-written" in caplog.text
 
 
 def test_a_checkpoint_of_another_run_is_refused(make_trainer, tmp_path):

@@ -133,7 +133,16 @@ def test_no_phase_learns_from_the_other_s_completions(llama, tmp_path, name):
 
     trainer._generate_and_score_completions = watched
     trainer.train()
-    assert generated == [("calibration", 0), ("adaptation", 0)]
+    assert generated == [("calibrating", 0), ("adapting", 0)]
+
+
+def test_grpo_s_entropy_control_begins_anew_in_the_adaptation(llama, tmp_path):
+    control = {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_coef_delta": 0.05}
+    trainer = make("GRPO", copy.deepcopy(llama), tmp_path, **control)
+    trainer.calibrate()
+    assert trainer.entropy_coef == 0.1
+    coefficients = [entry["calibration_entropy_coef"] for entry in trainer.state.log_history[:2]]
+    assert coefficients[1] != 0.1  # the calibration did move it
 
 
 def test_dpo_on_an_adapter_that_is_continued_keeps_a_frozen_reference(llama, tmp_path):

@@ -1,0 +1,141 @@
+"""What a run knows: its adapter, its task's masks, and how far it has come."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+
+from ..adapter.masks import LoriMasks
+from ..adapter.record_fields import Calibration, TaskRecord
+from ..continual import feasible_entries, tasks_that_fit
+from ..method.projections import Fingerprint, Projection
+from ..method.sharding import gather
+from ..method.sparsity import num_to_select
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import LoraLayer
+    from torch.utils.hooks import RemovableHandle
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class LoriRun:
+    """
+    The state of a run: all that [`LoriTrainerMixin`] keeps beside what the Trainer has.
+
+    Args:
+        task (`str`): the task that is trained.
+        adapter_name (`str`): the adapter that is trained, as PEFT knows it.
+        lora_layers (`dict[str, LoraLayer]`): module path -> PEFT's layer, sorted by path.
+        earlier_masks (`dict[str, LoriMasks]`): the adapter's other tasks, oldest first -> their masks.
+        earlier_tasks (`list[TaskRecord]`): what is on record of them.
+        masks ([`LoriMasks`] or `None`): M, the entries of B that this task trains; `None` until they are selected.
+        projection ([`Projection`]): which A the adapter has.
+        feasible ([`LoriMasks`] or `None`):
+            The entries that no earlier task has; `None` where all are free, or may be shared.
+        phase (`str`): how far the run is: one of `lori_trl.adapter.record.PHASES`.
+        calibration ([`Calibration`] or `None`): how the masks were found; `None` where they were given.
+        calibration_log (`list[dict]`): what the calibration logged.
+        id (`str` or `None`): the run's identity, drawn when it begins; the same where it is resumed.
+        trainer_attributes (`frozenset[str]`): what TRL's trainer made; see [`counters_set_back`].
+        shard_hooks (`list[RemovableHandle]`): the hooks that mask FSDP2's shards in the phase that goes on.
+        initial_weights (`dict[str, Tensor]`): module path -> B0 `(out_features, rank)`, B as it is now, on the CPU.
+    """
+
+    task: str
+    adapter_name: str
+    lora_layers: dict[str, "LoraLayer"]
+    earlier_masks: dict[str, LoriMasks]
+    earlier_tasks: list[TaskRecord]
+    trainer_attributes: frozenset[str]
+    masks: LoriMasks | None = None
+    projection: Projection = field(default_factory=lambda: Projection(None, None, ""))
+    feasible: LoriMasks | None = None
+    phase: str = "new"
+    calibration: Calibration | None = None
+    calibration_log: list[dict[str, Any]] = field(default_factory=list)
+    id: str | None = None
+    shard_hooks: list["RemovableHandle"] = field(default_factory=list)
+    initial_weights: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self):
+        self.initial_weights = {path: weight.detach().to("cpu", copy=True) for path, weight in self.weights.items()}
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """B: module path -> lora_B's weight `(out_features, rank)`."""
+        return {path: layer.lora_B[self.adapter_name].weight for path, layer in self.lora_layers.items()}
+
+    @property
+    def all_masks(self) -> dict[str, LoriMasks]:
+        """Every task's masks, oldest first."""
+        return {**self.earlier_masks, **({} if self.masks is None else {self.task: self.masks})}
+
+    @property
+    def trained_masks(self) -> LoriMasks | None:
+        """The entries that the phase trains; `None` for all of B."""
+        return self.feasible if self.phase == "calibrating" else self.masks
+
+    def fingerprint(self, dtype: torch.dtype) -> str:
+        """Fingerprint A, rounded to the type in which an engine holds it."""
+        taken = Fingerprint()
+        for path, layer in self.lora_layers.items():
+            taken.add(path, gather(layer.lora_A[self.adapter_name].weight).to(dtype))
+        return str(taken)
+
+    def keep_disjoint(self, sparsity: float, granularity: str) -> None:
+        """
+        Take the entries of earlier tasks out of the race.
+
+        Raises:
+            `ValueError`: trained entries belong to no task that is known, or this task does not fit beside the others.
+        """
+        feasible = feasible_entries({path: weight.shape for path, weight in self.weights.items()}, self.earlier_masks)
+        owned = ~feasible if self.masks is None else self.masks | ~feasible
+        if any((weight != 0)[~owned[path]].any() for path, weight in self.initial_weights.items()):
+            raise ValueError(
+                "`disjoint_masks=True`, but this adapter has trained entries of B that belong to no task on record. "
+                "Every task's entries must be known. Load the adapter with `load_lori_adapter`, which brings its "
+                "masks, or leave `disjoint_masks` unset."
+            )
+        if self.masks is None and not tasks_that_fit(feasible, sparsity, granularity):
+            raise ValueError(
+                f"`sparsity={sparsity}`, `mask_granularity={granularity!r}`, `disjoint_masks=True`: the task needs "
+                f"{num_to_select(sparsity, feasible.numel):,} of {feasible.numel:,} entries of B, and "
+                f"{', '.join(self.earlier_masks)} left {feasible.num_selected:,} free. Over the whole model, a "
+                f"sparsity from {1 - feasible.density:.6f} on fits. Raise `sparsity`, begin another adapter, or leave "
+                "`disjoint_masks` unset."
+            )
+        self.feasible = feasible if self.earlier_masks else None
+
+    def adopt(self, masks: LoriMasks) -> None:
+        """
+        Take masks from a file as this task's.
+
+        Raises:
+            `ValueError`: they do not fit the adapter, are others than the task's own, or an earlier task has some of
+                their entries.
+        """
+        masks.check_shapes({path: weight.shape for path, weight in self.weights.items()})
+        if self.masks is not None and masks != self.masks:
+            raise ValueError(
+                f"`task_name={self.task!r}`: the adapter has this task with other masks than those given. A task "
+                "has one set of masks. Leave `mask_name_or_path` unset to go on with it, or give the task a new name."
+            )
+        if self.feasible is not None and (masks - self.feasible).num_selected:
+            raise ValueError(
+                f"`disjoint_masks=True`, but {(masks - self.feasible).num_selected:,} entries of the given masks "
+                f"belong to {', '.join(self.earlier_masks)}. Disjoint masks share none. Leave `mask_name_or_path` "
+                "unset to calibrate on what is free, or leave `disjoint_masks` unset."
+            )
+        own, given = self.projection, masks.projection
+        if given is None or given.fingerprint != own.fingerprint and not own.same_draw(given):
+            logger.warning(
+                "The masks were not calibrated on this adapter's A, so their entries stand for other random "
+                "directions. To calibrate on this adapter, leave `mask_name_or_path` unset; for a fresh adapter, "
+                "leave `projection_seed` unset, which takes the masks' own A."
+            )
+        self.masks = LoriMasks(masks, **vars(masks.metadata) | {"task": self.task})
