@@ -71,7 +71,7 @@ def test_what_is_saved(adapter_folder):
         selected=num_to_select(0.9, lora_B),
     )
     assert trained <= record.counts.selected
-    assert record.variant == "LoRI-S" and record.sparsity == 0.9 and record.phase == "adaptation"
+    assert record.variant == "LoRI-S" and record.sparsity == 0.9 and record.phase == "adapting"
     assert record.calibration.steps == 4 and record.tasks[0].task == "code"
 
 
