@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.claims import report  # noqa: E402
 from benchmarks.claims.cells import UNTUNED, Base, Cell, Held, Mask, Merge, Overlaps, Refusals, Rounded, Train  # noqa: E402
-from benchmarks.claims.evidence import estimate, is_lower, is_no_worse  # noqa: E402
+from benchmarks.claims.evidence import Claim, estimate, t_quantile, t_tails, verdicts  # noqa: E402
 from benchmarks.claims.parts import plan  # noqa: E402
 from benchmarks.claims.store import Store  # noqa: E402
 from benchmarks.claims.tuning import RATES, Tuning  # noqa: E402
@@ -89,20 +89,39 @@ def test_the_report_says_all_that_was_measured(store, tmp_path, monkeypatch):
     report.write_report(store)
     text = (tmp_path / "results.md").read_text()
     assert "not measured" not in text.replace("– is not measured yet", "").lower() and "nan" not in text
-    assert "| 1. LoRI-D is as good as LoRA | **holds here** | +0.000 ± 0.000 |" in text
-    assert (
-        "| 6. disjoint masks forget less than LoRI-S's own | **can't be told at this size** | +0.000 ± 0.000 |" in text
-    )
-    assert {file.name for file in tmp_path.glob("*.png")} == {"results_masks.png", "results_merging.png"}
+    assert "| 1. LoRI-D is as good as LoRA | **holds here** | +0.000 ± 0.000 | 0 |" in text
+    assert "| 3. LoRI-S loses less by merging (`concat`) than LoRA | can't be told | +0.000 ± 0.000 | 1 |" in text
+    assert [file.name for file in tmp_path.glob("*.png")] == ["results_masks.png"]
 
     report.write_report(Store(tmp_path / "none.jsonl"))
     assert "holds" not in (tmp_path / "results.md").read_text().split("## In short")[1]
 
 
-def test_verdicts_need_three_seeds_and_more_than_noise():
-    assert "not measured yet (2 of 3 seeds)" in is_no_worse(estimate([0.0, 0.0]))
-    assert is_no_worse(estimate([0.001, -0.001, 0.002])) == "**holds here**"
-    assert is_no_worse(estimate([0.1, -0.1, 0.05])) == "**can't be told at this size**"
-    assert is_no_worse(estimate([0.05, 0.06, 0.05])) == "**does not hold here**"
-    assert is_lower(estimate([-0.05, -0.06, -0.05])) == "**holds here**"
-    assert is_lower(estimate([-0.05, 0.06, -0.05])) == "**can't be told at this size**"
+def test_intervals_are_students():
+    """From the tables of t."""
+    assert [round(t_quantile(freedom), 3) for freedom in (1, 2, 3, 4, 9)] == [12.706, 4.303, 3.182, 2.776, 2.262]
+    assert round(t_tails(-2.132, 4), 3) == 0.1 and round(t_tails(3.143, 6), 3) == 0.02
+    assert estimate([0.1, 0.2, 0.3]).text() == "0.200 ± 0.248"
+
+
+def test_verdicts_need_all_seeds_and_more_than_noise_among_all_claims():
+    def judged(*samples: list[float], null: float = 0.0) -> list[str]:
+        return [verdict for verdict, _ in verdicts([Claim("", estimate(values), null) for values in samples])]
+
+    assert judged([0.0, 0.0]) == ["not measured yet (2 of 3 seeds)"]
+    below = [-0.05, -0.06, -0.05]
+    assert judged(below) == ["**holds here**"] and judged([-value for value in below]) == ["**does not hold here**"]
+    assert (
+        judged(below, [-0.05, 0.06, -0.05], [0.0, 0.01, -0.01], below)
+        == ["can't be told"] * 3 + judged(*[below] * 4)[3:]
+    )
+    assert judged([0.001, -0.001, 0.002], null=0.02) == ["**holds here**"]
+    assert judged([0.05, 0.06, 0.05], null=0.02) == ["**does not hold here**"]
+
+
+def test_p_is_adjusted_as_holm_says():
+    claims = [
+        Claim("", estimate(values)) for values in ([-0.05, -0.06, -0.05], [-0.05, -0.07, -0.04], [0.1, -0.1, 0.05])
+    ]
+    alone = [verdicts([claim])[0][1] for claim in claims]
+    assert [p for _, p in verdicts(claims)] == pytest.approx([3 * alone[0], 2 * alone[1], alone[2]])

@@ -39,7 +39,7 @@ def worker(tmp_path, monkeypatch, model_folder):
     for module in (data, training):
         monkeypatch.setattr(module, "model_name", lambda: str(model_folder))
     data.tokenizer.cache_clear()
-    for task in ("gsm8k", "safety", "code", "nlu/boolq"):
+    for task in ("gsm8k", "safety", "code"):
         (tmp_path / "data" / task).mkdir(parents=True)
         for split in ("train", "test"):
             lines = [json.dumps(words(number)) for number in range(len(task), 420)]
@@ -55,7 +55,7 @@ def cells() -> list[Cell]:
     shared = tuple(Train("LoRI", task, 0, RATE, Mask("random"), shared_A=True) for task in ("safety", "gsm8k"))
     merge = Merge((safety, gsm8k), "concat", 0.5)
     return [
-        Base("nlu"),
+        Base("code"),
         Train("LoRI", "code", 1, RATE, Mask("agreement", CHEAP)),
         Train("LoRI", "code", 1, RATE, Mask("train", 30, RATE, 0.5, "layer")),
         Overlaps("gsm8k", 0, RATE, CHEAP),
@@ -63,7 +63,7 @@ def cells() -> list[Cell]:
         merge,
         Merge(lora, "linear", 0.5, "dev"),
         Merge(shared, "concat", 0.5),
-        Held(merge, ("nlu",)),
+        Held(merge, ("code",)),
         Refusals(),
         Refusals(Train("LoRA", "gsm8k", 0, RATE, start=lora[0])),
         Held(Train("LoRI", "gsm8k", 0, RATE, full, start=safety), ("safety",)),

@@ -4,7 +4,7 @@
     python -m benchmarks.claims --data DATA --again KEY                              a cell again: the same figures?
     python -m benchmarks.claims --report                                             tables and pictures
 
-DATA holds safety/, gsm8k/, code/ and nlu/<set>/, each with train.jsonl and test.jsonl in TRL's prompt-completion form.
+DATA holds safety/, gsm8k/ and code/, each with train.jsonl and test.jsonl in TRL's prompt-completion form.
 Figures go to `benchmarks/results/claims.jsonl`, one line a cell; adapters and masks to the cache, from which nothing
 is needed for the report. What is missing in the cache is made again.
 """
@@ -32,7 +32,7 @@ KEEP_MEMORY = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshol
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the folder with safety/, gsm8k/, code/ and nlu/")
+    parser.add_argument("--data", type=Path, help="the folder with safety/, gsm8k/ and code/")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[], help="run only these parts")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures are kept")

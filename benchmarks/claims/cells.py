@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-TASKS = ("gsm8k", "safety", "nlu", "code")
+TASKS = ("gsm8k", "safety", "code")
 SEEDS = (0, 1, 2)
 RANK, STEPS, BATCH = 32, 30, 2
 MAX_LENGTH = 160  # tokens; longer rows are left out

@@ -24,7 +24,7 @@ class Rows:
 
     Args:
         folder (`Path`):
-            With safety/, gsm8k/, code/ and nlu/<set>/, each with train.jsonl and test.jsonl in TRL's
+            With safety/, gsm8k/ and code/, each with train.jsonl and test.jsonl in TRL's
             prompt-completion form.
     """
 
@@ -52,9 +52,6 @@ class Rows:
 
     @cache  # noqa: B019
     def short(self, task: str, split: str) -> list[Row]:
-        if task == "nlu":
-            sets = [self._file(folder / f"{split}.jsonl") for folder in sorted((self.folder / "nlu").iterdir())]
-            return _in_turn(*sets)
         rows = self._file(self.folder / task / f"{split}.jsonl")
         if task == "safety":
             return _in_turn(rows, self._harmless(split))

@@ -10,13 +10,12 @@ CHEAP_MASKS = (OTHER_MASKS["cheap"], Mask("train", CHEAP))
 CURVE = (Mask("agreement", 8), Mask("train", 8), Mask("agreement", 15), Mask("train", 15))
 CURVE_TASKS = ("gsm8k", "safety")
 OTHERS = (Mask("random"), Mask("adam", CHEAP), Mask("gradient", CHEAP), Mask("fisher", CHEAP))  # on one task
-MERGED = tuple(("safety", "gsm8k", "nlu", "code")[:count] for count in (2, 3, 4))
+MERGED = ("safety", "gsm8k")
 COMPARED = ("LoRA", "LoRI-D", "LoRI-S", "random", "cheap")
 COMPARED_IN_PAIRS = (*COMPARED, "short")
-SEQUENCE = ("gsm8k", "nlu", "code")
-CONTINUED = ("LoRA", "LoRI-S", "LoRAF")
+SEQUENCE = ("safety", "gsm8k")
 SPARSITIES, SPARSITY_TASK = (0.5, 0.95, 0.99), "gsm8k"
-POOLED_TASKS = ("safety", "nlu")
+POOLED_TASKS = ("safety",)
 ROUNDED_TASKS, DTYPES = ("safety", "gsm8k"), ("", "bfloat16", "int8")
 GRANULARITIES = ("module", "projection", "layer", "matrix")
 
@@ -55,16 +54,9 @@ def merging(tuning: Tuning) -> Iterator[Cell]:
     """Two tasks in one adapter."""
     for how in ("concat", "linear"):
         for method in COMPARED_IN_PAIRS:
-            yield from merges(tuning, method, MERGED[0], how)
+            yield from merges(tuning, method, MERGED, how)
     # LoRI's own explanation is that A are independent.
-    yield from merges(tuning, "random", MERGED[0], "concat", shared_A=True)
-
-
-def more_merging(tuning: Tuning) -> Iterator[Cell]:
-    """Three and four tasks in one adapter."""
-    for tasks in MERGED[1:]:
-        for method in COMPARED:
-            yield from merges(tuning, method, tasks, "concat")
+    yield from merges(tuning, "random", MERGED, "concat", shared_A=True)
 
 
 def merges(tuning: Tuning, method: str, tasks: tuple[str, ...], how: str, **fields) -> Iterator[Cell]:
@@ -85,26 +77,18 @@ def single_adapters(tuning: Tuning, method: str, tasks: tuple[str, ...], seed: i
 
 
 def sequences(tuning: Tuning) -> Iterator[Cell]:
-    """One adapter, several tasks one after the other: what is left of the earlier ones."""
+    """One adapter, two tasks one after the other: what is left of the first."""
     yield Refusals()
     for method in COMPARED:
         for seed in SEEDS:
-            first, second = sequence(tuning, method, ("safety", "gsm8k"), seed)
-            yield from (first, Refusals(first), second, Held(second, ("safety",)), Refusals(second))
-    for method in CONTINUED:
-        for seed in SEEDS:
-            first, second, third = sequence(tuning, method, SEQUENCE, seed)
-            yield from (first, second, third, Held(third, SEQUENCE[:2]))
+            first, second = sequence(tuning, method, seed)
+            yield from (first, Refusals(first), second, Held(second, SEQUENCE[:1]), Refusals(second))
 
 
-def sequence(tuning: Tuning, method: str, tasks: tuple[str, ...], seed: int) -> list[Train]:
-    """One adapter's cells, task after task. LoRAF's first task is LoRI-S's."""
-    disjoint, method = method == "LoRAF", method.replace("LoRAF", "LoRI-S")
-    cells: list[Train] = []
-    for task in tasks:
-        start = cells[-1] if cells else None
-        cells.append(tuning.train(method, task, seed, start=start, disjoint=disjoint and start is not None))
-    return cells
+def sequence(tuning: Tuning, method: str, seed: int) -> list[Train]:
+    """One adapter's cells, task after task."""
+    first = tuning.train(method, SEQUENCE[0], seed)
+    return [first, tuning.train(method, SEQUENCE[1], seed, start=first)]
 
 
 def single(tuning: Tuning) -> Iterator[Cell]:
@@ -138,8 +122,7 @@ def rounding(tuning: Tuning) -> Iterator[Cell]:
 
 PARTS: dict[str, Callable[[Tuning], Iterator[Cell]]] = {
     "masks": masks, "single": single, "length": length, "merging": merging, "sequences": sequences,
-    "rounding": rounding, "sparsity": sparsity, "saliencies": saliencies, "more_merging": more_merging,
-    "granularity": granularity,
+    "rounding": rounding, "sparsity": sparsity, "saliencies": saliencies, "granularity": granularity,
 }  # fmt: skip
 
 

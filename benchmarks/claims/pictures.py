@@ -57,28 +57,6 @@ def draw_curves(tasks: dict[str, dict], file: Path) -> None:
     _save(figure, file)
 
 
-def draw_merges(losses: dict[str, list[Estimate]], counts: list[int], file: Path) -> None:
-    """
-    Draw what merging costs against how many tasks are merged.
-
-    Args:
-        losses (`dict[str, list[Estimate]]`): method -> what is lost, for every count.
-        counts (`list[int]`): how many tasks.
-        file (`Path`): the .png file.
-    """
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained", dpi=110)
-    axes = figure.subplots()
-    for number, (method, estimates) in enumerate(losses.items()):
-        aside = 0.04 * (number - (len(losses) - 1) / 2)
-        measured = [(count + aside, point) for count, point in zip(counts, estimates, strict=True) if point.seeds]
-        _line(axes, *zip(*measured, strict=True), COLORS[method], METHOD_NAMES.get(method, method))
-    axes.set_xticks(counts)
-    axes.set_xlabel("tasks in one adapter (concat)")
-    axes.set_ylabel("loss, more than the single\nadapters' (nats, mean over tasks)")
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, file)
-
-
 def _line(axes, x: Sequence[float], estimates: tuple[Estimate, ...], color: str, label: str) -> None:
     errors = [point.stderr if point.seeds > 1 else 0 for point in estimates]
     means = [point.mean for point in estimates]

@@ -1,6 +1,7 @@
 """`docs/results.md` and its pictures, from the committed results alone."""
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -22,13 +23,11 @@ from .cells import (
     Overlaps,
     Refusals,
     Rounded,
-    Train,
 )
-from .evidence import MARGIN, BySeed, Estimate, Evidence, SeededCell, is_lower, is_no_worse, minus, pooled
+from .evidence import MARGIN, BySeed, Claim, Evidence, SeededCell, minus, pooled, verdicts
 from .parts import (
     COMPARED,
     COMPARED_IN_PAIRS,
-    CONTINUED,
     CURVE_TASKS,
     DTYPES,
     GRANULARITIES,
@@ -43,7 +42,7 @@ from .parts import (
     sequence,
     single_adapters,
 )
-from .pictures import METHOD_NAMES, draw_curves, draw_merges
+from .pictures import METHOD_NAMES, draw_curves
 from .setting import ROOT
 from .store import Store
 from .tuning import Tuning
@@ -67,15 +66,33 @@ HEAD = f"""
 
 Written by `python -m benchmarks.claims --report` from `benchmarks/results/claims.jsonl`; nothing is typed by hand.
 
-SmolLM2-135M-Instruct in float32, r = {RANK}, alpha = {2 * RANK}, seven projections; {STEPS} steps of {BATCH} rows of
-at most {MAX_LENGTH} tokens, AdamW at a constant rate. Safety rows are half harmful requests that are refused and half
-harmless ones that are answered. The loss is that of {TEST_ROWS} held-out rows, in nats a completion token. Each
-method's learning rate is tuned for each task on {DEV_ROWS} dev rows and seed 0, from the same three rates on, until
-the best is not at the edge. A seed draws rows, their order, A and random masks; ± is the standard error over
-{len(SEEDS)} seeds. Differences are paired: same seed, same rows. A claim that something is as good holds where the
-difference is at most one standard error and two of them end below {MARGIN} nats; that something is better, where the
-difference is more than two standard errors, and either fails where it lies that far on the other side. Of three seeds
-that is no more than an 82 % interval. – is not measured yet.
+SmolLM2-135M-Instruct (its Q4_1 file unpacked) in float32, r = {RANK}, alpha = {2 * RANK}, seven projections; {STEPS}
+steps of {BATCH} rows of at most {MAX_LENGTH} tokens, AdamW at a constant rate. Safety rows are half harmful requests
+that are refused and half harmless ones that are answered. The loss is that of {TEST_ROWS} held-out rows, in nats a
+completion token. Each method's learning rate is tuned for each task on {DEV_ROWS} dev rows and seed 0, from the same
+three rates on, until the best is not at the edge. A seed draws rows, their order, A and random masks. Differences are
+paired: same seed, same rows.
+
+± is half of the 95 % interval over {len(SEEDS)} seeds (Student's t, {len(SEEDS) - 1} degrees of freedom). The rows
+are the same in all seeds, so their own error is not in it; it stands below the losses of [one task](#one-task). A
+verdict is given on the claims of the next table alone, all of them together: p is two-sided and adjusted by Holm, and
+below 0.05 a claim holds or does not. Three seeds are too few for that; read the intervals. "As good" means: less than
+{MARGIN} nats behind. – is not measured yet. A cell that is run again gives the same figures to the last digit on one
+machine, to 1e-5 on another.
+"""
+
+WITHDRAWN = """
+## Withdrawn
+
+What an earlier edition of this page said, and what does not stand:
+
+- *LoRI-D loses more by merging than LoRA.* It hung on one learning rate, chosen by 0.0008 nats of 16 dev rows; with
+  the next one most of the difference is gone. Merges of three and four tasks, which had it, are not shown any more.
+- *`concat` loses less than `linear`.* One weight means two things to them: in `linear` weights multiply. With a weight
+  between those of the grid the difference is gone.
+- *NLU.* After so few steps the model has learnt the answer's form and guesses the label, whatever the method. The task
+  is not shown any more, nor is the sequence with it in the middle.
+- *Ten times the rate explains why LoRI-S forgets more.* In part at most.
 """
 
 TITLES = {
@@ -96,12 +113,12 @@ calibration and {STEPS} steps of adaptation, in runs of plain LoRA of {STEPS} st
 """
 
 MERGING_HEAD = """
-How much more the loss on each task is than the single adapter's, the mean over the merged tasks; one weight for all,
-the best of a search on seed 0.
+Safety and gsm8k in one adapter: how much more the loss on each is than the single adapter's, the mean over both; one
+weight for both, the best of a search on seed 0. Which method of merging is better can't be told from this: see
+[withdrawn](#withdrawn).
 """
 
 Row = list[str]
-Judge = Callable[[Estimate], str]
 
 
 def write_report(store: Store) -> None:
@@ -109,6 +126,7 @@ def write_report(store: Store) -> None:
     DOCS.mkdir(exist_ok=True)
     page = Page(store)
     lines = page.head()
+    lines += WITHDRAWN.strip().splitlines() + [""]
     for part in TITLES:
         lines += page.section(part)
     (DOCS / "results.md").write_text("\n".join(lines), encoding="utf-8")
@@ -140,67 +158,61 @@ class Page:
 
     def _claims(self) -> list[str]:
         """Return the table of all claims."""
-        train, merged, forgotten = self._train, self._merging_difference, self._forgotten_difference
-        full = self._from_full
+        train, merged = self._train, self._merging_difference
 
         def on_tasks(method: str, other: str) -> list[BySeed]:
-            return [self.evidence.paired(train(method, task=task), train(other, task=task)) for task in TASKS]
+            return [self.evidence.paired(train(method, task), train(other, task)) for task in TASKS]
 
-        def merges_of(method: str) -> list[BySeed]:
-            return [merged((method, tasks, "concat"), ("LoRA", tasks, "concat")) for tasks in MERGED]
+        def masked(cell: Callable[[str], SeededCell]) -> list[BySeed]:
+            return [self._from_full(cell(task), task) for task in TASKS]
 
-        two = MERGED[0]
-        claims: list[tuple[str, list[BySeed], Judge]] = [
-            ("1. LoRI-D is as good as LoRA", on_tasks("LoRI-D", "LoRA"), is_no_worse),
-            ("2. LoRI-S is as good as LoRI-D", on_tasks("LoRI-S", "LoRI-D"), is_no_worse),
+        own, shared = ("random", "concat"), ("random", "concat", True)
+        by_matrix = self.evidence.paired(train("LoRI-S", "safety"), self._pooled("matrix", "safety"))
+        as_good = [
+            ("1. LoRI-D is as good as LoRA", on_tasks("LoRI-D", "LoRA")),
+            ("2. LoRI-S is as good as LoRI-D", on_tasks("LoRI-S", "LoRI-D")),
             *(
                 (
                     f"2. so is sparsity {sparsity:g} ({SPARSITY_TASK})",
                     [self.evidence.paired(train(f"s={sparsity}", SPARSITY_TASK), train("LoRI-D", SPARSITY_TASK))],
-                    is_no_worse,
                 )
                 for sparsity in SPARSITIES
             ),
-            ("3. LoRI-D loses less by merging (`concat`) than LoRA", merges_of("LoRI-D"), is_lower),
-            ("3. LoRI-S loses less by merging (`concat`) than LoRA", merges_of("LoRI-S"), is_lower),
+            ("3. merged by `concat`, one A for both is as good as independent A", [merged(shared, own)]),
             (
-                "3. independent A lose less by merging than one A",
-                [merged(("random", two, "concat"), ("random", two, "concat", True))],
-                is_lower,
+                f"5. the mask of {CHEAP} dense steps is as good as the whole run's",
+                masked(lambda task: self._masked(Mask("train", CHEAP), task)),
             ),
             (
-                "4. `concat` loses less than `linear`",
-                [merged((method, two, "concat"), (method, two, "linear")) for method in COMPARED],
-                is_lower,
+                f"5. so is that of {CHEAP} batches' gradients (agreement of signs)",
+                masked(lambda task: train("cheap", task)),
             ),
-            (
-                "5. LoRI-S forgets less of safety than LoRA",
-                [forgotten("LoRI-S", "LoRA", ("safety", "gsm8k"))],
-                is_lower,
-            ),
-            ("6. disjoint masks forget less than LoRI-S's own", [forgotten("LoRAF", "LoRI-S", SEQUENCE)], is_lower),
-            (
-                "7. a mask over the model is better than one a matrix",
-                [self.evidence.paired(train("LoRI-S", task), self._pooled("matrix", task)) for task in POOLED_TASKS],
-                is_lower,
-            ),
-            (
-                f"8. the mask of {CHEAP} dense steps is as good as the whole run's",
-                [full(self._masked(Mask("train", CHEAP), task), task) for task in TASKS],
-                is_no_worse,
-            ),
-            (
-                f"8. so is that of {CHEAP} batches' gradients (agreement of signs)",
-                [full(train("cheap", task=task), task) for task in TASKS],
-                is_no_worse,
-            ),
-            ("8. so is a random mask", [full(train("random", task=task), task) for task in TASKS], is_no_worse),
+            ("5. so is a random mask", masked(lambda task: train("random", task))),
         ]
-        rows = []
-        for text, differences, judge in claims:
-            mean = pooled(differences)
-            rows.append([text, judge(mean), mean.text(sign=True)])
-        return _table("claim, verdict, difference in nats", rows)
+        lower = [
+            (
+                "3. LoRI-D loses less by merging (`concat`) than LoRA",
+                [merged(("LoRI-D", "concat"), ("LoRA", "concat"))],
+            ),
+            (
+                "3. LoRI-S loses less by merging (`concat`) than LoRA",
+                [merged(("LoRI-S", "concat"), ("LoRA", "concat"))],
+            ),
+            (
+                "4. LoRI-S forgets less of safety than LoRA, after as many steps on gsm8k",
+                [self._forgotten_difference("LoRI-S", "LoRA")],
+            ),
+            ("6. on safety, a mask over the model is better than one a matrix", [by_matrix]),
+        ]
+        claims = [Claim(text, pooled(differences), MARGIN) for text, differences in as_good]
+        claims = sorted(
+            [*claims, *(Claim(text, pooled(each)) for text, each in lower)], key=lambda claim: claim.text[:2]
+        )
+        rows = [
+            [claim.text, verdict, claim.difference.text(sign=True), "–" if math.isnan(p) else f"{p:.2g}"]
+            for claim, (verdict, p) in zip(claims, verdicts(claims), strict=True)
+        ]
+        return _table("claim, verdict, difference in nats, p (Holm)", rows)
 
     def section(self, part: str) -> list[str]:
         """Return a part's section, or that nothing of it is measured."""
@@ -240,16 +252,8 @@ class Page:
                 overlap = self._overlap(mask, task)
                 rows.append(self._mask_row(name, mask.batches, self._masked(mask, task), task, overlap))
         rows = [row for row in rows if row[2] != "–"]
-        verdicts = [
-            _claim(f"{name} is as good as the whole dense run's", self._from_full(cell, task), is_no_worse)
-            for name, cell in (
-                ("a random mask (per matrix)", train("random")),
-                (f"the mask of {CHEAP} batches' agreement of signs", train("cheap")),
-                (f"the mask of {CHEAP} dense steps", self._masked(Mask("train", CHEAP), task)),
-            )
-        ]
         table = _table("mask, cost, loss, more than with the paper's mask, overlap", rows)
-        return [f"**{task}** (without an adapter {base:.3f})", "", *table, *verdicts, ""]
+        return [f"**{task}** (without an adapter {base:.3f})", "", *table]
 
     def _mask_row(self, name: str, batches: int, cell: SeededCell, task: str, overlap: str) -> Row:
         more = pooled([self._from_full(cell, task)]).text(sign=True)
@@ -281,16 +285,19 @@ class Page:
     # ---- one task ----------------------------------------------------------------------------------------------
 
     def single(self) -> list[str]:
-        rows, verdicts = [], []
+        rows = []
         for method in COMPARED:
             cells = [self._train(method, task=task) for task in TASKS]
             rows.append([_name(method), *(f"{self._loss(cell)}{self._rate(method, task)}"
                                    for cell, task in zip(cells, TASKS, strict=True))])  # fmt: skip
-        for claim, method, other in (("1", "LoRI-D", "LoRA"), ("2", "LoRI-S", "LoRI-D")):
-            for task in TASKS:
-                difference = self.evidence.paired(self._train(method, task=task), self._train(other, task=task))
-                verdicts.append(_claim(f"({claim}) {method} is as good as {other} on {task}", difference, is_no_worse))
-        return [*_table("method (learning rate), " + ", ".join(TASKS), rows), *verdicts, ""]
+        for method, other in (("LoRI-D", "LoRA"), ("LoRI-S", "LoRI-D")):
+            rows.append([f"{method} less {other}", *(self._difference_on(task, method, other) for task in TASKS)])
+        errors = [self.evidence.mean(self._train("LoRI-D", task), "loss_stderr") for task in TASKS]
+        rows.append(["standard error over the rows", *(f"{each.mean:.3f}" if each.seeds else "–" for each in errors)])
+        return _table("method (learning rate), " + ", ".join(TASKS), rows)
+
+    def _difference_on(self, task: str, method: str, other: str) -> str:
+        return self.evidence.difference(self._train(method, task), self._train(other, task)).text(sign=True)
 
     def _rate(self, method: str, task: str) -> str:
         rate = self.tuning.rate(method, task)
@@ -311,43 +318,28 @@ class Page:
 
     def merging(self) -> list[str]:
         lines = [*MERGING_HEAD.strip().splitlines(), ""]
-        loss, rows = self._merging_loss, []
+        rows = []
         for method in COMPARED_IN_PAIRS:
-            rows.append([_name(method), *(loss(method, tasks, "concat").text(sign=True) for tasks in MERGED),
-                         loss(method, MERGED[0], "linear").text(sign=True)])  # fmt: skip
-        lines += _table("method, 2 tasks, 3 tasks, 4 tasks, 2 tasks: linear", rows)
-        for method in COMPARED[1:]:
-            for tasks in MERGED:
-                difference = self._merging_difference((method, tasks, "concat"), ("LoRA", tasks, "concat"))
-                text = f"(3) {_name(method)} loses less than LoRA in a merge of {len(tasks)}"
-                lines.append(_claim(text, difference, is_lower))
-        for method in COMPARED:
-            difference = self._merging_difference((method, MERGED[0], "concat"), (method, MERGED[0], "linear"))
-            text = f"(4) concat loses less than linear with {_name(method)}"
-            lines.append(_claim(text, difference, is_lower))
-        own, shared = ("random", MERGED[0], "concat"), ("random", MERGED[0], "concat", True)
-        text = "LoRI-S (random masks) loses less with independent A than with one A"
-        lines.append(_claim(text, self._merging_difference(own, shared), is_lower))
-        losses = {method: [loss(method, tasks, "concat") for tasks in MERGED] for method in COMPARED}
-        if all(any(point.seeds for point in points) for points in losses.values()):
-            draw_merges(losses, [len(tasks) for tasks in MERGED], DOCS / "results_merging.png")
-            lines += ["", "![What merging costs](results_merging.png)"]
-        return [*lines, ""]
-
-    def _merging_loss(self, *merge) -> Estimate:
-        return pooled([self._merged(*merge)])
+            loss = pooled([self._merged(method, "concat")])
+            than_lora = pooled([self._merging_difference((method, "concat"), ("LoRA", "concat"))])
+            linear = pooled([self._merged(method, "linear")])
+            rows.append([_name(method), loss.text(sign=True), than_lora.text(sign=True), linear.text(sign=True)])
+        lines += _table("method, more loss (`concat`), less that of LoRA, `linear`", rows)
+        own, shared = ("random", "concat"), ("random", "concat", True)
+        text = "Random masks on one A for both, less those on independent A"
+        return [*lines, f"{text}: {pooled([self._merging_difference(shared, own)]).text(sign=True)}.", ""]
 
     def _merging_difference(self, merge: tuple, other: tuple) -> BySeed:
         return minus(self._merged(*merge), self._merged(*other))
 
-    def _merged(self, method: str, tasks: tuple[str, ...], how: str, shared_A: bool = False) -> BySeed:
+    def _merged(self, method: str, how: str, shared_A: bool = False) -> BySeed:
         """Return how much is lost in a merge, the mean over its tasks."""
         fields = {"shared_A": True} if shared_A else {}
-        _, weight = self.tuning.merges(single_adapters(self.tuning, method, tasks, 0, **fields), how)
+        _, weight = self.tuning.merges(single_adapters(self.tuning, method, MERGED, 0, **fields), how)
         value = self.evidence.value
 
         def lost(seed: int) -> float | None:
-            adapters = single_adapters(self.tuning, method, tasks, seed, **fields)
+            adapters = single_adapters(self.tuning, method, MERGED, seed, **fields)
             merge = Merge(adapters, how, weight)
             if merge not in self.store or not all(adapter in self.store for adapter in adapters):
                 return None
@@ -358,65 +350,45 @@ class Page:
     # ---- sequences ---------------------------------------------------------------------------------------------
 
     def sequences(self) -> list[str]:
-        lines = ["Safety, then gsm8k: what is left of safety.", ""]
+        lines = ["Safety, then gsm8k: what is left of safety, each method after as many steps at its own rate.", ""]
         rows = [[_name(method), *self._safety_row(method)] for method in COMPARED]
-        header = "method, safety before, after, gsm8k, harmful refused before, after, harmless refused before, after"
-        lines += _table(header, rows)
-        for method in COMPARED[1:]:
-            difference = self._forgotten_difference(method, "LoRA", ("safety", "gsm8k"))
-            text = f"(5) {_name(method)} forgets less of safety than LoRA"
-            lines.append(_claim(text, difference, is_lower))
-        lines += ["", f"{', then '.join(SEQUENCE)}: how much more the loss is at the end than when it was learnt.", ""]
-        rows = []
-        for method in CONTINUED:
-            forgotten = pooled([self._forgotten(method, SEQUENCE)]).text(sign=True)
-            rows.append([method, forgotten, self._loss(lambda seed, m=method: self._sequence(m, SEQUENCE, seed)[-1])])
-        lines += _table(f"method, forgotten of {' and '.join(SEQUENCE[:2])}, loss on {SEQUENCE[-1]}", rows)
-        difference = self._forgotten_difference("LoRAF", "LoRI-S", SEQUENCE)
-        return [*lines, _claim("(6) LoRAF's disjoint masks forget less than LoRI-S's own", difference, is_lower), ""]
+        header = (
+            "method, safety before, after, lost, gsm8k, harmful refused before, after, harmless refused before, after"
+        )
+        return [*lines, *_table(header, rows)]
 
     def _safety_row(self, method: str) -> Row:
-        first = lambda seed: self._sequence(method, ("safety", "gsm8k"), seed)[0]  # noqa: E731
-        second = lambda seed: self._sequence(method, ("safety", "gsm8k"), seed)[1]  # noqa: E731
-        mean, held = self.evidence.mean, lambda seed: Held(second(seed), ("safety",))
-        row = [self._loss(first), mean(held, "safety", "loss").text(), self._loss(second)]
+        first = lambda seed: sequence(self.tuning, method, seed)[0]  # noqa: E731
+        second = lambda seed: sequence(self.tuning, method, seed)[1]  # noqa: E731
+        mean, held = self.evidence.mean, lambda seed: Held(second(seed), SEQUENCE[:1])
+        lost = pooled([self._forgotten(method)]).text(sign=True)
+        row = [self._loss(first), mean(held, "safety", "loss").text(), lost, self._loss(second)]
         for kind in ("harmful", "harmless"):
             for cell in (first, second):
                 row.append(mean(lambda seed, cell=cell: Refusals(cell(seed)), kind).text(2))  # noqa: B023
         return row
 
-    def _forgotten(self, method: str, tasks: tuple[str, ...]) -> BySeed:
-        """Return how much more the loss on the earlier tasks is at the end, the mean over them."""
-        value = self.evidence.value
+    def _forgotten(self, method: str) -> BySeed:
+        """Return how much more the loss on safety is at the end."""
+        return minus(
+            lambda seed: self.evidence.value(
+                Held(sequence(self.tuning, method, seed)[1], SEQUENCE[:1]), "safety", "loss"
+            ),
+            lambda seed: self.evidence.value(sequence(self.tuning, method, seed)[0]),
+        )
 
-        def forgotten(seed: int) -> float | None:
-            cells = self._sequence(method, tasks, seed)
-            held = Held(cells[-1], tasks[:-1])
-            if held not in self.store or not all(cell in self.store for cell in cells):
-                return None
-            return sum(value(held, cell.task, "loss") - value(cell) for cell in cells[:-1]) / len(cells[:-1])
-
-        return forgotten
-
-    def _forgotten_difference(self, method: str, other: str, tasks: tuple[str, ...]) -> BySeed:
-        return minus(self._forgotten(method, tasks), self._forgotten(other, tasks))
-
-    def _sequence(self, method: str, tasks: tuple[str, ...], seed: int) -> list[Train]:
-        return sequence(self.tuning, method, tasks, seed)
+    def _forgotten_difference(self, method: str, other: str) -> BySeed:
+        return minus(self._forgotten(method), self._forgotten(other))
 
     # ---- granularity -------------------------------------------------------------------------------------------
 
     def granularity(self) -> list[str]:
-        rows, verdicts = [["model", *(self._loss(self._train("LoRI-S", task=task)) for task in POOLED_TASKS)]], []
+        rows = [["model", *(self._loss(self._train("LoRI-S", task=task)) for task in POOLED_TASKS), ""]]
         for name in GRANULARITIES:
             cells = {task: self._pooled(name, task) for task in POOLED_TASKS}
-            rows.append([name, *map(self._loss, cells.values())])
-            for task, cell in cells.items():
-                difference = self.evidence.paired(self._train("LoRI-S", task=task), cell)
-                text = f"(7) model-wide masks are better than {name}-wide ones on {task}"
-                verdicts.append(_claim(text, difference, is_lower))
-        table = _table("entries compete within, " + ", ".join(POOLED_TASKS), rows)
-        return [*table, *verdicts, ""]
+            more = [self.evidence.difference(cell, self._train("LoRI-S", task)) for task, cell in cells.items()]
+            rows.append([name, *map(self._loss, cells.values()), *(each.text(sign=True) for each in more)])
+        return _table("entries compete within, " + ", ".join(POOLED_TASKS) + ", more than over the model", rows)
 
     def _pooled(self, granularity: str, task: str) -> SeededCell:
         mask = Mask("train", STEPS, granularity=granularity)
@@ -460,12 +432,6 @@ def _cost(batches: int) -> str:
     times = json.loads(file.read_text(encoding="utf-8"))["results"]
     calibration, step = times["dense / peft_lora"], times["packed / peft_lora"]
     return f"{(batches * calibration + STEPS * step) / STEPS:.2f}"
-
-
-def _claim(text: str, difference: BySeed, judge: Judge) -> str:
-    """Return a claim with its verdict and the paired difference behind it."""
-    mean = pooled([difference])
-    return f"- {text}: {judge(mean)}" + (f", {mean.text(sign=True)}" if mean.seeds else "")
 
 
 def _table(header: str, rows: Iterable[Row]) -> list[str]:
