@@ -68,9 +68,12 @@ class AdapterStore:
         if place is None:
             return None
         with self._lock:
-            folder = self._unpack(name, place) if place.is_file() else place
-            adapter = AdapterFolder(name, folder)
-            adapter.verify()
+            try:
+                folder = self._unpack(name, place) if place.is_file() else place
+                adapter = AdapterFolder(name, folder)
+                adapter.verify()
+            except ValueError as error:
+                raise ValueError(f"Adapter {name}: {error}") from error  # vLLM strikes paths out of what it answers
             if not may_be_one_base([adapter.base, base_name(base_model)]):
                 raise ValueError(
                     f"`{name}` was trained on {adapter.base}, and {base_name(base_model)} is served. An adapter fits "
