@@ -37,6 +37,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A chat template that knows three roles, w3 the user, w4 the assistant and w5 the system, and refuses others."""
+    tokenizer = make_tokenizer()
+    roles = "{% set roles = {'user': 'w3', 'assistant': 'w4', 'system': 'w5'} %}"
+    unknown = "{% if m['role'] not in roles %}{{ raise_exception('unknown role ' + m['role']) }}{% endif %}"
+    message = "{{ roles[m['role']] }} {{ m['content'] }} </s> "
+    tokenizer.chat_template = f"{roles}{{% for m in messages %}}{unknown}{message}{{% endfor %}}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}w4{% endif %}"
+    return tokenizer
+
+
 def make_llama() -> LlamaForCausalLM:
     """The same weights every time."""
     torch.manual_seed(0)
@@ -85,6 +96,7 @@ def make_trainer(
     callbacks=None,
     eval_dataset=None,
     trainer_class: type = LoriSFTTrainer,
+    processing_class=None,
     **changes,
 ) -> LoriSFTTrainer:
     """
@@ -101,7 +113,7 @@ def make_trainer(
         tiny_args(output_dir, **changes),
         train_dataset=make_rows() if train_dataset is None else train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=make_tokenizer(),
+        processing_class=processing_class or make_tokenizer(),
         peft_config=peft_config,
         callbacks=callbacks,
     )

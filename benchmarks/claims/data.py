@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lori_trl.recipes.tasks import alpaca_prompt
+from lori_trl.recipes.raw_rows import alpaca_prompt
 
 from .cells import BATCH, DEV_ROWS, MAX_LENGTH, STEPS, TEST_ROWS
 from .model import model_name

@@ -14,7 +14,7 @@ from lori_trl import LoriMasks, merge_lori_adapters
 from lori_trl.compact import expand, export_compact
 from lori_trl.evaluation import completion_loss, is_refusal
 from lori_trl.evaluation.harness import BENIGN_FILE
-from lori_trl.recipes.tasks import alpaca_prompt
+from lori_trl.recipes.raw_rows import alpaca_prompt
 
 from .cells import SALIENCIES, SNAPSHOTS, STEPS, Base, Cell, Gradients, Held, Merge, Overlaps, Refusals, Rounded, Train
 from .data import Rows, tokenizer

@@ -184,7 +184,7 @@ def _search(adapters, strategy, heldout, grid, settings, precision) -> dict[str,
     from rich.table import Table
 
     from ..merging.search import search_merge_weights
-    from ..recipes.tasks import LoriScriptArguments, load_training_data
+    from ..recipes.data import LoriScriptArguments, load_training_data
 
     if "weights" in settings:
         raise ValueError(

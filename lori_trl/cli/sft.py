@@ -126,7 +126,7 @@ def sft_parser(*, help_all: bool = False):
     """Make the parser of `lori-sft`, of which `--help` shows what matters, or all."""
     from trl import ModelConfig, TrlParser
 
-    from ..recipes.tasks import LoriScriptArguments
+    from ..recipes.data import LoriScriptArguments
     from ..training.config import LoriSFTConfig
 
     class Parser(TrlParser):
@@ -164,7 +164,7 @@ def _help_groups(actions: list[argparse.Action], help_all: bool) -> dict[str, li
     """
     from trl import ModelConfig
 
-    from ..recipes.tasks import LoriScriptArguments
+    from ..recipes.data import LoriScriptArguments
     from ..training.config import LoriArguments
 
     sections = re.split(r"> Parameters that control (.+)\n", LoriArguments.__doc__ or "")[1:]
@@ -281,7 +281,7 @@ def _dry_run(script, args, model_args, engine=None) -> None:
     from trl import get_peft_config
 
     from ..recipes.base_configs import KNOWN_CONFIGS
-    from ..recipes.tasks import look_at_training_data
+    from ..recipes.data import look_at_training_data
     from ..training.counting import count_parameters
 
     peft_config = get_peft_config(model_args)
@@ -302,21 +302,65 @@ def _dry_run(script, args, model_args, engine=None) -> None:
         show(f"data: {name} was not looked at, for the Hub cannot be reached")
     else:
         show(f"data: {name}, rows of {', '.join(row)}")
+    _settle_task_name(script, args)
+    show(f"task: {args.task_name}")
 
 
 def _preview(script, args, model_args) -> None:
     from rich.text import Text
 
-    from ..recipes.tasks import load_training_data
     from ..training.preview import preview_rows
 
-    rows = load_training_data(script, args.dataset_text_field)[script.dataset_train_split]
-    for number, row in enumerate(preview_rows(rows, args, _load_tokenizer(script, args, model_args), script.preview)):
+    data, tokenizer = _load_data(script, args, model_args)
+    rows = data[script.dataset_train_split]
+    for number, row in enumerate(preview_rows(rows, args, tokenizer, script.preview)):
         text = Text()
         for piece, bears_loss in row.pieces:
             piece = printable(piece)
             text.append(f"⟦{piece}⟧" if bears_loss else piece, style="bold green" if bears_loss else "dim")
         show(f"row {number}: {row.num_tokens:,} tokens, {row.num_with_loss:,} bear loss: those in ⟦⟧", text, "")
+
+
+def _load_data(script, args, model_args):
+    """Load the rows and the tokenizer, and check that it takes them all. Returns both."""
+    from ..recipes.data import load_training_data
+    from ..training.tokenizer_checks import check_tokenizer, tokenizer_as_trained
+
+    data = load_training_data(script, args.dataset_text_field, evaluated=_is_evaluated(args))
+    tokenizer = _load_tokenizer(script, args, model_args)
+    as_trained = tokenizer_as_trained(tokenizer, args)
+    for split, rows in data.items():
+        source = f"{script.dataset_path or script.dataset_name}, split {split}"
+        check_tokenizer(rows, as_trained, source, text_field=args.dataset_text_field)
+    return data, tokenizer
+
+
+def _is_evaluated(args) -> bool:
+    return args.eval_strategy != "no" or args.eval_on_start
+
+
+def _settle_task_name(script, args) -> None:
+    """
+    Name the task after the data where nobody named it.
+
+    Raises:
+        `ValueError`: the adapter that is continued has a task of that name: it is another's, as a rule.
+    """
+    from ..adapter.folder import open_adapter
+    from ..recipes.data import default_task_name
+
+    if args.task_name is not None:
+        return
+    args.task_name = default_task_name(script)
+    if script.adapter_name_or_path is None:
+        return
+    with open_adapter(script.adapter_name_or_path, allow_modified=script.allow_modified) as adapter:
+        if args.task_name in adapter.tasks:
+            raise ValueError(
+                f"`task_name` is not given, and the name that the data give, {args.task_name!r}, is that of a task of "
+                f"`{script.adapter_name_or_path}`. A task has a name of its own, which decides its mask. Pass "
+                f"`--task_name` with another one, or `--task_name {args.task_name}` to go on with that task."
+            )
 
 
 def _load_tokenizer(script, args, model_args):
@@ -348,23 +392,14 @@ def _build_trainer(script, args, model_args):
 
     from ..adapter.load import load_lori_adapter
     from ..adapter.write import check_output
-    from ..recipes.tasks import data_name, load_training_data
     from ..training.base_model import load_base_model
     from ..training.sft_trainer import LoriSFTTrainer
 
-    data = load_training_data(script, args.dataset_text_field)
-    evaluated = args.eval_strategy != "no" or args.eval_on_start
-    if evaluated and script.dataset_test_split not in data:
-        raise ValueError(
-            f"`eval_strategy={args.eval_strategy.value}`, `eval_on_start={args.eval_on_start}`: the split "
-            f"{script.dataset_test_split!r} is needed, and the data have {', '.join(data)}. Pass one of these as "
-            "`dataset_test_split`, or evaluate nothing."
-        )
-    if args.task_name is None:
-        args.task_name = data_name(script)
     inputs = (model_args.model_name_or_path, script.adapter_name_or_path, args.mask_name_or_path)
     resumed = args.resume_from_checkpoint is not None
     check_output(args.output_dir, filter(None, inputs), overwrite=script.overwrite or resumed)
+    _settle_task_name(script, args)
+    data, tokenizer = _load_data(script, args, model_args)
     _check_writable(args.output_dir)
     model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -386,8 +421,8 @@ def _build_trainer(script, args, model_args):
         model,
         args,
         train_dataset=data[script.dataset_train_split],
-        eval_dataset=data[script.dataset_test_split] if evaluated else None,
-        processing_class=_load_tokenizer(script, args, model_args),
+        eval_dataset=data[script.dataset_test_split] if _is_evaluated(args) else None,
+        processing_class=tokenizer,
         peft_config=peft_config,
     )
 

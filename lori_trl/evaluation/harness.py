@@ -14,7 +14,8 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..recipes.find import nearest
-from ..recipes.tasks import BENCHMARKS, alpaca_prompt, hex_phi_prompt, load_benchmark
+from ..recipes.raw_rows import alpaca_prompt, hex_phi_prompt
+from ..recipes.tasks import BENCHMARKS, load_benchmark
 from ..training.base_model import precision
 from .processes import do_once
 from .results import Result, rows_hash, versions

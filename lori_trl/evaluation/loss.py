@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
 
-from ..recipes.tasks import LoriScriptArguments, load_training_data
+from ..recipes.data import LoriScriptArguments, load_training_data
 from ..training.base_model import precision
 from .processes import share_out
 from .results import Result, rows_hash, versions

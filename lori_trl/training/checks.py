@@ -60,9 +60,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     check_not_empty(rows)
     check_versions(given)
     if given.get("formatting_func") is None:
-        check_text(rows, "train_dataset")
+        text_field = getattr(args, "dataset_text_field", None)
+        check_text(rows, "train_dataset", text_field)
         for name, more in (evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}).items():
-            check_text(more, name)
+            check_text(more, name, text_field)
     if isinstance(rows, IterableDataset):
         args.check_streaming()
     if args.warmup_steps and args.lr_scheduler_type == "constant":

@@ -1,15 +1,17 @@
 """LoRI for supervised fine-tuning, with TRL's [`~trl.SFTTrainer`]."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
 from trl import SFTTrainer
 
-from ..recipes.tasks import kept_positions
 from .config import LoriSFTConfig
+from .tokenizer_checks import check_tokenizer
 from .trainer import LoriTrainerMixin
+from .training_rows import kept_positions, sft_rows
 
 
 class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):
@@ -34,8 +36,24 @@ class LoriSFTTrainer(LoriTrainerMixin, SFTTrainer):
     _tag_names = ["trl", "sft", "lori"]
     config_class = LoriSFTConfig
 
+    @staticmethod
+    def rows_as_trained(given: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out the columns of other formats, and give ShareGPT's messages their roles."""
+        if given.get("formatting_func") is not None:
+            return {}
+        text_field, taken = given["args"].dataset_text_field, {}
+        for name in ("train_dataset", "eval_dataset"):
+            if isinstance(rows := given.get(name), dict):
+                taken[name] = {key: sft_rows(each, text_field, key) for key, each in rows.items()}
+            elif rows is not None:
+                taken[name] = sft_rows(rows, text_field, name)
+        return taken
+
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Truncate as `truncation_mode="keep_prompt_end"` says; TRL knows the other modes."""
+        """Check rows and template; truncate as `truncation_mode="keep_prompt_end"` says; TRL knows the other modes."""
+        if formatting_func is None:
+            names = {"text_field": args.dataset_text_field, "chat_template": self.chat_template}
+            check_tokenizer(dataset, processing_class, f"{dataset_name}_dataset", **names)
         if args.truncation_mode != "keep_prompt_end":
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         first = next(iter(dataset))

@@ -89,6 +89,7 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         if given.get("args") is None and self.config_class is not None:
             given["args"] = self.config_class()
         check_arguments(given)
+        given |= self.rows_as_trained(given)
         args, rows, peft_config = given["args"], given["train_dataset"], given.get("peft_config")
         if peft_config is not None and have_images(rows):
             given["peft_config"] = for_language_part(peft_config)
@@ -112,6 +113,11 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         self.trackers = Trackers(self, given.get("callbacks") or ())
         self.add_callback(self.card_facts)
         self.callback_handler.callbacks.insert(0, PhaseCallback(self))
+
+    @staticmethod
+    def rows_as_trained(given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that hold rows which the TRL trainer would misread, as it takes them right."""
+        return {}
 
     @property
     def masks(self) -> LoriMasks | None:

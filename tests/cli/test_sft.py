@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 import yaml
 from peft import PeftModel
+from tiny import make_chat_tokenizer
 from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriArguments, LoriMasks
@@ -91,7 +92,35 @@ def test_alpaca_rows_and_single_files(call, tmp_path):
     rows = [{"instruction": f"w{i}", "input": "w5" * (i % 2), "output": "w1 w2"} for i in range(8)]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
     assert sft([*call, "--dataset_path", str(tmp_path / "alpaca.json")]) == 0
-    assert LoriMasks.from_pretrained(tmp_path / "out").task == "alpaca"
+    assert LoriMasks.from_pretrained(tmp_path / "out").task.endswith("-alpaca")
+
+
+def test_a_csv_file_whose_name_is_none_of_a_task(call, tmp_path, capsys):
+    (tmp_path / "my_task" / "rows (v2).csv").write_text("prompt,completion\n" + "w1,7\n" * 8)
+    call = [*call, "--dataset_path", str(tmp_path / "my_task" / "rows (v2).csv")]
+    assert sft([*call, "--dry-run"]) == 0
+    assert "task: my_task-rows-v2" in capsys.readouterr().out
+    assert sft(call) == 0
+    assert LoriMasks.from_pretrained(tmp_path / "out").task == "my_task-rows-v2"
+
+
+def test_a_second_task_is_no_other_because_its_file_has_the_same_name(call, tmp_path, rows, capsys):
+    for name in ("math", "code"):
+        (tmp_path / name).mkdir()
+        rows.to_json(tmp_path / name / "train.jsonl")
+    math, code = (["--dataset_path", str(tmp_path / name / "train.jsonl")] for name in ("math", "code"))
+    assert sft([*call, *math]) == 0
+    continued = [*call[:4], "--adapter_name_or_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "two")]
+    for more in ([], ["--dry-run"]):
+        parts = ("the name that the data give, 'math', is that of a task", "or `--task_name math` to go on")
+        fails([*continued, *math, *more], capsys, *parts)
+    assert sft([*continued, *code, "--disjoint_masks"]) == 0
+    assert [task["task"] for task in json.loads((tmp_path / "two" / "lori_config.json").read_text())["tasks"]] == [
+        "math",
+        "code",
+    ]
+    first, second = (LoriMasks.from_pretrained(tmp_path / "two", task=task) for task in ("math", "code"))
+    assert (first & second).num_selected == 0
 
 
 def test_dry_run_counts_without_weights(call, tmp_path, capsys):
@@ -168,7 +197,7 @@ def fails(arguments, capsys, *parts):
         (["--dataset_train_split", "validation"], ["not in `my_task`, which has test, train"]),
         (
             ["--eval_strategy", "epoch", "--dataset_test_split", "dev"],
-            ["the split 'dev' is needed, and the data have"],
+            ["`dataset_test_split='dev'` is not in `my_task`, which has test, train"],
         ),
         (["--use_dora"], ["`use_dora=True` is not possible with LoRI"]),
         (["--mask_name_or_path", "nowhere"], ["`nowhere` holds no masks"]),
@@ -181,6 +210,27 @@ def fails(arguments, capsys, *parts):
 )
 def test_wrong_calls_exit_with_2(call, extra, parts, capsys):
     fails([*call, *extra], capsys, *parts)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--preview", "1"]])
+def test_bad_rows_are_told_before_the_base_is_loaded(call, tmp_path, model_folder, monkeypatch, capsys, more):
+    def load_base_model(*_, **__):
+        pytest.fail("the base was loaded")
+
+    monkeypatch.setattr("lori_trl.training.base_model.load_base_model", load_base_model)
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    good, bad = {"messages": talk}, {"messages": [{"role": "narrator", "content": "w1"}]}
+    base = shutil.copytree(model_folder, tmp_path / "chat")
+    make_chat_tokenizer().save_pretrained(base)
+    file = tmp_path / "talk.jsonl"
+    call += ["--dataset_path", str(file), "--model_name_or_path", str(base), *more]
+    for rows, part in (
+        ([good, {"messages": []}], "Row 1 of `talk.jsonl` has `messages=[]`"),
+        ([good, bad], "narrator"),
+    ):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if part != "narrator" or more != ["--dry-run"]:
+            fails(call, capsys, part)
 
 
 def test_a_wrong_call_leaves_existing_outputs_alone(call, tmp_path, capsys):

@@ -157,7 +157,7 @@ def test_wrong_calls(adapters, data, tmp_path, capsys, model_folder):
         ([*one, "--tasks", "gsm8k", "boolq", "--dataset_path", str(bare)], ["is one file for gsm8k, boolq"]),
         ([*one, "--tasks", "humaneval"], ["Pass `--allow_code_execution`"]),
         ([*one, "--metrics", "loss"], ["`--metrics loss` has no data"]),
-        ([*one, "--metrics", "loss", "--dataset_path", str(bare)], ["columns prompt", "Rename or convert"]),
+        ([*one, "--metrics", "loss", "--dataset_path", str(bare)], ["columns prompt", "Rename the columns"]),
         ([*one, "--metrics", "loss", "--dataset_path", str(data)], ["has no test.jsonl or test.json"]),
         ([*one, *gsm8k, str(data), "--limit", "0"], ["`--limit 0` is too few"]),
         ([*one, *gsm8k, str(data), "--max_new_tokens", "5000"], ["leaves no room for a prompt"]),
