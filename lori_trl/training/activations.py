@@ -21,7 +21,7 @@ from ..method.layers import lora_layers, tensor_name
 from ..method.moments import Rows
 from ..method.projections import freeze_projections
 from ..method.sharding import assign, full_shape, gathered
-from ..recipes.tasks import LoriScriptArguments, load_training_data
+from ..recipes.data import LoriScriptArguments, load_training_data
 from .config import LoriArguments
 
 _MAX_LENGTH = 1024  # tokens of a row, where the trainer's config has no limit
