@@ -9,6 +9,7 @@ from .adapter.compact_file import read_compact, write_compact
 from .adapter.folder import open_adapter
 from .adapter.masks import LoriMasks
 from .adapter.write import check_output, check_output_file, complete, staged, write_contents
+from .inputs.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,10 @@ def export_compact(
     folder, file = Path(folder), Path(file)
     check_output_file(file, folder, overwrite=overwrite)
     with open_adapter(folder, allow_modified=allow_modified) as adapter:
-        write_compact(file, adapter.contents(), dtype)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial:
+            write_compact(partial, adapter.contents(), dtype)
+            check_output_file(file, folder, overwrite=overwrite)  # another process may have been faster
         if any("chat_template" in name for name in adapter.tokenizer):
             logger.warning(
                 f"`{folder}` has a chat template, and a compact file has no tokenizer: with `{file}`, the base's is "
@@ -75,3 +79,4 @@ def expand(file: str | Path, folder: str | Path, *, overwrite: bool = False) -> 
         write_contents(stage, contents)
         newest = LoriMasks(entries, **vars(metadata)) if entries else None
         complete(stage, contents.record, newest, beside=folder)
+        check_output(folder, [file], overwrite=overwrite)  # another process may have been faster

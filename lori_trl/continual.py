@@ -214,6 +214,7 @@ def _rewrite(
         for task_masks in masks.values():
             task_masks.save_pretrained(stage)
         complete(stage, record, newest)
+        check_output(output_dir)  # another process may have been faster
 
 
 def _record_of_tasks(adapter: AdapterFolder) -> LoriRecord:

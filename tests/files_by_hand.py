@@ -28,6 +28,12 @@ def seal(values: dict) -> dict:
     return {**values, "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 
 
+def change_config(folder: Path, **changes) -> None:
+    """Change an `adapter_config.json`."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def change_tensors(folder: Path, change: Callable[[dict], None]) -> None:
     """Change the tensors of an adapter, and the record with them."""
     file = folder / "adapter_model.safetensors"

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..inputs.files import describe_fault, parse_json, replacing
+from ..inputs.files import describe_fault, parse_json
 from ..inputs.typed_values import left_out, plain, typed
 from ..method.layers import module_path, tensor_name
 from ..method.projections import CONTRASTIVE, Projection, draw_projection, fingerprint
@@ -110,7 +110,7 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
     Write an adapter in its compact form.
 
     Args:
-        file (`Path`): where to; replaced in one step.
+        file (`Path`): where to.
         contents ([`Contents`]): the adapter.
         dtype (`torch.dtype`, *optional*):
             What the trained entries are rounded to: `torch.bfloat16`, `torch.float16`, or `torch.int8` with a scale a
@@ -130,7 +130,8 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
         np.setdiff1d(_where(_bits(each)), taken) for each, taken in zip(B.values(), known, strict=True)
     ]
     union = _unions(positions.values(), len(B))
-    values = [weight.flatten()[torch.from_numpy(where)] for weight, where in zip(B.values(), union, strict=True)]
+    flat = ((path, weight.flatten()) for path, weight in B.items())
+    values = {path: weight[torch.from_numpy(where)] for (path, weight), where in zip(flat, union, strict=True)}
 
     tensors = {f"tensors.{name}": tensor.contiguous() for name, tensor in state.items()}
     for name, sets in positions.items():
@@ -160,9 +161,7 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
     record = record.sealed(contents.adapter_config, hashes)
     metadata = plain(replace(header, lori_config=record.to_dict()))
     metadata["sha256"] = _checksum(metadata, tensors)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as partial:
-        save_file(tensors, partial, metadata={COMPACT_FORMAT: json.dumps(metadata)})
+    save_file(tensors, file, metadata={COMPACT_FORMAT: json.dumps(metadata)})
 
 
 def read_compact(file: Path) -> Contents:
@@ -278,13 +277,25 @@ def _weights(header: _Header, tensors: Mapping[str, Tensor], union: _Positions) 
     return weights
 
 
-def _round(values: Sequence[Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _round(values: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Round the values of every module; int8 comes with a scale for each of them."""
+    each = list(values.values())
+    if dtype is None:
+        return {"values": torch.cat(each)}
     if dtype != torch.int8:
-        return {"values": torch.cat(list(values)).to(dtype or values[0].dtype)}
-    scales = torch.stack([each.float().abs().max() / 127 if len(each) else torch.tensor(0.0) for each in values])
-    steps = [(each.float() / scale.clamp(min=1e-38)).round() for each, scale in zip(values, scales, strict=True)]
-    return {"values": torch.cat(steps).to(torch.int8), "scales": scales}
+        rounded = {"values": torch.cat(each).to(dtype)}
+    else:
+        scales = torch.stack([part.float().abs().max() / 127 if len(part) else torch.tensor(0.0) for part in each])
+        steps = [(part.float() / scale.clamp(min=1e-38)).round() for part, scale in zip(each, scales, strict=True)]
+        rounded = {"values": torch.cat(steps).to(torch.int8), "scales": scales}
+    if not all(tensor.isfinite().all() for tensor in rounded.values()):
+        largest = 3.4e38 if dtype == torch.int8 else torch.finfo(dtype).max
+        path = next(path for path, part in values.items() if not (part.float().abs() <= largest).all())
+        raise ValueError(
+            f"`dtype={_name_of(dtype)}` cannot hold all values of {path}: some exceed {largest:.3g}, or are infinite. "
+            "All must fit. Leave `dtype` out to keep them as they are."
+        )
+    return rounded
 
 
 # ---- A ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ..method.layers import module_path
 from ..method.lora_fields import KNOWN, UNSET
 from .adapter_contents import Contents
 from .compact_file import read_compact
-from .fetch import fetch_adapter
+from .fetch import fetch_adapter, refuse_other_weights
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -111,6 +111,7 @@ class AdapterFolder:
         self.tokenizer = dict(tokenizer or {})
         for file in PEFT_FILES:
             if not (folder / file).is_file():
+                refuse_other_weights(name, (other.name for other in folder.glob("adapter_model*")))
                 raise FileNotFoundError(
                     f"`{name}` holds no {file}. An adapter has {' and '.join(PEFT_FILES)}. Fetch or save it again."
                 )
@@ -252,8 +253,10 @@ class AdapterFolder:
 
     @property
     def base(self) -> str | None:
-        """The base model's name, on the Hub or of a local folder."""
-        return base_name(self.config.get("base_model_name_or_path"))
+        """The base model's name, on the Hub or of a local folder: the record knows which, wherever this is read."""
+        run = self.record.training if self.record is not None else None
+        is_local = run is not None and run.base_model is not None and run.base_model.id is None
+        return base_name(self.config.get("base_model_name_or_path"), is_local=is_local)
 
     @property
     def base_location(self) -> str | None:
@@ -365,9 +368,13 @@ def read_modules(
                 yield path, {number: adapters[number].read(files[number], path, dtype) for number in has_it}
 
 
-def base_name(name_or_path: str | None) -> str | None:
+def base_name(name_or_path: str | None, *, is_local: bool = False) -> str | None:
     """
     Reduce a base model's name to what two machines have in common: the Hub name, or the local folder's name.
+
+    Args:
+        name_or_path (`str`, *optional*): the name.
+        is_local (`bool`, *optional*, defaults to `False`): whether it is known to be no Hub name, whatever its form.
 
     ```python
     >>> base_name("/models/hub/models--meta-llama--Meta-Llama-3-8B/snapshots/8cde5ca/")
@@ -382,7 +389,11 @@ def base_name(name_or_path: str | None) -> str | None:
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots", name_or_path)
     if cached:
         return cached[1].replace("--", "/")
-    return name_or_path if is_repo_id(name_or_path) else re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1]
+    return (
+        name_or_path
+        if is_repo_id(name_or_path) and not is_local
+        else re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1]
+    )
 
 
 def may_be_one_base(names: Iterable[str | None]) -> bool:

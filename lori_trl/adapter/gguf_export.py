@@ -73,6 +73,8 @@ def export_gguf(
         with replacing(modelfile) as text, replacing(file) as partial:
             text.write_text(_modelfile(file, source.base or base_name(base_model)), encoding="utf-8")
             _write(partial, source, config, names)
+            for output in (file, modelfile):
+                check_output_file(output, adapter, overwrite=overwrite)  # another process may have been faster
     return file
 
 

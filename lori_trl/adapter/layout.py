@@ -27,6 +27,7 @@ RECIPE_NAME = "recipe.yaml"
 RUN_NAME = "lori_run.txt"  # in an output_dir: the identity of the run that began last
 EVAL_RESULTS_NAME = "eval_results.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+MODEL_CONFIG = "config.json"  # of a whole model
 # What `save_pretrained` of a tokenizer or processor writes: the adapter answers in the template it was trained with.
 _TOKENIZER_FILES = {
     TOKENIZER_CONFIG,
@@ -56,6 +57,7 @@ _TASK_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _MASKS_FILE = re.compile(rf"{MASKS_FOLDER}/{_TASK_NAME}\.safetensors")
 _AUTHORS_MASKS = re.compile(rf"{MASKS_FOLDER}/(0\.\d+)_mask\.pt")
 _AUTHORS_DEFAULT = f"{MASKS_FOLDER}/0.9_mask.pt"  # the paper's sparsity; their repositories may hold others
+_OTHER_WEIGHTS = re.compile(rf"adapter_model.*|(pytorch_)?model.*\.(safetensors|bin)|{re.escape(MODEL_CONFIG)}")
 _OURS = {*PEFT_FILES, RECORD_NAME, COMPACT_NAME, CARD_NAME, PICTURE_NAME, RECIPE_NAME, EVAL_RESULTS_NAME}
 
 
@@ -90,6 +92,15 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     return {name: file for name, file in names.items() if is_tokenizers(name)}
 
 
+def obstacles(there: Iterable[str]) -> list[str]:
+    """
+    Choose the files of a folder that an adapter written into it would replace or be confused with.
+
+    A card is none: one that was edited by hand is kept.
+    """
+    return [name for name in sorted(there) if (is_ours(name) and name != CARD_NAME) or _OTHER_WEIGHTS.fullmatch(name)]
+
+
 def left_over(there: Iterable[str], new: Collection[str]) -> list[str]:
     """
     Choose the files of an adapter that was there before and that a new one does not have.
@@ -99,10 +110,12 @@ def left_over(there: Iterable[str], new: Collection[str]) -> list[str]:
         new (`Collection[str]`): the new adapter's.
 
     Returns:
-        `list[str]`: without the tokenizer of a whole model that lies there.
+        `list[str]`: none where there was no adapter; without the tokenizer of a whole model that lies there.
     """
     there = list(there)
-    of_a_model = "config.json" in there
+    if not {RECORD_NAME, ADAPTER_CONFIG, COMPACT_NAME} & {*there}:
+        return []
+    of_a_model = MODEL_CONFIG in there
     return [name for name in there if is_ours(name) and name not in new and not (of_a_model and is_tokenizers(name))]
 
 

@@ -3,10 +3,9 @@
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +32,7 @@ from .layout import (
     tokenizer_files,
 )
 from .record import read_record
-from .write import refuse_link_out, write_card
+from .write import LOCAL_PATH, refuse_link_out, write_card
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMS = ("peft", "compact")
-_LOCAL_PATH = re.compile(r"~?/|\.\.?/|[A-Za-z]:[\\/]")
+_PATHS = ("dataset_path", "output_dir", "logging_dir", "heldout")  # keys of a recipe that hold nothing else
 MEMORY = Path(".cache", "lori_trl", "pushed.json")  # in the adapter's folder: which commits are its own
 
 
@@ -212,15 +211,20 @@ def _without_local_paths(adapter: AdapterFolder) -> dict[str, str]:
         texts[ADAPTER_CONFIG] = json.dumps({**adapter.config, "base_model_name_or_path": adapter.base}, indent=2)
     if (adapter.folder / RECIPE_NAME).is_file():
         recipe = yaml.safe_load((adapter.folder / RECIPE_NAME).read_text(encoding="utf-8"))
-        if (public := _names_for_paths(recipe)) != recipe:
+        if (public := _names_for_paths(recipe, {base: adapter.base} if base else {})) != recipe:
             texts[RECIPE_NAME] = yaml.safe_dump(public, sort_keys=False)
     return texts
 
 
-def _names_for_paths(value: Any) -> Any:
+def _names_for_paths(value: Any, known: Mapping[str, str | None], is_local: bool = False) -> Any:
+    """Replace paths in a recipe by their last parts; `known` has names for some of them."""
     if isinstance(value, dict):
-        return {key: _names_for_paths(each) for key, each in value.items()}
+        return {key: _names_for_paths(each, known, key in _PATHS) for key, each in value.items()}
     if isinstance(value, list):
-        return [_names_for_paths(each) for each in value]
-    is_local = isinstance(value, str) and (_LOCAL_PATH.match(value) or ("/" in value and Path(value).exists()))
-    return base_name(value) if is_local else value
+        return [_names_for_paths(each, known, is_local) for each in value]
+    if not isinstance(value, str):
+        return value
+    if value in known:
+        return known[value]
+    is_local = is_local or LOCAL_PATH.match(value) is not None or ("/" in value and os.path.exists(value))
+    return base_name(value, is_local=True) if is_local else value

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..inputs.files import read_json
+from ..inputs.files import read_json, room_for, sole_writer
 from ..method.layers import lora_layers, tensor_name
 from .adapter_contents import Contents
 from .card import read_or_render_card
@@ -31,6 +31,7 @@ from .layout import (
     RECIPE_NAME,
     RECORD_NAME,
     left_over,
+    obstacles,
     tokenizer_files,
 )
 from .mask_files import write_masks
@@ -44,6 +45,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOCAL_PATH = re.compile(r"~?/|\.\.?/|[A-Za-z]:[\\/]")  # what no name on the Hub begins with
+# Keys of a recipe whose values are secret; the tokens that a tokenizer has are not.
+_SECRET = re.compile(
+    r"(?<!eos_)(?<!pad_)(?<!bos_)(?<!unk_)(?<!cls_)(?<!sep_)(?<!mask_)token$|secret|passw|api_?key|access_?key|private_?key"
+    r"|credential|authori[sz]ation",
+    re.IGNORECASE,
+)
+
 
 def check_output(output_dir: str | Path, inputs: Iterable[str | Path] = (), *, overwrite: bool = False) -> None:
     """
@@ -52,11 +61,11 @@ def check_output(output_dir: str | Path, inputs: Iterable[str | Path] = (), *, o
     Args:
         output_dir (`str` or `Path`): the folder; it may be missing, then it is made.
         inputs (`Iterable[str | Path]`, *optional*): what is read: folders, files, names on the Hub.
-        overwrite (`bool`, *optional*, defaults to `False`): whether an adapter that is there may be replaced.
+        overwrite (`bool`, *optional*, defaults to `False`): whether what is there may be replaced.
 
     Raises:
         `ValueError`: the folder is an input, lies in one, or holds one.
-        `FileExistsError`: it holds an adapter.
+        `FileExistsError`: it holds files that an adapter would replace.
         `NotADirectoryError`, `PermissionError`: it cannot be made or written.
     """
     target = Path(output_dir).resolve()
@@ -76,11 +85,13 @@ def check_output(output_dir: str | Path, inputs: Iterable[str | Path] = (), *, o
         raise PermissionError(
             f"`output_dir={output_dir}` cannot be written: `{above}` is no writable folder. Pass another."
         )
-    there = [name for name in (RECORD_NAME, ADAPTER_WEIGHTS, COMPACT_NAME) if (target / name).exists()]
+    there = obstacles(_names_in(target))
     if there and not overwrite:
+        adapters = [name for name in (RECORD_NAME, ADAPTER_WEIGHTS, COMPACT_NAME) if name in there]
+        held = f"an adapter already ({adapters[0]})" if adapters else f"{there[0]} already"
         raise FileExistsError(
-            f"`output_dir={output_dir}` holds an adapter already ({there[0]}). An output goes to a new folder. Pass "
-            "another name, or `overwrite=True` (`--overwrite`) to replace that adapter."
+            f"`output_dir={output_dir}` holds {held}. An output goes to a new folder. Pass another name, or "
+            "`overwrite=True` (`--overwrite`) to replace what is there."
         )
 
 
@@ -116,31 +127,47 @@ def staged(folder: str | Path) -> Iterator[Path]:
     Yield an empty folder whose files replace those of `folder` one by one at the end, the record last.
 
     Files of an adapter that was there before and that the new one does not have are removed then, but for evaluation
-    results; others are left alone. If anything fails before that, `folder` stays as it was.
+    results; others are left alone. If anything fails before that, `folder` stays as it was. No other process can write
+    to `folder` meanwhile.
 
     Raises:
         `ValueError`: a link in `folder` leads out of it.
+        `FileExistsError`: another process writes to `folder`.
+        `OSError`: there is no room for the files.
     """
     folder = Path(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    for left_by_a_killed_save in folder.glob(".saving-*"):
-        shutil.rmtree(left_by_a_killed_save, ignore_errors=True)
-    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        yield stage
-        new = {str(file.relative_to(stage)): file for file in sorted(stage.rglob("*")) if file.is_file()}
-        for name in new:
-            refuse_link_out(folder, name)
-        for name in sorted(new, key=lambda name: (name == RECORD_NAME, name)):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(new[name], folder / name)
-        if RECORD_NAME in new:
-            _remove_old(folder, new)
+        with sole_writer(folder), room_for(folder):
+            for left_by_a_killed_save in folder.glob(".saving-*"):
+                shutil.rmtree(left_by_a_killed_save, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder, ignore_cleanup_errors=True) as stage:
+                yield Path(stage)
+                _replace(folder, Path(stage))
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _replace(folder: Path, stage: Path) -> None:
+    """Move the files of a stage into a folder, and remove what is left over of an adapter there."""
+    there = _names_in(folder)
+    new = {str(file.relative_to(stage)): file for file in sorted(stage.rglob("*")) if file.is_file()}
+    for name in new:
+        refuse_link_out(folder, name)
+    for name in sorted(new, key=lambda name: (name == RECORD_NAME, name)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new[name], folder / name)
+    for name in left_over(there, new) if RECORD_NAME in new else ():
+        if name != EVAL_RESULTS_NAME:
+            (folder / name).unlink()
+
+
+def _names_in(folder: Path) -> list[str]:
+    """List the files of a folder and of the folders in it, named from it; those of a stage are not among them."""
+    files = (file for file in (*folder.glob("*"), *folder.glob("[!.]*/*")) if file.is_file())
+    return [file.relative_to(folder).as_posix() for file in files]
 
 
 def refuse_link_out(folder: Path, name: str) -> None:
@@ -151,13 +178,6 @@ def refuse_link_out(folder: Path, name: str) -> None:
             f"`{target}` leads out of its folder, to `{target.resolve()}`. An adapter's files lie in its folder. "
             "Remove the link."
         )
-
-
-def _remove_old(folder: Path, new: Mapping[str, Path]) -> None:
-    there = [file.relative_to(folder).as_posix() for file in (*folder.glob("*"), *folder.glob("*/*"))]
-    for name in left_over(there, new):
-        if name != EVAL_RESULTS_NAME:
-            (folder / name).unlink()
 
 
 def save_lori_adapter(
@@ -224,7 +244,7 @@ def complete(
         beside (`str` or `Path`, *optional*): where evaluation results and a card that was edited by hand are.
     """
     if recipe is not None:
-        (stage / RECIPE_NAME).write_text(yaml.safe_dump(_without_secrets(recipe), sort_keys=False), encoding="utf-8")
+        (stage / RECIPE_NAME).write_text(recipe_text(recipe), encoding="utf-8")
     record = _write_record(stage, record, tensors)
     try:  # the weights are worth more than their card
         draw_density(masks, stage / PICTURE_NAME)
@@ -315,10 +335,20 @@ def _check_complete(file: Path, model: "PeftModel", adapter_name: str) -> None:
         )
 
 
-def _without_secrets(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out every key that may hold a token, at any depth."""
-    return {
-        key: _without_secrets(value) if isinstance(value, Mapping) else value
-        for key, value in recipe.items()
-        if not re.search(r"token$|secret|password|api_key", str(key))
-    }
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """
+    Return the text of a `recipe.yaml`: as it was run, without what may be secret.
+
+    Files and folders of this machine begin with `./` or `/`, so that they are not taken for names on the Hub later,
+    when they are no longer there.
+    """
+    return yaml.safe_dump(_public(recipe), sort_keys=False)
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _public(each) for key, each in value.items() if not _SECRET.search(str(key))}
+    if isinstance(value, (list, tuple)):
+        return [_public(each) for each in value]
+    is_local = isinstance(value, str) and "/" in value and not LOCAL_PATH.match(value) and os.path.exists(value)
+    return f"./{value}" if is_local else value

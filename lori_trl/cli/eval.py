@@ -47,6 +47,7 @@ def add_parser(commands) -> None:
     add("--allow_code_execution", action="store_true", help="run the code that models write, in a sandbox")
     add("--require_isolation", action="store_true", help="refuse to run it on a machine without namespaces")
     add("--output_path", type=Path, help="one more JSON file, with the results of all models and the base")
+    add("--overwrite", action="store_true", help="replace the file of --output_path if it exists")
     add_allow_modified(evaluation)
     evaluation.set_defaults(func=run)
 
@@ -75,7 +76,8 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
             "and `--metrics loss`. Pass what to measure."
         )
     paths = _local_data(options.dataset_path)
-    check_targets({"--output_path": options.output_path}, [*options.models, *paths.values()])
+    inputs = [*options.models, *paths.values()]
+    check_targets({"--output_path": options.output_path}, inputs, overwrite=options.overwrite)
     base_name = models.find_base_model(options.base_model, options.models, allow_modified=options.allow_modified)
     folders = [name for name in options.models if os.path.isdir(name) and os.access(name, os.W_OK)]
     for folder in folders:
@@ -155,7 +157,8 @@ def _run_sequence(options: argparse.Namespace, is_writer: bool) -> None:
     empty = ((),) * len(stages)
     SequenceResults(tuple(stages), tuple(paths), (), empty, empty)  # raises where there are too few sets
     picture = options.output_path.with_suffix(".png") if options.output_path and find_spec("matplotlib") else None
-    check_targets({"--output_path": options.output_path, "the picture": picture}, [*options.models, *paths.values()])
+    targets = {"--output_path": options.output_path, "the picture": picture}
+    check_targets(targets, [*options.models, *paths.values()], overwrite=options.overwrite)
     base_name = models.find_base_model(options.base_model, options.models, allow_modified=options.allow_modified)
     if base_name is None:
         raise ValueError(

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     for option, form in (("dtype", "compact"), ("base_model", "gguf")):
         if getattr(options, option) is not None and not getattr(options, form):
             raise ValueError(f"`--{option}` goes with `--{form}` alone. Both must be given, or neither. Leave it out.")
-    check_targets({"file": options.file}, [options.folder])
+    check_targets({"file": options.file}, [options.folder], overwrite=options.overwrite)
     changes = {"overwrite": options.overwrite, "allow_modified": options.allow_modified}
     if options.gguf:
         from ..adapter.gguf_export import export_gguf

@@ -19,6 +19,7 @@ def add_parser(commands) -> None:
     inspect.add_argument("--save", type=Path, metavar="FILE.png|FOLDER", help="draw one picture, or a folder of them")
     inspect.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no network")
     inspect.add_argument("--json", metavar="FILE", help="write the numbers; - for the standard output, without tables")
+    inspect.add_argument("--overwrite", action="store_true", help="replace files that are there")
     add_allow_modified(inspect)
     inspect.set_defaults(func=run)
 
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
         {"--save": options.save, "--html": options.html, "--json": json_file},
         options.adapters,
         folders=[] if one_picture else ["--save"],
+        overwrite=options.overwrite,
     )
     console = Console(stderr=True)
     inspection = inspect_adapters(

@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import warnings
+from contextlib import ExitStack
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -67,6 +68,12 @@ def sft(arguments: list[str] | None = None) -> int:
         return 0
     if "--accelerate_config" in arguments:
         return _launch(arguments)
+    with ExitStack() as held:
+        return _run(arguments, held)
+
+
+def _run(arguments: list[str], held: ExitStack) -> int:
+    """Run a call that trains, or looks at what would be trained; `held` keeps the output for this process alone."""
     with bad_input("lori-sft"):
         parser = sft_parser()
         script, args, model_args, recipe = _parse(parser, arguments)
@@ -76,7 +83,7 @@ def sft(arguments: list[str] | None = None) -> int:
         if script.preview is not None:
             _preview(script, args, model_args)
             return 0
-        trainer = _build_trainer(script, args, model_args)
+        trainer = _build_trainer(script, args, model_args, held)
     trainer.recipe = recipe
     resume = args.resume_from_checkpoint
     with bad_input("lori-sft", (ValueError, FileNotFoundError)):
@@ -387,11 +394,12 @@ def _bytes_of_base(model_args) -> float:
     return {"bfloat16": 2.0, "float16": 2.0}.get(model_args.dtype, 4.0)
 
 
-def _build_trainer(script, args, model_args):
+def _build_trainer(script, args, model_args, held):
     from trl import get_peft_config, get_quantization_config
 
     from ..adapter.load import load_lori_adapter
     from ..adapter.write import check_output
+    from ..inputs.files import sole_writer
     from ..training.base_model import load_base_model
     from ..training.sft_trainer import LoriSFTTrainer
 
@@ -401,6 +409,8 @@ def _build_trainer(script, args, model_args):
     _settle_task_name(script, args)
     data, tokenizer = _load_data(script, args, model_args)
     _check_writable(args.output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        held.enter_context(sole_writer(Path(args.output_dir)))
     model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,

@@ -6,7 +6,11 @@ from pathlib import Path
 
 
 def check_targets(
-    targets: Mapping[str, Path | None], inputs: Iterable[str | Path] = (), *, folders: Iterable[str] = ()
+    targets: Mapping[str, Path | None],
+    inputs: Iterable[str | Path] = (),
+    *,
+    folders: Iterable[str] = (),
+    overwrite: bool = False,
 ) -> None:
     """
     Check that files and folders can be written, and that none destroys another or an input.
@@ -14,9 +18,11 @@ def check_targets(
     Args:
         targets (`Mapping[str, Path | None]`): option -> the file or folder, or `None` where it was not given.
         inputs (`Iterable[str | Path]`, *optional*): what is read: folders, files, names on the Hub.
-        folders (`Iterable[str]`, *optional*): the options that name folders.
+        folders (`Iterable[str]`, *optional*): the options that name folders of pictures.
+        overwrite (`bool`, *optional*, defaults to `False`): whether files that are there may be replaced.
 
     Raises:
+        `FileExistsError`: a file is there, or a folder has pictures.
         `ValueError`: two are the same, or one is an input, lies in one, or is a file of another adapter.
         `OSError`: one cannot be written.
     """
@@ -33,6 +39,17 @@ def check_targets(
                 "another."
             )
         options[_place(target)] = option
+        if not overwrite:
+            _check_new(option, target, is_folder=option in folders)
+
+
+def _check_new(option: str, target: Path, *, is_folder: bool) -> None:
+    if any(target.glob("*.png")) if is_folder else target.exists():
+        held = "holds pictures already" if is_folder else "exists"
+        raise FileExistsError(
+            f"`{option} {target}` {held}. What is written goes to a new place. Pass another name, or `--overwrite` to "
+            "replace what is there."
+        )
 
 
 def _check_writable(option: str, target: Path, *, is_folder: bool) -> None:

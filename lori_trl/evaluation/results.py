@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..adapter.layout import ADAPTER_WEIGHTS, EVAL_RESULTS_NAME
 from ..hub.download import hash_file
-from ..inputs.files import replacing
+from ..inputs.files import replacing, sole_writer
 
 FORMAT_VERSION = 1
 
@@ -111,9 +111,10 @@ def write_results(folder: str | Path, new: Sequence[Mapping[str, Any]]) -> Path:
         `Path`: the file. It is replaced in one step.
     """
     replaced = {(result["task"], result["metric"]) for result in new}
-    kept = [result for result in read_results(folder) if (result["task"], result["metric"]) not in replaced]
     file = Path(folder) / EVAL_RESULTS_NAME
-    write_file(file, [*kept, *new])
+    with sole_writer(Path(folder), seconds=60):  # another evaluation may be adding its own
+        kept = [result for result in read_results(folder) if (result["task"], result["metric"]) not in replaced]
+        write_file(file, [*kept, *new])
     return file
 
 

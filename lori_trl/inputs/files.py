@@ -1,27 +1,89 @@
 """Files that are read with care and replaced in one step."""
 
+import errno
 import json
+import logging
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from safetensors import SafetensorError
+
+logger = logging.getLogger(__name__)
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+LOCK_NAME = ".lori_trl.lock"  # in a folder that is being written
+
 
 @contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
     """
-    Yield a path beside a file to write to; it takes the file's place at the end.
+    Yield a path beside a file to write to, which no other writer has; it takes the file's place at the end.
 
     If anything fails before that, the file stays as it was.
+
+    Raises:
+        `OSError`: there is no room for the file, or it cannot be written.
     """
     file = Path(file)
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name[:100]}.{secrets.token_hex(4)}.partial")
     try:
-        yield partial
-        partial.replace(file)
+        with room_for(file):
+            yield partial
+            partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(target: Path) -> Iterator[None]:
+    """Say what could not be written where a disk is full: the system's own error names no file, or another one."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+            raise
+        fault = error.strerror if isinstance(error, OSError) else error
+        raise OSError(
+            f"`{target}` cannot be written: {fault}. What was there before is as it was. Make room for it, or pass "
+            "another place."
+        ) from error
+
+
+@contextmanager
+def sole_writer(folder: Path, seconds: float = 0) -> Iterator[None]:
+    """
+    Keep other processes, and other threads, from writing to an output as long as the context lasts.
+
+    Args:
+        folder (`Path`): the output, which exists.
+        seconds (`float`, *optional*, defaults to 0): how long to wait for another writer.
+
+    Raises:
+        `FileExistsError`: another process writes to it.
+    """
+    from filelock import FileLock, Timeout  # not before: it takes a while
+
+    lock = FileLock(folder.resolve() / LOCK_NAME, is_singleton=True)  # one a path: who holds it may write within
+    outermost = not lock.is_locked
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise FileExistsError(
+            f"`{folder}` is being written by another process. An output has one writer. Wait until that one is done, "
+            "or pass another place."
+        ) from None
+    except (NotImplementedError, OSError) as error:  # a file system without locks: no reason to lose a run
+        logger.info(f"`{folder}` cannot be locked ({error}).")
+    try:
+        yield
+    finally:
+        if outermost:
+            (folder / LOCK_NAME).unlink(missing_ok=True)
+        lock.release()
 
 
 def copy_files(files: Mapping[str, Path], folder: str | Path) -> None:

@@ -130,6 +130,7 @@ def merge_lori_adapters(
             recipe |= {"seed": seed} if method in RANDOM else {}
             recipe |= {"base_model": base_model} if base_model is not None else {}
             complete(stage, record, masks, recipe=recipe, tensors=tensors, beside=output_dir)
+            check_output(output_dir, overwrite=overwrite)  # another process may have been faster
     return output_dir
 
 

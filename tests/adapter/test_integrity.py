@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from files_by_hand import change_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import make_llama, trained_adapter
@@ -102,11 +103,6 @@ def test_a_file_that_peft_wrote_again_is_the_same_adapter(folder, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "again" / name, folder / name)
     load_lori_adapter(make_llama(), folder)
-
-
-def change_config(folder: Path, **changes) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.mark.parametrize("reader", READERS)

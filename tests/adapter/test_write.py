@@ -1,6 +1,7 @@
 """An output has one writer, takes nobody's place unless it is told to, and tells nobody's secrets or places."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,16 +9,21 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from files_by_hand import change_config, change_tensors
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import make_tokenizer, trained_adapter
+from tiny import make_llama, make_tokenizer, trained_adapter
 
 from lori_trl import LoriMasks, cli, load_lori_adapter, merge_lori_adapters
 from lori_trl.adapter.folder import open_adapter
 from lori_trl.adapter.gguf_export import export_gguf
-from lori_trl.adapter.write import check_output, staged
+from lori_trl.adapter.push import adapter_files
+from lori_trl.adapter.write import recipe_text, staged
 from lori_trl.compact import expand, export_compact
 from lori_trl.inputs.files import replacing, sole_writer
+from lori_trl.method.layers import module_path
 
 
 @pytest.fixture
@@ -186,7 +192,13 @@ def test_what_an_adapter_would_replace_is_asked_for(name, compact, tmp_path):
 
 
 def test_other_files_and_a_readme_of_ones_own_are_no_obstacle(compact, tmp_path):
-    mine = {"notes.txt": "mine", "README.md": "# Mine", "runs/events": "mine", "lori_run.txt": "run", "LICENSE": "mine"}
+    mine = {
+        "notes.txt": "mine",
+        "README.md": "# Mine",
+        "runs/events": "mine",
+        "lori_run.txt": "run",
+        "LICENSE": "mine",
+    }
     for name, text in mine.items():
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text(text)
@@ -206,14 +218,14 @@ def test_masks_that_belong_to_no_adapter_there_are_not_removed(folder, compact, 
 
 
 def test_the_recipe_that_is_run_is_not_replaced_by_its_outcome(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    text = "adapters: [code]\nweights: [1.0]\n"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text = "adapters: [../code]\nweights: [1.0]\n"
     Path("recipe.yaml").write_text(text)
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["merge", "--recipe", "recipe.yaml", "--output_dir", "merged/.."])
-    assert "holds recipe.yaml already" in capsys.readouterr().err.replace("\n", " ")
+        cli.main(["merge", "--recipe", "recipe.yaml", "--output_dir", "."])
+    assert "`output_dir=.` holds recipe.yaml already" in capsys.readouterr().err
     assert Path("recipe.yaml").read_text() == text
-    check_output("elsewhere", ["code"])
 
 
 FILE_OUTPUTS = {
@@ -250,7 +262,134 @@ def test_pictures_of_an_earlier_inspection_are_not_mixed_with_new_ones(folder, t
 # ---- secrets and places ----------------------------------------------------------------------------------------
 
 
-def written_recipe(recipe: dict, tmp_path) -> dict:
-    from lori_trl.adapter.write import public_recipe
+SECRETS = {
+    "hub_token": "hf_secret",
+    "HF_TOKEN": "hf_secret",
+    "wandb": [{"API_KEY": "secret", "project": "mine"}, {"apikey": "secret"}],
+    "Password": "secret",
+    "storage": {"options": {"aws_secret_access_key": "secret", "passwd": "secret", "region": "eu"}},
+    "headers": {"Authorization": "Bearer secret"},
+}
 
-    return public_recipe(recipe)
+
+def test_no_secret_is_written_and_nothing_else_is_left_out():
+    kept = {"eos_token": "<end>", "pad_token": "<pad>", "max_new_tokens": 5, "average_tokens_across_devices": False}
+    text = recipe_text(SECRETS | kept)
+    assert "secret" not in text
+    assert yaml.safe_load(text) == {"wandb": [{"project": "mine"}, {}], "storage": {"options": {"region": "eu"}}} | {
+        "headers": {},
+        **kept,
+    }
+
+
+def test_places_of_this_machine_are_marked_and_run_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models/tiny").mkdir(parents=True)
+    Path("rows.jsonl").touch()
+    recipe = {
+        "model_name_or_path": "models/tiny",
+        "mask_name_or_path": "me/on-the-hub",
+        "dataset_path": "rows.jsonl",
+        "heldout": ["models/tiny", "./rows.jsonl", str(tmp_path / "rows.jsonl")],
+        "target_modules": r".*\.(up|q)_proj",
+    }
+    marked = {"model_name_or_path": "./models/tiny", "heldout": ["./models/tiny", *recipe["heldout"][1:]]}
+    assert yaml.safe_load(recipe_text(recipe)) == recipe | marked
+
+
+@pytest.mark.parametrize("place", [".", "/"])
+def test_a_pushed_recipe_tells_no_place_wherever_it_is_pushed_from(place, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("clients/mueller").mkdir(parents=True)
+    Path("clients/mueller/train.jsonl").touch()
+    Path("models/tiny").mkdir(parents=True)
+    recipe = {
+        "model_name_or_path": "models/tiny",
+        "adapter_name_or_path": "me/on-the-hub",
+        "dataset_path": "clients/mueller/train.jsonl",
+        "output_dir": "clients/out",
+        "mask_name_or_path": "models/tiny",
+    }
+    (folder / "recipe.yaml").write_text(recipe_text(recipe))
+    change_config(folder, base_model_name_or_path="models/tiny")
+    shutil.rmtree("clients")
+    shutil.rmtree("models")
+    monkeypatch.chdir(place)
+    with adapter_files(folder, "me/x") as files:
+        pushed = yaml.safe_load(files["recipe.yaml"].read_text())
+        base = json.loads(files["adapter_config.json"].read_text())["base_model_name_or_path"]
+        together = "".join(file.read_text(errors="replace") for file in files.values())
+    names = {"model_name_or_path": "tiny", "dataset_path": "train.jsonl", "output_dir": "out"}
+    assert pushed == recipe | names | {"mask_name_or_path": "tiny"} and base == "tiny"
+    assert not [word for word in ("mueller", "clients", "models/tiny") if word in together]
+
+
+# ---- numbers and room ------------------------------------------------------------------------------------------
+
+B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_what_does_not_fit_into_fewer_bits_is_refused(dtype, folder, tmp_path, capsys):
+    value = {"float16": 70000.0, "bfloat16": 3.4e38, "int8": float("inf")}[dtype]
+    change_tensors(folder, lambda tensors: tensors[B].masked_fill_(tensors[B] != 0, value))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["export", "--compact", str(folder), str(tmp_path / "file"), "--dtype", dtype])
+    assert f"cannot hold all values of {module_path(B)}" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "file").exists()
+    assert cli.main(["export", "--compact", str(folder), str(tmp_path / "file")]) == 0
+
+
+NO_ROOM = """
+import resource, signal, sys
+from lori_trl import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["export", "--compact", "code", "out"],
+        ["export", "--gguf", "code", "out"],
+        ["expand", "code.safetensors", "out"],
+        ["merge", "code", "--output_dir", "out"],
+        ["tasks", "code", "--extract", "code", "--output_dir", "out"],
+    ],
+    ids=lambda call: " ".join(call[:2]),
+)
+def test_a_full_disk_is_one_sentence(call, folder, compact, tmp_path):
+    before = everything(tmp_path)
+    done = subprocess.run([sys.executable, "-c", NO_ROOM, *call], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"lori: `out\S*` cannot be written: .*Make room for it", done.stderr)
+    assert everything(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+# ---- other forms of weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["adapter_model.bin"], r"adapter_model\.bin.*PeftModel\.from_pretrained\(base, .*save_pretrained"),
+        (["adapter_model-00001-of-00002.safetensors", "adapter_model-00002-of-00002.safetensors"], "save_file"),
+    ],
+)
+def test_other_forms_of_weights_are_told_how_to_convert(names, says, folder):
+    state = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    keys = sorted(state)
+    if names[0].endswith(".bin"):
+        torch.save(state, folder / names[0])
+    else:
+        for number, name in enumerate(names):
+            save_file({key: state[key] for key in keys[number::2]}, folder / name)
+    with pytest.raises(FileNotFoundError, match=says) as caught:
+        load_lori_adapter(make_llama(), folder)
+    code = re.search(r"Convert it: `(.+)`", str(caught.value))[1]
+    names_known = {"base": make_llama(), "PeftModel": PeftModel, "load_file": load_file, "save_file": save_file}
+    exec(code, names_known | {"Path": Path, "folder": folder})
+    load_lori_adapter(make_llama(), folder)
