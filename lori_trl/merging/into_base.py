@@ -23,7 +23,7 @@ from ..adapter.safetensors import DTYPES, SafetensorsWriter, opened
 from ..adapter.write import check_output
 from ..hub.commit import push_files, refuse_tokens
 from ..hub.download import fetch_from_hub, is_repo_id
-from ..inputs.files import read_json
+from ..inputs.files import read_json, room_for
 from ..recipes.find import shipped_folder
 from .checks import checked_weights
 from .merge import check_finite
@@ -374,6 +374,19 @@ def _write_json(file: Path, values: Any) -> None:
 @contextmanager
 def _whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a folder beside another whose place it takes at the end. An error before that changes nothing."""
+    _check_place(folder, overwrite=overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside, room_for(folder):
+        stage, before = Path(beside, "new"), Path(beside, "before")
+        stage.mkdir()
+        yield stage
+        _check_place(folder, overwrite=overwrite)  # another process may have been faster
+        if folder.is_dir():
+            folder.rename(before)
+        stage.rename(folder)
+
+
+def _check_place(folder: Path, *, overwrite: bool) -> None:
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = sorted(name for name in there if not _is_models(name) and name != "additional_chat_templates")
     if there and (foreign or not overwrite):
@@ -381,11 +394,3 @@ def _whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             f"`output_dir={folder}` is not empty ({(foreign or sorted(there))[0]}). A model goes to a new folder. "
             "Pass another name, or `overwrite=True` (`--overwrite`) where it holds a model and nothing else."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-        stage, before = Path(beside, "new"), Path(beside, "before")
-        stage.mkdir()
-        yield stage
-        if folder.is_dir():
-            folder.rename(before)
-        stage.rename(folder)

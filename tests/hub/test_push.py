@@ -128,9 +128,16 @@ def test_a_name_alone_is_in_ones_own_namespace(hub, folder):
 
 
 def test_files_of_the_adapter_before_are_removed_and_others_left(hub, folder):
-    hub.create(REPO, files={"masks/old.safetensors": b"old", "LICENSE": b"mine", "eval_results.json": b"{}"})
+    before = {"lori_config.json": b"{}", "masks/old.safetensors": b"old", "eval_results.json": b"{}"}
+    hub.create(REPO, files={**before, "LICENSE": b"mine"})
     push_lori_to_hub(folder, REPO)
     assert sorted(contents(hub)) == sorted(["LICENSE", *FILES])
+
+
+def test_masks_that_belong_to_no_adapter_there_are_not_removed(hub, folder):
+    hub.create(REPO, files={"masks/other.safetensors": b"mine"})
+    push_lori_to_hub(folder, REPO)
+    assert sorted(contents(hub)) == sorted(["masks/other.safetensors", *FILES])
 
 
 def test_places_of_this_machine_stay_here(hub, folder):

@@ -174,13 +174,27 @@ def test_what_is_there_is_not_replaced(tmp_path):
             merge_into_base([adapter], output_dir=inside, overwrite=True)
     merge_into_base([adapter], output_dir=output)
     before = weights_of(output)
-    with pytest.raises(FileExistsError, match="is not empty"):
+    with pytest.raises(FileExistsError, match="holds config.json already"):
         merge_into_base([adapter], 0.5, output_dir=output)
     merge_into_base([adapter], 0.5, output_dir=output, overwrite=True)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights_of(output).items())
     (output / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="notes.txt"):
         merge_into_base([adapter], output_dir=output, overwrite=True)
+
+
+def test_another_writer_who_was_faster_is_not_replaced(tmp_path, monkeypatch):
+    base = save_base(tmp_path / "base")
+    adapter, output = save_adapter(tmp_path / "task", base), tmp_path / "merged"
+
+    def faster(*arguments):
+        output.mkdir()
+        (output / "model.safetensors").write_text("of the other")
+
+    monkeypatch.setattr("lori_trl.merging.into_base._copy_the_rest", faster)
+    with pytest.raises(FileExistsError, match=r"is not empty \(model.safetensors\)"):
+        merge_into_base([adapter], output_dir=output)
+    assert (output / "model.safetensors").read_text() == "of the other"
 
 
 def test_the_command_writes_and_pushes(tmp_path, monkeypatch, capsys):
