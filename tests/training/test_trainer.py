@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,12 @@ class Losses(TrainerCallback):
         self.losses += [logs[name] for name in ("loss", "calibration_loss") if name in logs]
 
 
-def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer, accumulate=1, max_norm=None):
+def algorithm_1_as_trl_steps(model, A, scaling, batches, sparsity, rates, make_optimizer, accumulate, max_norm):
     """
-    The paper's Algorithm 1 in plain PyTorch: calibration losses, mask, adaptation losses, B.
+    `examples/algorithm_1.py` with what TRL's loop adds: calibration losses, mask, adaptation losses, B.
 
-    `rates` has a function for each phase: step -> learning rate. With `accumulate`, a step is of several batches, and
-    its loss the mean over all their tokens; with `max_norm`, the gradient on the mask is clipped.
+    `rates` has a function for each phase: step -> learning rate. A step is of `accumulate` batches, its loss the mean
+    over all their tokens, and the gradient on the mask is clipped to `max_norm`.
     """
     layers = {name: module for name, module in model.named_modules() if name in A}
     B = {
@@ -60,8 +61,7 @@ def algorithm_1(model, A, scaling, batches, sparsity, rates, make_optimizer, acc
             losses.append(sum(backward(batch, tokens) for batch in together))
             for name in B if masks else ():
                 B[name].grad *= masks[name]
-            if max_norm is not None:
-                torch.nn.utils.clip_grad_norm_(B.values(), max_norm)
+            torch.nn.utils.clip_grad_norm_(B.values(), max_norm)
             for group in optimizer.param_groups:
                 group["lr"] = rate_of(step)
             optimizer.step()
@@ -82,6 +82,9 @@ RATES = {"sgd": (0.25, 0.5), "adamw_torch": (5e-3, 1e-2)}
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw_torch": lambda B, lr: torch.optim.AdamW(B, lr, weight_decay=0.0)}
 
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "algorithm_1.py"
+
+
 @pytest.mark.parametrize("backend", ["packed", "hook"])
 @pytest.mark.parametrize("optim", RATES)
 def test_follows_algorithm_1(make_trainer, llama, optim, backend):
@@ -98,11 +101,17 @@ def test_follows_algorithm_1(make_trainer, llama, optim, backend):
         calibration_max_steps=6,
     )
     trainer.train()
-    A, rates = projections(trainer.model, "default"), (lambda step: calibration_rate, lambda step: rate)
-    calibration, masks, adaptation, B = algorithm_1(
-        copy.deepcopy(llama).train(), A, 2.0, trainer.batches, 0.9, rates, OPTIMIZERS[optim]
+    example, A = runpy.run_path(str(EXAMPLE)), projections(trainer.model, "default")
+    masks, B, expected = example["algorithm_1"](
+        copy.deepcopy(llama).train(),
+        A,
+        2.0,
+        *trainer.batches.values(),
+        0.9,
+        (calibration_rate, rate),
+        OPTIMIZERS[optim],
     )
-    assert losses.losses == pytest.approx(calibration + adaptation, abs=2e-6)
+    assert losses.losses == pytest.approx(expected, abs=2e-6)
     assert trainer.masks == LoriMasks(masks)
     for path, weight in trainer.weights.items():
         torch.testing.assert_close(weight.detach(), B[path], rtol=1e-4, atol=1e-6)
@@ -134,7 +143,7 @@ def test_follows_algorithm_1_with_accumulation_clipping_and_a_cosine(make_traine
         return 1e-2 * (step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 4)) / 2)
 
     A, rates = projections(trainer.model, "default"), (lambda step: 5e-3, cosine)
-    calibration, masks, adaptation, B = algorithm_1(
+    calibration, masks, adaptation, B = algorithm_1_as_trl_steps(
         copy.deepcopy(llama).train(), A, 2.0, trainer.batches, 0.9, rates, OPTIMIZERS["adamw_torch"], 2, 0.05
     )
     assert losses.losses == pytest.approx(calibration + adaptation, abs=2e-6)
@@ -158,7 +167,9 @@ def test_lori_d_follows_algorithm_1_without_a_mask(make_trainer, llama):
     assert trainer.batches["calibrating"] == [] and trainer.masks.density == 1.0
     A = projections(trainer.model, "default")
     rates = (lambda step: 0.5, lambda step: 0.5)
-    expected = algorithm_1(copy.deepcopy(llama).train(), A, 2.0, batches, 0.0, rates, torch.optim.SGD)[0]
+    expected = algorithm_1_as_trl_steps(
+        copy.deepcopy(llama).train(), A, 2.0, batches, 0.0, rates, torch.optim.SGD, 1, math.inf
+    )[0]
     assert losses.losses == pytest.approx(expected, abs=2e-6)
 
 
