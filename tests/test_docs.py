@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -256,6 +257,13 @@ def test_every_key_of_the_formats_is_explained():
     classes = (LoriRecord, Calibration, Counts, BaseModel, TrainingData, Losses, Training, TaskRecord)
     for each in (*classes, MergedAdapter, Independence, Merge, Projection, MasksMetadata):
         assert not [key.name for key in fields(each) if f"`{key.name}`" not in page], each.__name__
+
+
+def test_the_functions_that_the_method_names_exist():
+    named = re.findall(r"`((?:method|training|merging|continual)\.[\w.]+)`", PAGES["docs/method.md"])
+    assert len(named) > 8
+    for name in named:
+        assert pkgutil.resolve_name(f"lori_trl.{name}") is not None, name
 
 
 def test_the_table_of_recipes_is_current():
