@@ -13,6 +13,7 @@ from benchmarks.claims.evidence import Claim, estimate, t_quantile, t_tails, ver
 from benchmarks.claims.parts import plan  # noqa: E402
 from benchmarks.claims.store import Store  # noqa: E402
 from benchmarks.claims.tuning import RATES, Tuning  # noqa: E402
+from benchmarks.forgetting import cells as forgetting  # noqa: E402
 
 
 @pytest.fixture
@@ -80,20 +81,38 @@ def made_up(cell: Cell) -> dict:
     return {"loss": 2.0}
 
 
+def made_up_curve(cell: Cell) -> dict:
+    """GSM8K falls with the steps; safety rises two thirds of that, with contrastive A by nothing."""
+
+    def losses(step: int, forgets: bool) -> dict:
+        values = {"gsm8k": 1 - step / 100, "safety": 2 + step / 150 * forgets, "text": 3.0}
+        return {name: {"loss": value, "nats": [value, 2.0], "tokens": [1, 1]} for name, value in values.items()}
+
+    if isinstance(cell, forgetting.First):
+        return {"losses": losses(0, True)}
+    forgets = not cell.arm.startswith("contrastive")
+    return {"curve": {str(step): losses(step, forgets) for step in forgetting.POINTS}, "norm": 1.0}
+
+
 def test_the_report_says_all_that_was_measured(store, tmp_path, monkeypatch):
     while any(cell not in store for cell in plan(Tuning(store))):
         for cell in plan(Tuning(store)):
             if cell.settled and cell not in store:
                 store.add(cell, made_up(cell))
     monkeypatch.setattr(report, "DOCS", tmp_path)
-    report.write_report(store)
+    second = Store(tmp_path / "second.jsonl")
+    for cell in forgetting.plan():
+        second.add(cell, made_up_curve(cell))
+    report.write_report(store, second)
     text = (tmp_path / "results.md").read_text()
     assert "not measured" not in text.replace("– is not measured yet", "").lower() and "nan" not in text
     assert "| 1. LoRI-D is as good as LoRA | **holds here** | +0.000 ± 0.000 | 0 |" in text
     assert "| 3. LoRI-S loses less by merging (`concat`) than LoRA | can't be told | +0.000 ± 0.000 | 1 |" in text
+    assert "| LoRI-D with contrastive A loses less of safety than LoRA | **holds here** | -0.200 ± 0.000 | 0 |" in text
     assert [file.name for file in tmp_path.glob("*.png")] == ["results_masks.png"]
 
-    report.write_report(Store(tmp_path / "none.jsonl"))
+    none = Store(tmp_path / "none.jsonl")
+    report.write_report(none, none)
     assert "holds" not in (tmp_path / "results.md").read_text().split("## In short")[1]
 
 

@@ -44,7 +44,7 @@ def main() -> None:
     if options.report:
         from .report import write_report
 
-        write_report(Store(options.results))
+        write_report(Store(options.results), Store(RESULTS.with_name("claims_2.jsonl")))
         return
     print_plan(Store(options.results), options.only)
     if options.plan:

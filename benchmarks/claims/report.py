@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from ..forgetting import report as forgetting
 from .cells import (
     BATCH,
     CHEAP,
@@ -64,7 +65,8 @@ NAMES = {
 HEAD = f"""
 # The paper's claims and cheap masks, measured
 
-Written by `python -m benchmarks.claims --report` from `benchmarks/results/claims.jsonl`; nothing is typed by hand.
+Written by `python -m benchmarks.claims --report` from `claims.jsonl` and `claims_2.jsonl`
+in `benchmarks/results`; no figure in a table is typed by hand.
 
 SmolLM2-135M-Instruct (its Q4_1 file unpacked) in float32, r = {RANK}, alpha = {2 * RANK}, seven projections; {STEPS}
 steps of {BATCH} rows of at most {MAX_LENGTH} tokens, AdamW at a constant rate. Safety rows are half harmful requests
@@ -121,12 +123,18 @@ weight for both, the best of a search on seed 0. Which method of merging is bett
 Row = list[str]
 
 
-def write_report(store: Store) -> None:
-    """Write the page and its pictures."""
+def write_report(store: Store, second: Store) -> None:
+    """
+    Write the page and its pictures.
+
+    Args:
+        store ([`Store`]), second ([`Store`]): the results of this study, and of `benchmarks.forgetting`.
+    """
     DOCS.mkdir(exist_ok=True)
     page = Page(store)
     lines = page.head()
     lines += WITHDRAWN.strip().splitlines() + [""]
+    lines += forgetting.section(second)
     for part in TITLES:
         lines += page.section(part)
     (DOCS / "results.md").write_text("\n".join(lines), encoding="utf-8")
