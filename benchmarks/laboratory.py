@@ -2,7 +2,7 @@
 
     python benchmarks/laboratory.py [--seeds 12] [--arms "LoRI-D" "contrastive D"]
 
-Pretrained on four things to do with a string, it learns a fifth (its letters backwards) and then a sixth (each letter's
+Pretrained on four things to do with a string, it learns a fifth (its letters backwards), then a sixth (each letter's
 successor). What of the fifth is lost is read where the sixth's loss is 1 nat a token, for every arm at the rate whose
 loss on the sixth ends lowest. It decides nothing about the paper: `benchmarks/forgetting` does, on a language model.
 """
@@ -47,7 +47,7 @@ TASKS: dict[str, Callable[[list[int]], list[int]]] = {
 }
 FIRST, SECOND = "backwards", "successor"
 DENSE_RATES, SPARSE_RATES = (1e-2, 3e-2), (3e-2, 1e-1)
-# Arm -> how A is made, whether A is trained, whether B is sparse, whether rows of the first task are among the batch's.
+# Arm -> how A is made, whether A is trained, whether B is sparse, whether the batch has rows of the first task.
 ARMS: dict[str, tuple[str, bool, bool, bool]] = {
     "LoRA": ("random", True, False, False),
     "LoRA, replay": ("random", True, False, True),
@@ -183,7 +183,7 @@ def _train(
 
 
 def lost_at_level(curve: list[tuple[float, float]]) -> float | None:
-    """Return what the first task's loss has risen by where the second's first reaches `LEVEL`; `None` if it does not."""
+    """Return how far the first task's loss has risen where the second's first reaches `LEVEL`, if it does."""
     for (here, lost), (there, later) in zip(curve, curve[1:], strict=False):
         if there <= LEVEL:
             return lost + (here - LEVEL) / (here - there) * (later - lost) - curve[0][1]

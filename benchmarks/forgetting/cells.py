@@ -16,7 +16,7 @@ FIRST_RATE = 9e-4  # of the first task's LoRA, which all arms of a seed have in 
 
 DENSE = {"LoRI-S": "LoRI-D", "contrastive S": "contrastive D"}  # a sparse arm's mask comes from this arm's run
 # Each arm's rate: those that the first study tuned for GSM8K; the contrastive arms have those of random A.
-RATES = {"LoRI-D": 5e-4, "LoRA": 5e-4, "LoRI-S": 5e-3, "contrastive D": 5e-4, "contrastive S": 5e-3, "replay": 5e-4}
+RATES = {"LoRI-D": 5e-4, "LoRA": 5e-4, "contrastive D": 5e-4, "LoRI-S": 5e-3, "contrastive S": 5e-3, "replay": 5e-4}
 ARMS = tuple(RATES)
 FACTOR = 1.8  # between neighbouring rates
 
