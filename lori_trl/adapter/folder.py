@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..hub.download import is_repo_id
-from ..inputs.files import describe_fault, read_json
+from ..inputs.files import describe_fault, read_json, room_for
 from ..inputs.typed_values import typed
 from ..method.layers import module_path
 from ..method.lora_fields import KNOWN, UNSET
@@ -74,7 +74,8 @@ def open_adapter(
         path = path / COMPACT_NAME
     if path.is_file():
         with tempfile.TemporaryDirectory() as unpacked:
-            write_contents(unpacked, read_compact(path))
+            with room_for(Path(unpacked)):
+                write_contents(unpacked, read_compact(path))
             yield AdapterFolder(str(name), Path(unpacked), allow_modified, tokenizer_files(place))
     elif path.is_dir():
         yield AdapterFolder(str(name), path, allow_modified, tokenizer_files(place))

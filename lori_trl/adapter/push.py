@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import CommitInfo, HfApi
 
 from ..hub.commit import push_files, refuse_tokens
+from ..inputs.files import room_for
 from .compact_file import write_compact
 from .folder import AdapterFolder, base_name
 from .layout import (
@@ -195,7 +196,8 @@ def adapter_files(
             config = json.loads(public[ADAPTER_CONFIG]) if ADAPTER_CONFIG in public else adapter.config
             contents = adapter.contents()
             recipe = public.get(RECIPE_NAME, contents.recipe)
-            write_compact(files[COMPACT_NAME], replace(contents, adapter_config=config, recipe=recipe))
+            with room_for(files[COMPACT_NAME]):
+                write_compact(files[COMPACT_NAME], replace(contents, adapter_config=config, recipe=recipe))
         newest = next(reversed(adapter.masks.values()), None)
         place = {"repo_id": repo_id, "forms": tuple(include)}
         files[CARD_NAME] = write_card(folder, record, newest, beside=folder, target=stage, **place)

@@ -357,6 +357,8 @@ sys.exit(cli.main(sys.argv[1:]))
         ["expand", "code.safetensors", "out"],
         ["merge", "code", "--output_dir", "out"],
         ["tasks", "code", "--extract", "code", "--output_dir", "out"],
+        ["inspect", "code.safetensors"],
+        ["push", "code", "me/x", "--include", "compact", "--dry-run"],
     ],
     ids=lambda call: " ".join(call[:2]),
 )
@@ -364,7 +366,7 @@ def test_a_full_disk_is_one_sentence(call, folder, compact, tmp_path):
     before = everything(tmp_path)
     done = subprocess.run([sys.executable, "-c", NO_ROOM, *call], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert re.search(r"lori: `out\S*` cannot be written: .*Make room for it", done.stderr)
+    assert re.search(r"lori: `\S*` cannot be written: .*Make room for it", done.stderr)
     assert everything(tmp_path) == before and not (tmp_path / "out").exists()
 
 

@@ -783,6 +783,14 @@ def test_a_hostile_task_is_refused(hub, folder, tmp_path, task):
     assert not list(tmp_path.rglob("x"))
 
 
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model-00001-of-00002.safetensors"])
+def test_other_forms_of_weights_are_told_how_to_convert(hub, folder, name):
+    files = {"adapter_config.json": (folder / "adapter_config.json").read_bytes(), name: b"weights"}
+    hub.create(REPO, files=files)
+    with pytest.raises(FileNotFoundError, match=f"`{REPO}` has its weights in {name}.*Convert it: `"):
+        load_lori_adapter(make_llama(), REPO)
+
+
 def test_what_is_no_repository_is_said_so(hub):
     hub.create("me/empty")
     with pytest.raises(FileNotFoundError, match="holds no LoRI adapter or masks"):
