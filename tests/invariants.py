@@ -1,6 +1,5 @@
 """What must hold of every run, whatever it is combined with: five invariants, checked from outside."""
 
-import copy
 from pathlib import Path
 
 import torch
@@ -97,5 +96,6 @@ def check_run(trainer, base, *, inputs=None, tolerance: float = 0.0) -> None:
     plain = PeftModel.from_pretrained(base, str(Path(trainer.args.output_dir))).eval()
     inputs = inputs or {"input_ids": TOKENS}
     with torch.no_grad():
-        expected = trainer.model.eval()(**copy.deepcopy(inputs)).logits
+        there = {name: value.to(trainer.model.device, copy=True) for name, value in inputs.items()}
+        expected = trainer.model.eval()(**there).logits.cpu()
         torch.testing.assert_close(plain(**inputs).logits, expected, rtol=1e-4, atol=max(tolerance, 1e-5))

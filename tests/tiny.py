@@ -81,6 +81,7 @@ def tiny_args(output_dir: str | Path, **changes) -> LoriSFTConfig:
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
+        "bf16": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import torch
 
-# PyTorch lets a device of one's own be called anything. accelerate refuses fp16 on devices that it has not heard of, so it
-# has the name of one that it has.
+# PyTorch lets a device of one's own be called anything. accelerate refuses fp16 on devices that it has not heard of:
+# this one has the name of one that it has.
 NAME = "sdaa"
 
 
