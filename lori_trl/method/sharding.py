@@ -64,6 +64,11 @@ def gather(weight: Tensor) -> Tensor:
         return weight.detach().clone()
 
 
+def to_cpu(tensor: Tensor) -> Tensor:
+    """Bring a tensor to the CPU, where masks and what they are selected from lie. A `DTensor` stays one."""
+    return tensor if isinstance(tensor, DTensor) else tensor.cpu()
+
+
 @torch.no_grad()
 def assign(weight: nn.Parameter, value: Tensor) -> None:
     """

@@ -31,7 +31,7 @@ from ..method.projections import (
     init_projections,
 )
 from ..method.saliency import GradientAgreement, random_saliency
-from ..method.sharding import assign, change, engine_dtype, gather, mask_shards
+from ..method.sharding import assign, change, engine_dtype, gather, mask_shards, to_cpu
 from ..method.sparse import fold_values, sparse_training
 from .activations import init_from_activations, protected_names, take_over_projection
 from .base_model import keep_4bit_layers
@@ -246,7 +246,7 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         """Return what the calibration that has just ended says of B's entries."""
         if self.args.calibration_method == "gradient":
             optimizer = self.optimizer.optimizer  # accelerate's wrapper holds it
-            return {path: optimizer.saliency(weight) for path, weight in self.weights.items()}
+            return {path: to_cpu(optimizer.saliency(weight)) for path, weight in self.weights.items()}
         return {path: change(weight, self.run.initial_weights[path]) for path, weight in self.weights.items()}
 
     def _select(self, saliency: dict[str, Tensor], sparsity: float, task: str) -> LoriMasks:

@@ -111,7 +111,7 @@ def test_a_second_task(make, llama, adapter_folder, tmp_path, disjoint, method):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("phase", ["calibration", "adaptation"])
+@pytest.mark.parametrize("phase", ["calibrating", "adapting"])
 def test_resuming_gives_the_undisturbed_run(make, tmp_path, phase, backend):
     run = {"save_strategy": "steps", "save_steps": 1, "sparse_backend": backend}
     whole = make(output_dir=tmp_path / "whole", **run)
