@@ -6,7 +6,7 @@ import sys
 
 from . import eval, expand, export, inspect, merge, push, recipes, tasks
 from .completion import add_print_completion
-from .errors import bad_input
+from .errors import bad_input, take_debug
 from .sft import sft  # the function, which the installed `lori-sft` calls, not its module
 from .terminal import printable, show, show_logs_as_text
 from .version import ShowVersion
@@ -26,14 +26,17 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["sft"]:  # all that follows is for TRL's parser
         return sft(arguments[1:])
+    arguments, debug = take_debug(arguments)
     show_logs_as_text()
     options = make_parser().parse_args(arguments)
-    with bad_input("lori"):
+    with bad_input("lori", debug=debug):
         if options.command != "eval":
             _check_one_process(options.command)
         try:
             options.func(options)
         except RuntimeError as error:  # the call was right, the Hub was not
+            if debug:
+                raise
             show(f"lori: {error}", error=True)
             return 1
     return 0
@@ -48,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the versions of what is installed")
+    parser.add_argument("--debug", action="store_true", help="tell an error by its traceback, with any command")
     add_print_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sft", add_help=False, help="train an adapter (the same as lori-sft)")

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from ..recipes.data_files import locate_data, split_files
 from ..recipes.find import (
     find_recipe,
     is_baseline,
@@ -17,7 +18,7 @@ from ..recipes.find import (
     validate_recipe,
 )
 from . import merge
-from .sft import make_configs, sft_parser, warn_of_foreign_code
+from .sft_options import is_evaluated, make_configs, sft_parser, warn_of_foreign_code
 from .terminal import show
 
 
@@ -79,9 +80,16 @@ def _validate(options: argparse.Namespace) -> None:
         make_configs(parser, {"bf16": False} | recipe, [])  # TRL's default is refused where there is no GPU
         show(f"{file.name}: no faults, for `trl sft --config`")
     else:
+        from ..recipes.data import check_splits
+
         recipe = validate_recipe(file, parser := sft_parser())
         warn_of_foreign_code(file, recipe)
-        make_configs(parser, recipe, [])
+        script, args, _ = make_configs(parser, recipe, [])
+        script.recipe = str(file)
+        if script.dataset_path is not None and locate_data(script.dataset_path, script.recipe) is None:
+            show(f"`{script.dataset_path}` is not here, so its splits were not looked at")
+        elif script.dataset_path is not None:
+            check_splits(split_files(script.dataset_path, script.recipe), script, evaluated=is_evaluated(args))
         show(f"{file.name}: no faults")
 
 

@@ -1,61 +1,24 @@
 """`lori-sft`, which is `lori sft`: train an adapter."""
 
-import argparse
-import copy
 import os
-import re
 import sys
 import tempfile
 import warnings
 from contextlib import ExitStack
-from dataclasses import fields
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..inputs.intervals import INTERVALS, check_range
-from ..recipes.find import (
-    find_recipe,
-    foreign_code,
-    is_baseline,
-    is_merge_recipe,
-    is_shipped,
-    list_recipes,
-    nearest,
-    read_recipe,
-    validate_recipe,
-)
 from .completion import sft_completion_parser
-from .errors import bad_input
+from .errors import bad_input, take_debug
+from .launching import engine_of, launch, take_launch_options
+from .sft_options import is_evaluated, parse, sft_parser
 from .terminal import printable, show, show_logs_as_text
 from .version import version_lines
-
-_EXAMPLE = """
-several processes: --accelerate_config single | ddp | fsdp2 | fsdp2_multinode | zero2 | zero3 | FILE, and
---num_processes N; with --dry-run it says what is sharded and what each device holds
-
---help-all lists all of TRL's options; --version and --print-completion SHELL are as of `lori`
-
-example:
-  lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8
-  lori-sft --accelerate_config ddp --num_processes 8 --recipe code_lori_s.yaml --output_dir code-lori-s
-"""
-# TRL's fields that `--help` shows besides those that shipped recipes set.
-_ALSO_SHOWN = {"help", "load_in_4bit", "max_steps", "push_to_hub", "hub_model_id", "resume_from_checkpoint", "seed"}
-# Options of `accelerate launch` that differ from run to run, and so stand beside a launch file.
-_LAUNCH_OPTIONS = (
-    "num_processes",
-    "num_machines",
-    "machine_rank",
-    "main_process_ip",
-    "main_process_port",
-    "mixed_precision",
-)
 
 
 def sft(arguments: list[str] | None = None) -> int:
     """Run `lori-sft`. Returns the exit code: 0; 2 for a wrong call; a failed run raises."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments, debug = take_debug(sys.argv[1:] if arguments is None else arguments)
     show_logs_as_text()
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
     if "--version" in arguments:
@@ -66,19 +29,29 @@ def sft(arguments: list[str] | None = None) -> int:
     if {"--help-all", "--help_all"} & set(arguments):
         sft_parser(help_all=True).print_help()
         return 0
-    if "--accelerate_config" in arguments:
-        return _launch(arguments)
+    with bad_input("lori-sft", debug=debug):
+        rest, options = take_launch_options(arguments)
+        if options and not {"--dry-run", "--dry_run", "--preview"} & {word.partition("=")[0] for word in rest}:
+            launch(options, [*rest, *["--debug"] * debug])
+            return 0
     with ExitStack() as held:
-        return _run(arguments, held)
+        return _run(rest, options, held, debug)
 
 
-def _run(arguments: list[str], held: ExitStack) -> int:
-    """Run a call that trains, or looks at what would be trained; `held` keeps the output for this process alone."""
-    with bad_input("lori-sft"):
-        parser = sft_parser()
-        script, args, model_args, recipe = _parse(parser, arguments)
+def _run(arguments: list[str], launched: dict[str, Any], held: ExitStack, debug: bool) -> int:
+    """
+    Run a call that trains, or looks at what would be trained.
+
+    Args:
+        arguments (`list[str]`): without those of `accelerate launch`.
+        launched (`dict[str, Any]`): these, for a dry run.
+        held (`ExitStack`): keeps the output for this process alone.
+        debug (`bool`): whether an error is told by its traceback.
+    """
+    with bad_input("lori-sft", debug=debug):
+        script, args, model_args, recipe = parse(sft_parser(), arguments)
         if script.dry_run:
-            _dry_run(script, args, model_args)
+            _dry_run(script, args, model_args, engine_of(launched))
             return 0
         if script.preview is not None:
             _preview(script, args, model_args)
@@ -86,7 +59,7 @@ def _run(arguments: list[str], held: ExitStack) -> int:
         trainer = _build_trainer(script, args, model_args, held)
     trainer.recipe = recipe
     resume = args.resume_from_checkpoint
-    with bad_input("lori-sft", (ValueError, FileNotFoundError)):
+    with bad_input("lori-sft", (ValueError, FileNotFoundError), debug=debug):
         output = trainer.train(True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     metrics = output.metrics
@@ -101,185 +74,6 @@ def _run(arguments: list[str], held: ExitStack) -> int:
         _print_outcome(trainer, metrics)
     trainer.accelerator.end_training()
     return 0
-
-
-def _launch(arguments: list[str]) -> int:
-    """Start `lori-sft` on several processes, or say what each of them would hold."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    from ..training.launch import Engine, find_launch_file
-
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--accelerate_config")
-    for name in _LAUNCH_OPTIONS:
-        finder.add_argument(f"--{name}")
-    options, rest = finder.parse_known_args(arguments)
-    with bad_input("lori-sft"):
-        file = find_launch_file(options.accelerate_config)
-        if {"--dry-run", "--dry_run"} & set(rest):
-            devices = None if options.num_processes is None else int(options.num_processes)
-            script, args, model_args, _ = _parse(sft_parser(), rest)
-            _dry_run(script, args, model_args, Engine.from_launch_file(file, devices))
-            return 0
-    launch = ["--config_file", str(file)]
-    for name in _LAUNCH_OPTIONS:
-        if getattr(options, name) is not None:
-            launch += [f"--{name}", getattr(options, name)]
-    launch_command(launch_command_parser().parse_args([*launch, "--module", "lori_trl.cli", "sft", *rest]))
-    return 0
-
-
-def sft_parser(*, help_all: bool = False):
-    """Make the parser of `lori-sft`, of which `--help` shows what matters, or all."""
-    from trl import ModelConfig, TrlParser
-
-    from ..recipes.data import LoriScriptArguments
-    from ..training.config import LoriSFTConfig
-
-    class Parser(TrlParser):
-        def error(self, message: str):  # argparse would print pages of usage first
-            raise ValueError(message)
-
-        def format_help(self) -> str:
-            formatter = self._get_formatter()
-            formatter.add_text(f"usage: {self.prog} [--recipe RECIPE] [--FIELD VALUE ...]")
-            formatter.add_text(self.description)
-            for title, actions in _help_groups(self._actions, help_all).items():
-                formatter.start_section(title)
-                formatter.add_arguments(actions)
-                formatter.end_section()
-            formatter.add_text(self.epilog)
-            return formatter.format_help()
-
-    parser = Parser(
-        (LoriScriptArguments, LoriSFTConfig, ModelConfig),
-        prog="lori-sft",
-        allow_abbrev=False,
-        description="Train a LoRI adapter: calibrate, select the mask, adapt.",
-        epilog=_EXAMPLE,
-        formatter_class=_HelpFormatter,
-    )
-    parser.set_defaults(use_peft=True, lora_target_modules="all-linear")
-    return parser
-
-
-def _help_groups(actions: list[argparse.Action], help_all: bool) -> dict[str, list[argparse.Action]]:
-    """
-    Group the options for `--help`: LoRI's own first, as `LoriArguments` documents them, TRL's hundreds last.
-
-    Of TRL's, those are shown that a shipped recipe sets, or all.
-    """
-    from trl import ModelConfig
-
-    from ..recipes.data import LoriScriptArguments
-    from ..training.config import LoriArguments
-
-    sections = re.split(r"> Parameters that control (.+)\n", LoriArguments.__doc__ or "")[1:]
-    groups = {
-        f"LoRI: {title}": set(re.findall(r"^        (\w+) \(`", body, re.MULTILINE))
-        for title, body in zip(sections[::2], sections[1::2], strict=True)
-    }
-    groups["the data and the run"] = {"help", *_names(LoriScriptArguments), "output_dir"}
-    groups["the base model and the adapter (TRL's ModelConfig)"] = _names(ModelConfig)
-    groups["training (TRL's SFTConfig)"] = {action.dest for action in actions}.difference(*groups.values())
-    if not help_all:
-        recipes = [file for file in list_recipes() if not is_merge_recipe(file) and not is_baseline(file)]
-        shown = _ALSO_SHOWN.union(*map(read_recipe, recipes))
-        for title in [title for title in groups if "TRL's" in title]:
-            groups[title] &= shown
-    return {title: [action for action in actions if action.dest in names] for title, names in groups.items()}
-
-
-def _names(config: type) -> set[str]:
-    return {each.name for each in fields(config)}
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        """Leave out the second spelling of every option, with dashes."""
-        shown = copy.copy(action)
-        shown.option_strings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
-        return super()._format_action_invocation(shown)
-
-
-def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[Any]:
-    """
-    Make the configurations of a recipe and a command line, which goes over it; they check themselves.
-
-    Raises:
-        `ValueError`: one of them, or argparse, refuses a value.
-    """
-    parser.set_defaults_with_config(**recipe)
-    try:
-        *configs, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
-    except Exception as error:  # transformers raises this and that on values it does not foresee
-        raise ValueError(
-            f"{str(error).rstrip('.')}. `lori-sft --help-all` lists what is allowed. Correct the call or the recipe."
-        ) from error
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(
-            f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help-all` lists all. Correct it."
-        )
-    _, args, *_ = configs
-    if not isinstance(args.model_init_kwargs, dict | None):
-        raise ValueError(
-            f"`model_init_kwargs={args.model_init_kwargs}` is text, and a mapping is needed. On the command line that "
-            'is JSON, e.g. `--model_init_kwargs \'{"attn_implementation": "sdpa"}\'`. Correct the call or the recipe.'
-        )
-    return configs
-
-
-def warn_of_foreign_code(file: Path, recipe: dict[str, Any]) -> None:
-    """Say aloud what of a recipe that is not a shipped one runs code from elsewhere."""
-    for reason in [] if is_shipped(file) else foreign_code(recipe):
-        show(f"{file}: {reason}. Go on only if you trust the recipe.", error=True)
-
-
-def _parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Parse recipe and command line. Returns the three configurations and the recipe as it is run."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--recipe", "--config")  # TRL's name for it
-    options, arguments = finder.parse_known_args(arguments)
-    recipe = {}
-    if options.recipe is not None:
-        file = find_recipe(options.recipe)
-        if is_baseline(file):
-            raise ValueError(
-                f"`--recipe {options.recipe}` is a baseline for TRL's own trainer: it sets `use_peft`. `lori-sft` "
-                f"trains LoRI adapters alone. Run it with `trl sft --config {file}`, or take `use_peft` out."
-            )
-        recipe = validate_recipe(file, parser)
-        warn_of_foreign_code(file, recipe)
-        os.environ |= {name: str(value) for name, value in recipe.pop("env", {}).items()}
-    configs = make_configs(parser, recipe, arguments)
-    script, args, model_args = configs
-    if model_args.model_name_or_path is None:
-        raise ValueError(
-            "`model_name_or_path` is missing. It names the base model, on the Hub or in a folder. Pass e.g. "
-            "`--model_name_or_path meta-llama/Meta-Llama-3-8B`, or a `--recipe` that does."
-        )
-    for config in (script, model_args):
-        for name in vars(config).keys() & INTERVALS.keys():
-            check_range(name, getattr(config, name), INTERVALS[name])
-    if not model_args.use_peft:
-        raise ValueError("`use_peft=False` is no LoRI. A LoRI adapter is PEFT's. Leave `use_peft` out.")
-    given = {
-        argument.lstrip("-").partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"
-    }
-    for config in configs:
-        set_here = {key: value for key, value in vars(config).items() if key in given}
-        recipe |= {key: value.value if isinstance(value, Enum) else value for key, value in set_here.items()}
-    for one, other in (("dataset_path", "dataset_name"), ("dataset_name", "dataset_path")):
-        if one in given and other not in given:  # one's own data in place of the recipe's
-            setattr(script, other, None)
-            recipe.pop(other, None)
-    for secret_or_ours in ("hub_token", "dry_run", "overwrite", "use_peft"):
-        recipe.pop(secret_or_ours, None)
-    script.recipe = str(file) if options.recipe is not None else None
-    return script, args, model_args, recipe
 
 
 def _dry_run(script, args, model_args, engine=None) -> None:
@@ -333,17 +127,13 @@ def _load_data(script, args, model_args):
     from ..recipes.data import load_training_data
     from ..training.tokenizer_checks import check_tokenizer, tokenizer_as_trained
 
-    data = load_training_data(script, args.dataset_text_field, evaluated=_is_evaluated(args))
+    data = load_training_data(script, args.dataset_text_field, evaluated=is_evaluated(args))
     tokenizer = _load_tokenizer(script, args, model_args)
     as_trained = tokenizer_as_trained(tokenizer, args)
     for split, rows in data.items():
         source = f"{script.dataset_path or script.dataset_name}, split {split}"
         check_tokenizer(rows, as_trained, source, text_field=args.dataset_text_field)
     return data, tokenizer
-
-
-def _is_evaluated(args) -> bool:
-    return args.eval_strategy != "no" or args.eval_on_start
 
 
 def _settle_task_name(script, args) -> None:
@@ -431,7 +221,7 @@ def _build_trainer(script, args, model_args, held):
         model,
         args,
         train_dataset=data[script.dataset_train_split],
-        eval_dataset=data[script.dataset_test_split] if _is_evaluated(args) else None,
+        eval_dataset=data[script.dataset_test_split] if is_evaluated(args) else None,
         processing_class=tokenizer,
         peft_config=peft_config,
     )

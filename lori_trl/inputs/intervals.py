@@ -28,6 +28,7 @@ INTERVALS = {
     "calibration_warmup_steps": "[0, inf)",
     "weight_decay": "[0, inf)",
     "max_grad_norm": "[0, inf)",
+    "seed": "[0, 4294967295]",  # NumPy's
 }
 
 

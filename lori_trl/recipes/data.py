@@ -11,22 +11,23 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, load_datas
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from trl import ScriptArguments
+from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from ..hub.compat import httpx
 from .data_files import locate_data, parquet_schema, read_rows, split_files
 from .raw_rows import RowFault
 from .row_formats import IMAGES, RowFormat, check_row, row_format
-from .task_names import name_of_dataset, name_of_path
+from .task_names import file_name_of, name_of_dataset, name_of_path
 
+_BUILDERS = {"json", "csv", "parquet", "arrow", "text"}  # of `load_dataset`, for local files
 # What reads the files: where it changes, no cache of what it read before is taken.
 _READERS = [Path(__file__).with_name(name) for name in ("data_files.py", "raw_rows.py", "row_formats.py")]
 
 
 @dataclass
-class LoriScriptArguments(ScriptArguments):
+class LoriScriptArguments(ScriptArguments, DatasetMixtureConfig):
     """
-    Arguments of the command line that no configuration class of TRL has.
+    Arguments of the command line beside the run's and the model's: TRL's own, and these.
 
     Args:
         recipe (`str`, *optional*):
@@ -92,31 +93,61 @@ def load_training_data(
             not UTF-8 or damaged, or a row holds no text and no messages; of a stream, one of the first 100.
         `FileNotFoundError`: `dataset_path` does not exist or holds no rows.
     """
-    if (arguments.dataset_path is None) == (arguments.dataset_name is None):
+    named = [name for name in ("dataset_name", "dataset_path", "datasets") if getattr(arguments, name)]
+    if len(named) != 1:
+        given = ", ".join(f"`{name}={getattr(arguments, name)}`" for name in named) or "No data set is named"
         raise ValueError(
-            f"`dataset_name={arguments.dataset_name}`, `dataset_path={arguments.dataset_path}`. Exactly one of them "
-            "says what to train on. Pass a Hub name as `dataset_name`, or a file or folder as `dataset_path`."
+            f"{given}. Exactly one says what to train on. Pass a Hub name as `dataset_name`, a file or folder as "
+            "`dataset_path`, or TRL's list of `datasets` in a recipe."
+        )
+    if not arguments.datasets and (arguments.streaming or arguments.test_split_size is not None):
+        raise ValueError(
+            f"`streaming={arguments.streaming}`, `test_split_size={arguments.test_split_size}` without `datasets`. "
+            "They are of that list alone. Pass `dataset_streaming`, or a split of its own as `dataset_test_split`."
         )
     data: Mapping[str, Any]
     if arguments.dataset_path is not None:
-        data = split_files(arguments.dataset_path, arguments.recipe)
+        data, where = split_files(arguments.dataset_path, arguments.recipe), arguments.dataset_path
+    elif arguments.datasets:
+        data, where = get_dataset(arguments), ", ".join(each.path for each in arguments.datasets)
     else:
-        data = load_dataset(
-            arguments.dataset_name, name=arguments.dataset_config, streaming=arguments.dataset_streaming
-        )
-    where = str(arguments.dataset_path or arguments.dataset_name)
-    splits = {"dataset_train_split": arguments.dataset_train_split}
+        data, where = _load_by_name(arguments), str(arguments.dataset_name)
+    splits = check_splits(data, arguments, evaluated=evaluated)
+    if arguments.dataset_path is not None:
+        return DatasetDict({split: rows_of_files(data[split], text_field) for split in splits})
+    return DatasetDict({split: _rows_of_hub(data[split], where, text_field) for split in splits})
+
+
+def check_splits(data: Iterable[str], arguments: LoriScriptArguments, *, evaluated: bool) -> list[str]:
+    """
+    Check that data have the splits that a run needs.
+
+    Args:
+        data (`Iterable[str]`): the names of those that they have.
+        arguments ([`LoriScriptArguments`]): the names of those that are needed.
+        evaluated (`bool`): whether the split to evaluate on is needed, too.
+
+    Returns:
+        `list[str]`: those that are needed.
+
+    Raises:
+        `ValueError`: one is not there.
+    """
+    where = arguments.dataset_path or arguments.dataset_name or "datasets"
+    needed = {"dataset_train_split": arguments.dataset_train_split}
     if evaluated:
-        splits["dataset_test_split"] = arguments.dataset_test_split
-    for name, split in splits.items():
+        needed["dataset_test_split"] = arguments.dataset_test_split
+    for name, split in needed.items():
         if split not in data:
             raise ValueError(
                 f"`{name}={split!r}` is not in `{where}`, which has {', '.join(data)}. Pass one of these"
                 f"{', or evaluate nothing' if name == 'dataset_test_split' else ''}."
             )
-    if arguments.dataset_path is not None:
-        return DatasetDict({split: rows_of_files(data[split], text_field) for split in splits.values()})
-    return DatasetDict({split: _rows_of_hub(data[split], where, text_field) for split in splits.values()})
+    return list(needed.values())
+
+
+def _load_by_name(arguments: LoriScriptArguments) -> Mapping[str, Any]:
+    return load_dataset(arguments.dataset_name, name=arguments.dataset_config, streaming=arguments.dataset_streaming)
 
 
 def look_at_training_data(arguments: LoriScriptArguments, text_field: str = "text") -> dict[str, Any] | None:
@@ -128,25 +159,40 @@ def look_at_training_data(arguments: LoriScriptArguments, text_field: str = "tex
     Returns:
         `dict[str, Any]` or `None`: the row, with the columns that TRL trains on; `None` if the Hub cannot be reached.
     """
-    if (name := arguments.dataset_name) is not None and not Path(name).exists():
+    name = arguments.datasets[0].path if arguments.datasets else arguments.dataset_name
+    if name is not None and not Path(name).exists() and name not in _BUILDERS:
         try:
             HfApi().dataset_info(name, timeout=5)
         except HfHubHTTPError:
             pass  # `load_dataset` says whether there is no such data set, or none for this user
         except (OfflineModeIsEnabled, httpx.HTTPError):
             return None
-    streamed = replace(arguments, dataset_streaming=True)  # type: ignore[call-arg]  # a field of TRL's
+    if arguments.datasets:
+        first = replace(arguments.datasets[0], fraction=None)
+        streamed = replace(arguments, datasets=[first], streaming=True, test_split_size=None)  # type: ignore[call-arg]
+    else:
+        streamed = replace(arguments, dataset_streaming=True)  # type: ignore[call-arg]  # a field of TRL's
     data = load_training_data(streamed, text_field)
     return next(iter(data[arguments.dataset_train_split]))
 
 
 def default_task_name(arguments: LoriScriptArguments) -> str:
     """Name a task after the data that the arguments name, where nobody named it. Nothing is fetched or read for it."""
-    name, split = arguments.dataset_path or str(arguments.dataset_name), arguments.dataset_train_split
-    path = Path(name) if arguments.dataset_path is None else locate_data(name, arguments.recipe)
-    if path is not None and path.exists():
-        return name_of_path(path, split)
-    return name_of_dataset(name, arguments.dataset_config, split)
+    split = arguments.dataset_train_split
+    if arguments.dataset_path is not None:
+        path = locate_data(arguments.dataset_path, arguments.recipe)
+        return name_of_path(path or Path(arguments.dataset_path), split)
+    if not arguments.datasets:
+        return _name_by_name(str(arguments.dataset_name), arguments.dataset_config, split)
+    names = []
+    for each in arguments.datasets:
+        files = each.data_files if each.path in _BUILDERS and isinstance(each.data_files, str) else each.path
+        names.append(_name_by_name(files, each.name or each.data_dir, each.split))
+    return file_name_of("-".join(dict.fromkeys(names)))
+
+
+def _name_by_name(name: str, config: str | None, split: str) -> str:
+    return name_of_path(Path(name), split) if Path(name).exists() else name_of_dataset(name, config, split)
 
 
 def rows_of_files(files: list[Path], text_field: str = "text") -> Dataset:

@@ -8,15 +8,23 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from ..inputs.intervals import INTERVALS, range_fault
 from ..inputs.yaml_reader import read_mapping
+from .launch_options import launch_options
 
 # Keys of which a recipe sets one at most.
-CONFLICTS = (("dataset_name", "dataset_path"), ("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"))
+CONFLICTS = (
+    ("dataset_name", "dataset_path"),
+    ("dataset_name", "datasets"),
+    ("dataset_path", "datasets"),
+    ("load_in_4bit", "load_in_8bit"),
+    ("bf16", "fp16"),
+)
+_LIST_AS_TEXT = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")  # a pattern of module names has other characters, too
 _MOST_SHOWN = 10  # faults
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
@@ -82,13 +90,12 @@ def recipe_facts(file: Path) -> dict[str, str]:
         header's `Reproduces:`), and `measured`, the time and figures of a run in this project (the header's
         `Measured:`); empty where there is none.
     """
-    recipe, text = read_recipe(file), file.read_text(encoding="utf-8")
-    header = dict(re.findall(r"^# (\w+): +(.+)$", text, flags=re.MULTILINE))
+    recipe, header = read_recipe(file), recipe_header(file)
     if is_baseline(file):
         variant = "DoRA" if recipe.get("use_dora") else "LoRA" if recipe.get("use_peft") else "full"
     else:
         variant = "LoRAF" if recipe.get("disjoint_masks") else "LoRI-S" if recipe.get("sparsity", 0.9) else "LoRI-D"
-    rank = "-" if variant == "full" else "kept" if "adapter" in header.get("Needs", "") else ""
+    rank = "-" if variant == "full" else "kept" if "adapter_name_or_path" in recipe.get("requires", []) else ""
     return {
         "task": recipe.get("task_name") or str(recipe.get("dataset_name", "")).removesuffix("-data"),
         "base": str(recipe.get("model_name_or_path", "")).rpartition("/")[2],
@@ -97,6 +104,11 @@ def recipe_facts(file: Path) -> dict[str, str]:
         "source": header.get("Reproduces", "").removeprefix("paper ").partition(" (")[0],
         "measured": header.get("Measured", ""),
     }
+
+
+def recipe_header(file: Path) -> dict[str, str]:
+    """Return the lines `# Name: text` of a recipe's header: name -> text."""
+    return dict(re.findall(r"^# (\w+): +(.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
 def is_merge_recipe(file: Path) -> bool:
@@ -153,17 +165,28 @@ class RecipeField:
         """Whether the option takes several values."""
         return self.action.nargs in ("+", "*")
 
+    @property
+    def item_class(self) -> type | None:
+        """The dataclass of which a recipe lists mappings, as `datasets` does; `None` where there is none."""
+        item = next(iter(typing.get_args(self.hint)), None) if typing.get_origin(self.hint) is list else None
+        return item if isinstance(item, type) and is_dataclass(item) else None
+
     def accepts(self, kind: type) -> bool:
         """Say whether the type has a kind: `str | list[str] | None` has `list`."""
         return _accepts(self.hint, kind)
 
 
 def recipe_fields(parser: argparse.ArgumentParser) -> dict[str, RecipeField]:
-    """Return what a recipe for a parser may hold: key -> field. A TrlParser's recipes also have `env`."""
+    """
+    Return what a recipe for a parser may hold: key -> field.
+
+    A TrlParser's recipes also have what `accelerate launch` takes, and `env` and `requires`, which are no options.
+    """
     configs = vars(parser).get("dataclass_types", ())  # a TrlParser's
     mappings = {name for config in configs for name in getattr(config, "_VALID_DICT_FIELDS", ())}
     hints = {name: hint for config in configs for name, hint in typing.get_type_hints(config).items()}
-    actions = {action.dest: action for action in reversed(parser._actions)}  # a field before its `--no_field`
+    actions = launch_options() if configs else {}
+    actions = actions | {action.dest: action for action in reversed(parser._actions)}  # a field before `--no_field`
     return {
         name: RecipeField(action, hints.get(name), name in mappings)
         for name, action in actions.items()
@@ -191,6 +214,10 @@ def validate_recipe(file: Path, parser: argparse.ArgumentParser) -> dict[str, An
         if key == "env" and "dataclass_types" in vars(parser):  # TrlParser's: environment variables to set
             faults += _env_faults(value)
             values[key] = value
+        elif key == "requires" and "dataclass_types" in vars(parser):
+            values[key] = value
+            if not isinstance(value, list) or not {*map(str, value)} <= fields.keys():
+                faults.append(f"requires={_REPR.repr(value)}: a list of fields is needed")
         elif key not in fields:
             near = nearest(str(key), fields) if len(faults) < _MOST_SHOWN else ""
             faults.append(f"{_short(key)}: no such field{near}")
@@ -251,7 +278,7 @@ def _converted(value: Any, field: RecipeField) -> Any:
     Raises:
         `ValueError`: what is wrong with it.
     """
-    if isinstance(value, dict):
+    if isinstance(value, dict) and field.item_class is None:
         if not field.is_mapping:
             raise ValueError("a mapping is not allowed here")
         if not all(isinstance(key, str) for key in value):
@@ -260,6 +287,8 @@ def _converted(value: Any, field: RecipeField) -> Any:
     if field.is_mapping and isinstance(value, str) and value.lstrip().startswith("{"):
         raise ValueError("a mapping as text: leave the quotes out")
     action = field.action
+    if field.item_class is not None:
+        return [_checked_mapping(each, field.item_class) for each in (value if isinstance(value, list) else [value])]
     if not isinstance(value, list):
         return [_converted_item(value, action)] if field.several else _converted_item(value, action)
     if not field.several and not field.accepts(list):
@@ -269,6 +298,18 @@ def _converted(value: Any, field: RecipeField) -> Any:
     return [_converted_item(item, action) for item in value]
 
 
+def _checked_mapping(value: Any, cls: Any) -> dict[str, Any]:
+    """Return a mapping of a list of them, if a dataclass can be made of it."""
+    known = {each.name: each for each in fields(cls)}
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, where a mapping is needed, of {', '.join(known)}")
+    if unknown := [key for key in value if key not in known]:
+        raise ValueError(f"no such key {_short(unknown[0])}{nearest(str(unknown[0]), known)}")
+    if missing := [name for name, each in known.items() if each.default is MISSING and name not in value]:
+        raise ValueError(f"`{missing[0]}` is missing in {_REPR.repr(value)}")
+    return value
+
+
 def _converted_item(item: Any, action: argparse.Action) -> Any:
     if action.type is str and not isinstance(item, str):
         raise ValueError(f"a {type(item).__name__}, where text is needed: put it in quotes")
@@ -276,9 +317,28 @@ def _converted_item(item: Any, action: argparse.Action) -> Any:
         converted = action.type(str(item)) if callable(action.type) else item
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         raise ValueError(f"not a valid {type_name(action)}") from None
+    if fault := value_fault(converted, several=action.nargs in ("+", "*")):
+        raise ValueError(fault)
     if action.choices is not None and converted not in action.choices:
         raise ValueError(f"allowed are {', '.join(map(str, action.choices))}")
     return converted
+
+
+def value_fault(value: Any, *, several: bool) -> str | None:
+    """
+    Say what is wrong with a value that its type lets through, on the command line as in a recipe.
+
+    Args:
+        value (`Any`): a single value.
+        several (`bool`): whether its field takes several.
+    """
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "more than 64 bits"
+    if value == "None":
+        return "the text None; for nothing, leave the key out or write null"
+    if several and isinstance(value, str) and _LIST_AS_TEXT.fullmatch(value):
+        return f"one text with commas; several are a list, [{value}], or {value.replace(',', ' ')} on the command line"
+    return None
 
 
 def _accepts(hint: Any, kind: type) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import re
 import types
+from dataclasses import fields
 from typing import Any
 
 from ..inputs.intervals import INTERVALS
@@ -13,6 +14,12 @@ _ENVIRONMENT = {
     "description": "Environment variables to set.",
     "type": "object",
     "additionalProperties": {"type": ["string", "number"]},
+}
+
+_REQUIRES = {
+    "description": "Fields that a call must set where the recipe does not: without them it would be another run.",
+    "type": "array",
+    "items": {"type": "string"},
 }
 
 
@@ -30,7 +37,7 @@ def recipe_schema(training: argparse.ArgumentParser, merge: argparse.ArgumentPar
         `dict[str, Any]`: a JSON schema, draft 7, which editors know best.
     """
     of_training = _mapping_schema(training)
-    of_training["properties"]["env"] = _ENVIRONMENT
+    of_training["properties"] |= {"env": _ENVIRONMENT, "requires": _REQUIRES}
     of_training["allOf"] = [{"not": _both_set(*keys)} for keys in CONFLICTS]
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -66,6 +73,9 @@ def _field_schema(name: str, field: RecipeField) -> dict[str, Any]:
 
 
 def _item_schema(name: str, field: RecipeField) -> dict[str, Any]:
+    if field.item_class is not None:
+        keys: dict[str, Any] = {each.name: {} for each in fields(field.item_class)}
+        return {"type": "object", "properties": keys, "additionalProperties": False}
     if field.action.choices is not None:
         return {"enum": [*field.action.choices]}
     return {"type": _TYPES.get(type_name(field.action), "string")} | _bounds(INTERVALS.get(name))

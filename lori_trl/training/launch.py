@@ -6,14 +6,16 @@ from pathlib import Path
 import yaml
 from rich.table import Table
 
+from ..inputs.files import describe_fault
 from .counting import ParameterCounts
 
 _FOLDER = Path(__file__).parent / "accelerate_configs"
+_NAMES_OF_TRL = {"multi_gpu": "ddp", "single_gpu": "single"}
 
 
 def find_launch_file(name_or_path: str) -> Path:
     """
-    Find a launch file: a path, or the name of a shipped one.
+    Find a launch file: a path, or the name of a shipped one, TRL's names for them too.
 
     Raises:
         `FileNotFoundError`: neither exists.
@@ -21,12 +23,13 @@ def find_launch_file(name_or_path: str) -> Path:
     if Path(name_or_path).is_file():
         return Path(name_or_path)
     shipped = {file.stem: file for file in sorted(_FOLDER.glob("*.yaml"))}
-    if name_or_path not in shipped:
+    name = _NAMES_OF_TRL.get(name_or_path, name_or_path)
+    if name not in shipped:
         raise FileNotFoundError(
             f"`--accelerate_config {name_or_path}` is neither a file nor a shipped launch file. Shipped are "
             f"{', '.join(shipped)}. Pass one of these, or a file that `accelerate config` wrote."
         )
-    return shipped[name_or_path]
+    return shipped[name]
 
 
 @dataclass
@@ -44,12 +47,23 @@ class Engine:
 
     @classmethod
     def from_launch_file(cls, file: Path, num_processes: int | None = None) -> "Engine":
-        """Read a launch file; `num_processes` overrides its number of devices."""
-        launch = yaml.safe_load(file.read_text(encoding="utf-8"))
-        name = {"NO": "one device", "FSDP": "FSDP2"}.get(launch["distributed_type"], "DDP")
-        if launch["distributed_type"] == "DEEPSPEED":
-            name = f"ZeRO-{launch['deepspeed_config']['zero_stage']}"
-        return cls(name, 1 if name == "one device" else num_processes or launch["num_processes"])
+        """
+        Read a launch file; `num_processes` overrides its number of devices.
+
+        Raises:
+            `ValueError`: it is none.
+        """
+        try:
+            launch = yaml.safe_load(file.read_text(encoding="utf-8"))
+            name = {"NO": "one device", "FSDP": "FSDP2"}.get(launch["distributed_type"], "DDP")
+            if launch["distributed_type"] == "DEEPSPEED":
+                name = f"ZeRO-{launch['deepspeed_config']['zero_stage']}"
+            return cls(name, 1 if name == "one device" else num_processes or launch["num_processes"])
+        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"`{file}` is no launch file ({describe_fault(error)}). `accelerate config` writes one. Correct it, "
+                "or pass the name of a shipped one."
+            ) from error
 
     @property
     def shards_weights(self) -> bool:

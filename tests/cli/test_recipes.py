@@ -63,6 +63,15 @@ def validate(tmp_path, capsys, text):
         ("model_init_kwargs: text", "a mapping is needed"),
         ("model_init_kwargs: '{\"trust_remote_code\": true}'", "leave the quotes out"),
         ("deepspeed: text", "deepspeed"),
+        ("lora_target_modules: q_proj,k_proj", "one text with commas; several are a list, [q_proj,k_proj]"),
+        ("report_to: [wandb, 'None']", "the text None; for nothing, leave the key out or write null"),
+        ("report_to: None", "the text None"),
+        ("max_steps: 99999999999999999999", "more than 64 bits"),
+        ("seed: 1:30", "not a valid int"),
+        ("requires: [adapter]", "requires=['adapter']: a list of fields is needed"),
+        ("requires: adapter_name_or_path", "a list of fields is needed"),
+        ("datasets: [{name: a}]", "`path` is missing"),
+        ("dataset_name: a\ndatasets: [{path: a}]", "they exclude each other"),
         ("load_best_model_at_end: true", "load_best_model_at_end"),
         ("adapters: [a]\nenv: {A: b}", "env: no such field"),
     ],
@@ -70,6 +79,17 @@ def validate(tmp_path, capsys, text):
 def test_what_the_run_would_refuse_is_a_fault(line, fault, tmp_path, capsys):
     code, _, error = validate(tmp_path, capsys, line)
     assert code == 2 and fault in error and "Correct the" in error
+
+
+def test_the_data_that_are_here_are_looked_for(tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("")
+    assert validate(tmp_path, capsys, "dataset_path: rows")[0] == 0
+    for text in ("dataset_path: rows\ndataset_train_split: training", "dataset_path: rows\neval_strategy: epoch"):
+        code, _, error = validate(tmp_path, capsys, text)
+        assert code == 2 and "is not in `rows`, which has train. Pass one of these" in error
+    code, shown, _ = validate(tmp_path, capsys, "dataset_path: nowhere")
+    assert code == 0 and "`nowhere` is not here, so its splits were not looked at" in shown
 
 
 @pytest.fixture
@@ -90,6 +110,10 @@ def dry_run(tmp_path, model_folder):
         "max_length: null",
         "report_to: [none]",
         "env: {A: 1, B: text}",
+        "lora_target_modules: '.*[qv]_proj{1,2}'",
+        "max_steps: 0100",
+        "num_processes: 2",
+        "{mixed_precision: 'no', main_process_port: 29501, multi_gpu: false}",
     ],
 )
 def test_what_is_valid_the_run_takes(line, tmp_path, capsys, dry_run):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lori_trl import LoriArguments, LoriMasks
 from lori_trl.cli import main, sft
-from lori_trl.cli.sft import sft_parser
+from lori_trl.cli.sft_options import sft_parser
 from lori_trl.training.compat import CheckpointingFields
 
 
@@ -181,7 +181,22 @@ def fails(arguments, capsys, *parts):
     [
         (["--recipe", "nosuch.yaml"], ["`nosuch.yaml` is neither", "`lori recipes list` shows all"]),
         (["--recipe", "code_lora.yaml"], ["is a baseline for TRL's own trainer", "Run it with `trl sft --config"]),
-        (["--recipe", "baselines/nlu_fft.yaml"], ["is a baseline", "it sets `use_peft`", "take `use_peft` out"]),
+        (
+            ["--recipe", "baselines/nlu_fft.yaml"],
+            ["is a baseline", "it sets `use_peft`", "or pass a file of your own as `--config`"],
+        ),
+        (
+            ["--recipe", "continual_safety_code_lori_s.yaml"],
+            ["needs `adapter_name_or_path`, and it is not given (a tr"],
+        ),
+        (["--recipe", "continual_safety_nlu_lori_d.yaml", "--dry-run"], ["Pass `--adapter_name_or_path`"]),
+        (["--lora_target_modules", "q_proj,k_proj"], ["one text with commas", "or q_proj k_proj on the command line"]),
+        (["--report_to", "None"], ["`report_to=['None']` is the text None; for nothing, leave the key out"]),
+        (["--task_name", "None"], ["`task_name=None` is the text None"]),
+        (["--max_steps", "9" * 20], ["is more than 64 bits"]),
+        (["--seed", "5000000000"], ["`seed=5000000000` is outside [0, 4294967295]"]),
+        (["--num_processes", "two", "--dry-run"], ["`num_processes=two` is no number of processes"]),
+        (["--test_split_size", "0.1"], ["without `datasets`"]),
         (["--use_peft", "False"], ["`use_peft=False` is no LoRI", "Leave `use_peft` out"]),
         (["--model_init_kwargs", "text"], ["`model_init_kwargs=text`", "Correct the call or the recipe"]),
         (["--lr_scheduler_type", "text"], ["text", "`lori-sft --help-all` lists what is allowed"]),
@@ -193,7 +208,10 @@ def fails(arguments, capsys, *parts):
         (["--lora_r", "-1", "--dry-run"], ["`lora_r=-1` is outside [1, inf)", "Pass one"]),
         (["--task_name", "a/b"], ["`task_name='a/b'` cannot name a file"]),
         (["--dataset_path", "nowhere"], ["`dataset_path=nowhere` does not exist"]),
-        (["--dataset_name", "some/data", "--dataset_path", "my_task"], ["Exactly one of them"]),
+        (
+            ["--dataset_name", "some/data", "--dataset_path", "my_task"],
+            ["`dataset_name=some/data`, `dataset_path=my_task`. Exactly one"],
+        ),
         (["--dataset_train_split", "validation"], ["not in `my_task`, which has test, train"]),
         (
             ["--eval_strategy", "epoch", "--dataset_test_split", "dev"],
@@ -293,6 +311,64 @@ def test_a_pickled_base_is_not_read(call, tmp_path, model_folder, capsys):
     fails(wrong, capsys, "has a damaged file of weights", "Fetch or save the model again")
 
 
+def test_debug_tells_the_traceback_of_what_is_one_line_else(call, capsys):
+    for arguments in (
+        [*call, "--dataset_path", "nowhere", "--debug"],
+        ["--debug", *call, "--dataset_path", "nowhere"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            sft(arguments)
+        error = capsys.readouterr().err
+        assert "Traceback (most recent call last)" in error and "in split_files" in error
+        assert "lori-sft: `dataset_path=nowhere` does not exist" in error
+    fails([*call, "--debug", "underflow_overflow", "--dataset_path", "nowhere"], capsys, "does not exist")
+
+
+def test_the_recipe_as_it_was_run_says_no_where_no_was_said(call, tmp_path):
+    assert sft([*call, "--no_average_tokens_across_devices", "--no-skip-memory-metrics", "--logging-steps=3"]) == 0
+    as_run = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert as_run["average_tokens_across_devices"] is False and as_run["skip_memory_metrics"] is False
+    assert as_run["logging_steps"] == 3 and not {name for name in as_run if name.startswith("no_")}
+
+
+def test_trls_own_file_runs(call, tmp_path, rows, capsys):
+    """`trl sft --config FILE`: a mixture of data sets, split by TRL, for a LoRA adapter."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        rows.to_json(tmp_path / name / "data.jsonl")
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    del recipe["dataset_path"]
+    sets = [{"path": str(tmp_path / "one")}, {"path": "json", "data_files": str(tmp_path / "two" / "data.jsonl")}]
+    recipe |= {"datasets": sets, "test_split_size": 0.25, "use_peft": True, "eval_strategy": "epoch"}
+    (tmp_path / "trl.yaml").write_text(yaml.safe_dump(recipe))
+    call = ["--config", str(tmp_path / "trl.yaml"), *call[2:]]
+    assert sft([*call, "--dry-run"]) == 0
+    assert "task: one-two" in capsys.readouterr().out
+    assert sft(call) == 0
+    as_run = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert as_run["datasets"] == sets and "use_peft" not in as_run
+    assert json.loads((tmp_path / "out" / "lori_config.json").read_text())["training"]["dataset"]["rows"] == 48
+    own = [*call, "--dataset_path", str(tmp_path / "my_task"), "--overwrite"]
+    (tmp_path / "trl.yaml").write_text(yaml.safe_dump(recipe | {"test_split_size": None, "eval_strategy": "no"}))
+    assert sft(own) == 0
+    assert "datasets" not in yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    for sets, fault in (
+        ([{"pth": "a"}], "no such key pth (did you mean path?)"),
+        (["a"], "where a mapping is needed"),
+    ):
+        (tmp_path / "trl.yaml").write_text(yaml.safe_dump(recipe | {"datasets": sets}))
+        fails(call, capsys, fault)
+
+
+def test_streams_of_trls_file(call, tmp_path, rows):
+    rows.to_json(tmp_path / "data.jsonl")
+    stream = {"datasets": [{"path": "json", "data_files": str(tmp_path / "data.jsonl")}], "streaming": True}
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text()) | stream
+    del recipe["dataset_path"]
+    (tmp_path / "trl.yaml").write_text(yaml.safe_dump(recipe))
+    assert sft(["--config", str(tmp_path / "trl.yaml"), *call[2:]]) == 0
+
+
 def test_a_model_is_needed(capsys):
     fails(["--sparsity", "0.5"], capsys, "`model_name_or_path` is missing")
 
@@ -317,6 +393,64 @@ def test_launch_files_by_name(name, monkeypatch, tmp_path):
     kind = yaml.safe_load(open(launched["config_file"]))["distributed_type"]
     kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert kind == kinds[name.removesuffix("_multinode")]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What accelerate is asked to launch, in place of a launch."""
+    asked = {}
+    launch = "accelerate.commands.launch.launch_command"
+    monkeypatch.setattr(launch, lambda arguments: asked.update(vars(arguments), environ=dict(os.environ)))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("options", "in_recipe"),
+    [
+        (["--accelerate_config=ddp", "--num_processes=2"], ""),
+        (["--accelerate-config", "ddp", "--num-processes", "2"], ""),
+        (["--accelerate_config", "multi_gpu", "--num_processes", "2"], ""),
+        (["--num_processes", "2"], ""),
+        ([], "accelerate_config: ddp\nnum_processes: 2\n"),
+        (["--num_processes", "2"], "accelerate_config: ddp\nnum_processes: 4\n"),
+        (["--gpu_ids", "0,1", "--num_processes", "2", "--multi_gpu"], "main_process_port: 29501\n"),
+    ],
+)
+def test_launch_options_in_every_spelling_and_in_a_recipe(launched, call, tmp_path, options, in_recipe):
+    with (tmp_path / "recipe.yaml").open("a") as file:
+        file.write(in_recipe)
+    assert main(["recipes", "validate", str(tmp_path / "recipe.yaml")]) == 0
+    assert sft([*call, *options, "--debug"]) == 0
+    assert launched["num_processes"] == 2 and launched["training_script_args"] == ["sft", *call, "--debug"]
+    named = "accelerate" in "".join(options) + in_recipe
+    assert (launched["config_file"] or "").endswith("ddp.yaml" if named else "")
+    assert launched["multi_gpu"] == ("--multi_gpu" in options)
+    assert launched["main_process_port"] == (29501 if "port" in in_recipe else None)
+    assert launched["environ"]["LORI_LAUNCHED"] == "1" and "LORI_LAUNCHED" not in os.environ
+
+
+@pytest.mark.parametrize("variable", ["LORI_LAUNCHED", "LOCAL_RANK"])
+def test_a_process_that_was_launched_launches_no_others(variable, launched, call, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    with (tmp_path / "recipe.yaml").open("a") as file:
+        file.write("num_processes: 2\n")
+    fails_with = [*call, "--dataset_path", str(tmp_path / "nowhere")]
+    with pytest.raises(SystemExit, match="2"):
+        sft(fails_with)
+    assert not launched
+
+
+def test_a_dry_run_or_a_preview_is_not_launched(launched, call, capsys):
+    assert sft([*call, "--num_processes", "2", "--dry-run"]) == 0
+    assert "each of 2 devices under DDP" in capsys.readouterr().out
+    assert sft([*call, "--num_processes", "2", "--preview=1"]) == 0
+    assert "row 0" in capsys.readouterr().out and not launched
+
+
+def test_a_launch_file_that_is_none(call, tmp_path, capsys):
+    for text in ("a: [", "a: 1", "[]"):
+        (tmp_path / "launch.yaml").write_text(text)
+        fails([*call, "--accelerate_config", str(tmp_path / "launch.yaml"), "--dry-run"], capsys, "is no launch file")
 
 
 def test_an_unknown_launch_file(capsys):

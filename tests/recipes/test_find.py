@@ -18,7 +18,7 @@ from trl.scripts.sft import make_parser as trl_parser
 
 from lori_trl import LoriMasks
 from lori_trl.cli import sft
-from lori_trl.cli.sft import sft_parser
+from lori_trl.cli.sft_options import sft_parser
 from lori_trl.recipes.find import find_recipe, list_recipes, read_recipe, shipped_folder, validate_recipe
 from lori_trl.recipes.tasks import TASKS
 from lori_trl.training.compat import CheckpointingFields

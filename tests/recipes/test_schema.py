@@ -8,7 +8,7 @@ import yaml
 from tiny import needs
 
 from lori_trl.cli.merge import recipe_parser
-from lori_trl.cli.sft import sft_parser
+from lori_trl.cli.sft_options import sft_parser
 from lori_trl.recipes.find import list_recipes, shipped_folder, validate_recipe
 from lori_trl.recipes.schema import recipe_schema
 
