@@ -56,40 +56,23 @@ def tasks_that_fit(feasible: LoriMasks, sparsity: float, granularity: str = "mod
 
 @dataclass(frozen=True)
 class OwnedTask:
-    """
-    A task in the ledger of an adapter.
+    """A task in the ledger of an adapter."""
 
-    Attributes:
-        task (`str`): its name.
-        trained (`int`): entries of B that its mask has.
-        owned (`int`): those of them that no later task has trained again.
-        record ([`TaskRecord`]): what is known of its run: data, steps, calibration.
-    """
-
-    task: str
-    trained: int
-    owned: int
-    record: TaskRecord
+    task: str  # its name
+    trained: int  # entries of B that its mask has
+    owned: int  # those of them that no later task has trained again
+    record: TaskRecord  # what is known of its run: data, steps, calibration
 
 
 @dataclass(frozen=True)
 class TaskLedger:
-    """
-    Who owns how much of an adapter's B.
+    """Who owns how much of an adapter's B."""
 
-    Attributes:
-        tasks (`list[OwnedTask]`): oldest first.
-        numel (`int`): entries of B.
-        free (`int`): entries that no task has.
-        sparsity (`float`): the newest task's, a fraction in [0, 1).
-        more_tasks (`int`): how many more disjoint tasks of this sparsity fit.
-    """
-
-    tasks: list[OwnedTask]
-    numel: int
-    free: int
-    sparsity: float
-    more_tasks: int
+    tasks: list[OwnedTask]  # oldest first
+    numel: int  # entries of B
+    free: int  # entries that no task has
+    sparsity: float  # the newest task's, a fraction in [0, 1)
+    more_tasks: int  # how many more disjoint tasks of this sparsity fit
 
 
 def read_ledger(adapter: str | Path, *, allow_modified: bool = False) -> TaskLedger:

@@ -11,19 +11,10 @@ from .record import LoriRecord
 
 @dataclass(frozen=True)
 class Contents:
-    """
-    All that makes an adapter.
+    """All that makes an adapter."""
 
-    Args:
-        adapter_config (`dict[str, Any]`): PEFT's `adapter_config.json`.
-        record ([`LoriRecord`]): `lori_config.json`.
-        recipe (`str` or `None`): `recipe.yaml`.
-        masks (`dict[str, tuple[dict[str, Tensor], MasksMetadata]]`): task -> its masks and what is known of them.
-        tensors (`dict[str, Tensor]`): those of `adapter_model.safetensors`.
-    """
-
-    adapter_config: dict[str, Any]
-    record: LoriRecord
-    recipe: str | None
-    masks: dict[str, tuple[dict[str, Tensor], MasksMetadata]]
-    tensors: dict[str, Tensor]
+    adapter_config: dict[str, Any]  # PEFT's `adapter_config.json`
+    record: LoriRecord  # `lori_config.json`
+    recipe: str | None  # `recipe.yaml`
+    masks: dict[str, tuple[dict[str, Tensor], MasksMetadata]]  # task -> its masks and what is known of them
+    tensors: dict[str, Tensor]  # those of `adapter_model.safetensors`

@@ -28,11 +28,11 @@ def draw_density(masks: LoriMasks | None, file: Path) -> bool:
     """
     if masks is None or masks.density == 1 or find_spec("matplotlib") is None:
         return False
-    cells = masks.by_layer_and_projection()
+    cells = {place: 100 * share for place, share in masks.by_layer_and_projection().items()}
     maps = [(f"Trained entries of B, mean {100 * masks.density:.2g} %", cells)]
     with canvas() as figure_of:
         figure = figure_of(figsize=(1.5 * WIDTH, maps_height(maps)), dpi=110)
-        draw_maps(maps, "% of the entries", 100, True, figure)
+        draw_maps(maps, "% of the entries", True, figure)
         figure.savefig(file, metadata={"Software": None})  # the same masks give the same bytes
     return True
 
@@ -66,14 +66,14 @@ def maps_height(maps: Maps) -> float:
     return 0.5 + sum(0.45 + 0.19 * len(projection_names([cells])) for _, cells in maps)
 
 
-def draw_maps(maps: Maps, label: str, factor: float, shared: bool, figure: Any) -> None:
+def draw_maps(maps: Maps, label: str, shared: bool, figure: Any) -> None:
     """Draw heat maps below each other, layers to the right; with one scale for all, or each its own."""
     ratios = [max(len(projection_names([cells])), 2) for _, cells in maps]
     panels = figure.subplots(len(maps), 1, squeeze=False, height_ratios=ratios)[:, 0]
-    top = max((factor * value for _, cells in maps for value in cells.values()), default=1)
+    top = max((value for _, cells in maps for value in cells.values()), default=1)
     for axes, (title, cells) in zip(panels, maps, strict=True):
         layers, names = layer_numbers(cells), projection_names([cells])
-        grid = [[factor * cells.get((layer, name), math.nan) for layer in layers] for name in names]
+        grid = [[cells.get((layer, name), math.nan) for layer in layers] for name in names]
         image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=top if shared else None)
         axes.set_yticks(range(len(names)), names, parse_math=False)
         number_layers(axes, layers)

@@ -19,27 +19,17 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Result:
-    """
-    One figure.
+    """One figure."""
 
-    Args:
-        task (`str`): the benchmark, or the name of the held-out file.
-        metric (`str`): what was measured; rates are fractions in [0, 1], losses nats per token, `unparsed` a count.
-        value (`float`): the figure.
-        n (`int`): over how many rows, or tokens for a loss.
-        stderr (`float`, *optional*): its standard error, in the same unit.
-        dataset (`str`, *optional*): the data set's name on the Hub.
-        data (`Mapping[str, Any]`): `source`, the number of `rows`, and the `sha256` of the rows.
-        settings (`Mapping[str, Any]`): what else decides the figure: generation, limit, seed, versions.
-    """
-
-    task: str
-    metric: str
-    value: float
-    n: int
-    stderr: float | None = None
-    dataset: str | None = None
+    task: str  # the benchmark, or the name of the held-out file
+    metric: str  # what was measured; rates are fractions in [0, 1], losses nats per token, `unparsed` a count
+    value: float  # the figure
+    n: int  # over how many rows, or tokens for a loss
+    stderr: float | None = None  # its standard error, in the same unit
+    dataset: str | None = None  # the data set's name on the Hub
+    # `source`, the number of `rows`, and the `sha256` of the rows
     data: Mapping[str, Any] = field(default_factory=dict)
+    # what else decides the figure: generation, limit, seed, versions
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -20,16 +20,10 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass
 class Grid:
-    """
-    A table of texts; the first column names the row.
+    """A table of texts; the first column names the row."""
 
-    Args:
-        columns (`list[str]`): the heads.
-        rows (`list[list[str]]`): as many texts as there are columns.
-    """
-
-    columns: list[str]
-    rows: list[list[str]]
+    columns: list[str]  # the heads
+    rows: list[list[str]]  # as many texts as there are columns
 
     @property
     def numeric(self) -> list[bool]:
@@ -40,44 +34,25 @@ class Grid:
 
 @dataclass
 class Drawing:
-    """
-    A picture that can be drawn.
+    """A picture that can be drawn."""
 
-    Args:
-        title (`str`): what stands above it.
-        alt (`str`): the picture in a sentence, for who cannot see it.
-        height (`float`): in inches; all are `WIDTH` wide.
-        draw (`Callable`): draws it into a matplotlib figure.
-    """
-
-    title: str
-    alt: str
-    height: float
-    draw: Callable[[Any], None]
+    title: str  # what stands above it
+    alt: str  # the picture in a sentence, for who cannot see it
+    height: float  # in inches; all are `WIDTH` wide
+    draw: Callable[[Any], None]  # draws it into a matplotlib figure
 
 
 @dataclass
 class Section:
-    """
-    One thing to see: what it is, in words, as a table, and as a picture.
+    """One thing to see: what it is, in words, as a table, and as a picture."""
 
-    Args:
-        key (`str`): a short name; that of the picture's file.
-        title (`str`): the heading.
-        text (`str`): what it shows and how to read it.
-        table ([`Grid`]): the figures, condensed.
-        sparks (`list[str]`, *optional*): a line of bars for each row of the table: its course over the layers.
-        numbers ([`Grid`], *optional*): the figures in full, as the picture shows them.
-        drawing ([`Drawing`], *optional*): the picture.
-    """
-
-    key: str
-    title: str
-    text: str
-    table: Grid
-    sparks: list[str] | None = None
-    numbers: Grid | None = None
-    drawing: Drawing | None = None
+    key: str  # a short name; that of the picture's file
+    title: str  # the heading
+    text: str  # what it shows and how to read it
+    table: Grid  # the figures, condensed
+    sparks: list[str] | None = None  # a line of bars for each row of the table: its course over the layers
+    numbers: Grid | None = None  # the figures in full, as the picture shows them
+    drawing: Drawing | None = None  # the picture
 
     def for_terminal(self) -> Group:
         """Return heading, table and text for a terminal that takes no text for markup, for names are foreign."""
@@ -246,47 +221,49 @@ def _projections_section(inspection: Inspection) -> Section:
 
 
 def _density_section(tasks: Sequence[TaskStatistics]) -> Section:
-    maps = [
-        (f"{task.name}, {_percent(task.density)}", {place: cell.density for place, cell in task.cells.items()})
-        for task in tasks
-        if 0 < task.density < 1
-    ]
-    section = Section(
+    return _section_by_layer(
         "density",
         "Density by layer and projection",
         "Which % of B a task trains; without a mask, which % is not 0.",
-        *_by_projection(tasks, _density_in_percent, "{:.3g}".format),
+        tasks,
+        lambda cell: 100 * cell.density,
+        [(f"{task.name}, {_percent(task.density)}", task) for task in tasks if 0 < task.density < 1],
+        ("which share of B's entries is trained", "% of the entries", True),
     )
-    if maps:
-        section.numbers = _cell_grid(tasks, _density_in_percent, "{:.3g}".format)
-        section.drawing = Drawing(
-            section.title,
-            "A heat map a task: which share of B's entries is trained, by layer and projection.",
-            maps_height(maps),
-            partial(draw_maps, maps, "% of the entries", 100, True),
-        )
-    return section
 
 
 def _norms_section(tasks: Sequence[TaskStatistics]) -> Section:
-    maps = [
-        (f"{task.name}, {task.norm:.4g} in all", {place: cell.norm for place, cell in task.cells.items()})
-        for task in tasks
-        if task.norm > 0
-    ]
-    section = Section(
+    return _section_by_layer(
         "norms",
         "Norms of the deltas by layer and projection",
         "Frobenius norms of s B A. They are not relative to the base model's weights, which are not read.",
-        *_by_projection(tasks, lambda cell: cell.norm, "{:.3g}".format),
+        tasks,
+        lambda cell: cell.norm,
+        [(f"{task.name}, {task.norm:.4g} in all", task) for task in tasks if task.norm > 0],
+        ("the Frobenius norm of the delta", "norm", False),
     )
-    if maps:
-        section.numbers = _cell_grid(tasks, lambda cell: cell.norm, "{:.3g}".format)
+
+
+def _section_by_layer(
+    key: str,
+    title: str,
+    text: str,
+    tasks: Sequence[TaskStatistics],
+    value: Callable[[Cell], float],
+    drawn: Sequence[tuple[str, TaskStatistics]],
+    picture: tuple[str, str, bool],
+) -> Section:
+    """Tell a figure by layer and projection. `drawn` are the heat maps; `picture`: what is seen, in what unit."""
+    section = Section(key, title, text, *_by_projection(tasks, value))
+    if drawn:
+        maps = [(heading, {place: value(cell) for place, cell in task.cells.items()}) for heading, task in drawn]
+        seen, unit, shared = picture
+        section.numbers = _cell_grid(tasks, value)
         section.drawing = Drawing(
-            section.title,
-            "A heat map a task: the Frobenius norm of the delta, by layer and projection.",
+            title,
+            f"A heat map a task: {seen}, by layer and projection.",
             maps_height(maps),
-            partial(draw_maps, maps, "norm", 1, False),
+            partial(draw_maps, maps, unit, shared),
         )
     return section
 
@@ -328,25 +305,23 @@ def _magnitudes_section(tasks: Sequence[TaskStatistics]) -> Section:
     return section
 
 
-def _by_projection(
-    tasks: Sequence[TaskStatistics], value: Callable[[Cell], float], text: Callable[[float], str]
-) -> tuple[Grid, list[str]]:
+def _by_projection(tasks: Sequence[TaskStatistics], value: Callable[[Cell], float]) -> tuple[Grid, list[str]]:
     """Condense cells to a row a task and a column a projection, and a line of bars over the layers."""
     names = projection_names(task.cells for task in tasks)
     rows = []
     for task in tasks:
         totals = [task.total(projection=name) for name in names]
-        rows.append([task.name, *(text(value(total)) if total.numel else "–" for total in totals)])
+        rows.append([task.name, *(f"{value(total):.3g}" if total.numel else "–" for total in totals)])
     sparks = [_spark([value(task.total(layer)) for layer in layer_numbers(task.cells)]) for task in tasks]
     return Grid(["task", *(name.removesuffix("_proj") for name in names)], rows), sparks
 
 
-def _cell_grid(tasks: Sequence[TaskStatistics], value: Callable[[Cell], float], text: Callable[[float], str]) -> Grid:
+def _cell_grid(tasks: Sequence[TaskStatistics], value: Callable[[Cell], float]) -> Grid:
     names = projection_names(task.cells for task in tasks)
     rows = [
         [
             f"{task.name}, layer {layer_label(layer)}",
-            *(text(value(task.cells[layer, name])) if (layer, name) in task.cells else "–" for name in names),
+            *(f"{value(task.cells[layer, name]):.3g}" if (layer, name) in task.cells else "–" for name in names),
         ]
         for task in tasks
         for layer in layer_numbers(task.cells)
@@ -357,10 +332,6 @@ def _cell_grid(tasks: Sequence[TaskStatistics], value: Callable[[Cell], float], 
 def _matrix(names: Sequence[str], texts: Mapping[tuple[str, str], str]) -> Grid:
     rows = [[row, *("" if row == column else texts.get((row, column), "–") for column in names)] for row in names]
     return Grid(["", *names], rows)
-
-
-def _density_in_percent(cell: Cell) -> float:
-    return 100 * cell.density
 
 
 def _percent(share: float) -> str:

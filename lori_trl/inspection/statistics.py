@@ -17,44 +17,25 @@ _DECADES, _BINS_A_DECADE = (-12, 4), 20  # of |B|; smaller and larger entries co
 
 @dataclass
 class AdapterStatistics:
-    """
-    What is told of one adapter.
+    """What is told of one adapter."""
 
-    Args:
-        name (`str`): of its folder or repository.
-        base_model (`str` or `None`): the base model's name, without the way to a local folder.
-        modules (`int`): matrices that the adapter changes.
-        ranks (`list[int]`): every rank that occurs.
-        scalings (`list[float]`): every scaling s that occurs, `alpha / rank` or `alpha / sqrt(rank)`.
-        tasks (`list[str]`): names of its tasks, oldest first.
-        numel_B (`int`): entries of B.
-        outside (`int`): entries of B that are not zero and on no task's mask; 0 where an adapter has no masks.
-    """
-
-    name: str
-    base_model: str | None
-    modules: int
-    ranks: list[int]
-    scalings: list[float]
-    tasks: list[str]
-    numel_B: int
-    outside: int = 0
+    name: str  # of its folder or repository
+    base_model: str | None  # the base model's name, without the way to a local folder
+    modules: int  # matrices that the adapter changes
+    ranks: list[int]  # every rank that occurs
+    scalings: list[float]  # every scaling s that occurs, `alpha / rank` or `alpha / sqrt(rank)`
+    tasks: list[str]  # names of its tasks, oldest first
+    numel_B: int  # entries of B
+    outside: int = 0  # entries of B that are not zero and on no task's mask; 0 where an adapter has no masks
 
 
 @dataclass
 class Cell:
-    """
-    One layer's part of a task in one kind of projection.
+    """One layer's part of a task in one kind of projection."""
 
-    Args:
-        selected (`int`): entries on the task's mask; without one, entries that are not 0.
-        numel (`int`): all entries of B.
-        squared_norm (`float`): of the delta, Frobenius.
-    """
-
-    selected: int = 0
-    numel: int = 0
-    squared_norm: float = 0.0
+    selected: int = 0  # entries on the task's mask; without one, entries that are not 0
+    numel: int = 0  # all entries of B
+    squared_norm: float = 0.0  # of the delta, Frobenius
 
     @property
     def density(self) -> float:
@@ -140,30 +121,17 @@ class Magnitudes:
 
 @dataclass
 class TaskStatistics:
-    """
-    What is told of one task: the delta s B A, with B reduced to the entries that belong to the task.
+    """What is told of one task: the delta s B A, with B reduced to the entries that belong to the task."""
 
-    Args:
-        name (`str`): the task; with its adapter's name before it where two adapters have a task of that name.
-        adapter (`str`): its adapter.
-        masked (`bool`): whether it has a mask. Without one, all of B belongs to it and `density` counts what is not 0.
-        selected (`int`): entries on its mask.
-        owned (`int`): entries that belong to it: where masks overlap, an entry belongs to the newest task.
-        density (`float`): `selected` over all entries of B, a fraction in [0, 1].
-        norm (`float`): Frobenius norm of the delta, over all matrices.
-        cells (`dict[tuple[int, str], Cell]`): the parts, by layer and projection; a [`Cell`] each.
-        magnitudes ([`Magnitudes`]): of the owned entries.
-    """
-
-    name: str
-    adapter: str
-    masked: bool
-    selected: int
-    owned: int
-    density: float
-    norm: float
-    cells: dict[Place, Cell]
-    magnitudes: Magnitudes
+    name: str  # the task; with its adapter's name before it where two adapters have a task of that name
+    adapter: str  # its adapter
+    masked: bool  # whether it has a mask. Without one, all of B belongs to it and `density` counts what is not 0
+    selected: int  # entries on its mask
+    owned: int  # entries that belong to it: where masks overlap, an entry belongs to the newest task
+    density: float  # `selected` over all entries of B, a fraction in [0, 1]
+    norm: float  # Frobenius norm of the delta, over all matrices
+    cells: dict[Place, Cell]  # the parts, by layer and projection; a [`Cell`] each
+    magnitudes: Magnitudes  # of the owned entries
 
     def total(self, layer: int | None = None, projection: str | None = None) -> Cell:
         """Put the cells of a layer, of a kind of projection, or all together."""
@@ -172,85 +140,52 @@ class TaskStatistics:
 
 @dataclass
 class Overlap:
-    """
-    How far the first task's mask lies on the second's, and the other way round: fractions of the own entries.
+    """How far the first task's mask lies on the second's, and the other way round: fractions of the own entries."""
 
-    Args:
-        shares (`tuple[float, float]`): of the first's entries those on the second mask; of the second's on the first.
-        chance (`tuple[float, float]`): the same for a mask that lies at random: the density of the other mask.
-        chance_by_matrix (`tuple[float, float]`):
-            the same where each matrix keeps its density: what is above it is not due to both tasks favouring the
-            same matrices.
-    """
-
-    shares: tuple[float, float]
-    chance: tuple[float, float]
+    shares: tuple[float, float]  # of the first's entries those on the second mask; of the second's on the first
+    chance: tuple[float, float]  # the same for a mask that lies at random: the density of the other mask
+    # the same where each matrix keeps its density: what is above it is not due to both tasks favouring the same
+    # matrices
     chance_by_matrix: tuple[float, float]
 
 
 @dataclass
 class TaskPair:
-    """
-    Two tasks beside each other.
+    """Two tasks beside each other."""
 
-    Args:
-        first, second (`str`): the tasks' names.
-        same_A (`bool`): whether both have the same A, bit for bit, wherever both change a matrix. If not, a mask's
-            columns count other directions, and an overlap says nothing about interference.
-        overlap ([`Overlap`], *optional*): of the masks; `None` where it is not defined.
-        cosine (`float`, *optional*): of the deltas over all matrices; `None` where it is not defined.
-        cosine_by_layer (`dict[int, float]`): the same in every layer in which both have a delta.
-        undefined (`list[str]`): why something is not defined.
-    """
-
-    first: str
-    second: str
+    first: str  # the tasks' names
+    second: str  # the tasks' names
+    # whether both have the same A, bit for bit, wherever both change a matrix. If not, a mask's columns count other
+    # directions, and an overlap says nothing about interference
     same_A: bool
-    overlap: Overlap | None = None
-    cosine: float | None = None
+    overlap: Overlap | None = None  # of the masks; `None` where it is not defined
+    cosine: float | None = None  # of the deltas over all matrices; `None` where it is not defined
+    # the same in every layer in which both have a delta
     cosine_by_layer: dict[int, float] = field(default_factory=dict)
-    undefined: list[str] = field(default_factory=list)
+    undefined: list[str] = field(default_factory=list)  # why something is not defined
 
 
 @dataclass
 class ProjectionPair:
-    """
-    The A of two adapters: |cosine| between rows of the one and rows of the other, over all matrices they share.
+    """The A of two adapters: |cosine| between rows of the one and rows of the other, over all matrices they share."""
 
-    Args:
-        first, second (`str`): the adapters' names.
-        same (`bool`): whether they are the same bit for bit.
-        mean (`float`): mean |cosine|.
-        chance (`float`): what independent random rows have: sqrt(2 / (pi in_features)).
-        max (`float`): the largest |cosine|; 1 for a row that both have.
-    """
-
-    first: str
-    second: str
-    same: bool
-    mean: float
-    chance: float
-    max: float
+    first: str  # the adapters' names
+    second: str  # the adapters' names
+    same: bool  # whether they are the same bit for bit
+    mean: float  # mean |cosine|
+    chance: float  # what independent random rows have: sqrt(2 / (pi in_features))
+    max: float  # the largest |cosine|; 1 for a row that both have
 
 
 @dataclass
 class Inspection:
-    """
-    What [`inspect_adapters`] found.
+    """What [`inspect_adapters`] found."""
 
-    Args:
-        adapters (`list[AdapterStatistics]`): in the order given.
-        tasks (`list[TaskStatistics]`): of all adapters, each adapter's oldest first.
-        pairs (`list[TaskPair]`): every two tasks.
-        projections (`list[ProjectionPair]`): every two adapters that can be compared.
-        notes (`list[str]`): what a reader of the numbers must know.
-    """
-
-    adapters: list[AdapterStatistics]
-    tasks: list[TaskStatistics]
-    pairs: list[TaskPair]
-    projections: list[ProjectionPair]
-    notes: list[str]
+    adapters: list[AdapterStatistics]  # in the order given
+    tasks: list[TaskStatistics]  # of all adapters, each adapter's oldest first
+    pairs: list[TaskPair]  # every two tasks
+    projections: list[ProjectionPair]  # every two adapters that can be compared
+    notes: list[str]  # what a reader of the numbers must know
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with a `format_version`. What is not defined is `None`."""
