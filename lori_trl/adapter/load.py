@@ -11,6 +11,7 @@ from ..method.layers import lora_layers
 from ..method.projections import fingerprint, freeze_projections, projections
 from .folder import AdapterFolder, open_adapter
 from .layout import ADAPTER_CONFIG, RECORD_NAME, TOKENIZER_CONFIG
+from .memory import remember
 from .record import read_record
 
 
@@ -41,7 +42,8 @@ def load_lori_adapter(
 
     Returns:
         `PeftModel`: its attribute `lori_masks` maps every trained task, oldest first, to its [`LoriMasks`], and
-        `lori_tasks` has what is on record of their runs.
+        `lori_tasks` has what is on record of their runs: of the adapter that was loaded or trained last. A trainer
+        knows each adapter's own.
 
     Raises:
         `FileNotFoundError`: the folder or repository holds no LoRI adapter.
@@ -55,19 +57,17 @@ def load_lori_adapter(
             read_record(adapter.folder)  # says that there is none
         adapter.verify()
         model = load_with_peft(model, adapter, adapter_name=adapter_name, is_trainable=is_trainable)
-        model.lori_masks = adapter.masks
-        record = adapter.record
+        masks, record = adapter.masks, adapter.record
     freeze_projections(model, adapter_name)
-    if record is None:
-        return model
     drawn = fingerprint(projections(model, adapter_name))
-    if drawn != record.projection.fingerprint:
+    if record is not None and drawn != record.projection.fingerprint:
         raise ValueError(
             f"The projections A in `{folder_or_repo}` have fingerprint {drawn[:19]}..., {RECORD_NAME} says "
             f"{record.projection.fingerprint[:19]}.... B and the masks mean nothing on another A. Fetch the whole "
             "folder again; if the adapter was cast to a lower precision, use the original."
         )
-    model.lori_tasks = [task.to_dict() for task in record.history]
+    tasks = [] if record is None else [task.to_dict() for task in record.history]
+    remember(model, adapter_name, masks, tasks, drawn)
     return model
 
 

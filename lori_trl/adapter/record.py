@@ -19,19 +19,9 @@ from .record_fields import Calibration, Counts, Merge, TaskRecord, Training
 # How far a run is: nothing is trained; all of B is being trained for the mask; the mask is selected and B is set back;
 # B is being, or was, trained on the mask.
 PHASES = ("new", "calibrating", "calibrated", "adapting")
-# Hyperparameters that a run which is resumed must have in common with the one that began.
-_DECIDES_THE_MASK = (
-    "disjoint_masks",
-    "calibration_method",
-    "calibration_learning_rate",
-    "calibration_num_train_epochs",
-    "calibration_max_steps",
-    "calibration_fraction",
-    "calibration_lr_scheduler_type",
-    "calibration_warmup_steps",
-    "protect_rows",
-    "protect_epsilon",
-)
+# Hyperparameters that a run which is resumed in its adaptation need not have in common with the one that began: it may
+# be made longer.
+_LENGTH = ("max_steps", "num_train_epochs")
 VARIANTS = ("LoRI-D", "LoRI-S", "merged")
 
 
@@ -211,16 +201,20 @@ class LoriRecord:
             earlier (`LoriRecord`): what that one saved.
             folder (`str` or `Path`): where, for the message.
         """
-        for name, own in self._identity().items():
-            other = earlier._identity()[name]
-            if own != other and not (name == "data" and other is None):  # older records have none
+        ours, theirs = self.training or Training(base_model=None), earlier.training or Training(base_model=None)
+        names = [name for name in {**(theirs.hyperparameters or {}), **(ours.hyperparameters or {})}]
+        if earlier.phase == "adapting":
+            names = [name for name in names if name not in _LENGTH]
+        other = earlier._identity(names)
+        for name, own in self._identity(names).items():
+            if own != other[name]:
                 raise ValueError(
-                    f"`{folder}` was trained with {name} {other}, this run has {own}. A run resumes with the base "
-                    "model, task, data, seed, sparsity, calibration and number of processes that it began with. "
-                    "Correct these, or start anew in another `output_dir`."
+                    f"`{folder}` was trained with {name} {other[name]}, this run has {own}. A run resumes with the "
+                    "base model, task, data, hyperparameters and number of processes that it began with. Correct "
+                    "these, or start anew in another `output_dir`."
                 )
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, hyperparameters: Iterable[str]) -> dict[str, Any]:
         run = self.training or Training(base_model=None)
         return {
             "base_model": None if run.base_model is None else run.base_model.name,
@@ -230,7 +224,7 @@ class LoriRecord:
             "granularity": self.granularity,
             "data": None if run.dataset is None else run.dataset.fingerprint,
             "num_processes": run.world_size,
-            **{name: (run.hyperparameters or {}).get(name, "its default") for name in _DECIDES_THE_MASK},
+            **{name: (run.hyperparameters or {}).get(name, "its default") for name in hyperparameters},
         }
 
     def check(self) -> None:

@@ -35,12 +35,13 @@ class GradientAgreement(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable, lr: float = 0.0):
-        super().__init__(params, {"lr": lr})
+        super().__init__(params, {"lr": lr, "steps": 0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss is known
         """Add the gradients and their squares to the sums."""
         for group in self.param_groups:
+            group["steps"] += 1  # float16's scaler leaves steps out whose gradients are not finite
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self.add(self.state[parameter], parameter.grad.float())

@@ -17,16 +17,23 @@ _CONTAINERS = (dict, defaultdict, list, tuple, set, deque)
 
 class PhaseCallback(TrainerCallback):
     """
-    Keep B current while its packed values are trained, and name the phase on the progress bar.
+    Keep B current while its packed values are trained, see after the first step that the optimizer leaves frozen
+    entries alone, and name the phase on the progress bar.
 
     It comes first in line, so that the other callbacks see the B that a step has made.
     """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self.seen: Any = None  # the optimizer whose first step was looked at
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         fold_values(self.trainer.model, self.trainer.run.adapter_name)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.phase == "adapting" and self.seen is not self.trainer.optimizer:
+            self.seen = self.trainer.optimizer
+            self.trainer.check_frozen_entries()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         for callback in self.trainer.callback_handler.callbacks:

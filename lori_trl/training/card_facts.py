@@ -1,5 +1,6 @@
 """What a card says of a run, gathered while it runs."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
@@ -28,7 +29,10 @@ _HYPERPARAMETERS = """
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio num_train_epochs max_steps
     per_device_train_batch_size gradient_accumulation_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
     max_grad_norm label_smoothing_factor neftune_noise_alpha seed data_seed bf16 fp16 activation_checkpointing
-    max_length packing completion_only_loss assistant_only_loss loss_type average_tokens_across_devices
+    max_length truncation_mode packing packing_strategy padding_free completion_only_loss assistant_only_loss
+    loss_type average_tokens_across_devices optim_args dataloader_drop_last
+    beta label_smoothing num_generations num_iterations steps_per_generation max_completion_length temperature top_p
+    top_k epsilon entropy_coef scale_rewards desirable_weight undesirable_weight
     sparsity mask_granularity disjoint_masks calibration_method calibration_learning_rate
     calibration_num_train_epochs calibration_max_steps calibration_fraction calibration_lr_scheduler_type
     calibration_warmup_steps projection_init protect_rows protect_epsilon sparse_backend
@@ -77,6 +81,11 @@ class CardFacts(TrainerCallback):
             losses=_losses(state.log_history),
         )
 
+    @property
+    def rows(self) -> int | None:
+        """How many rows were given; None for a stream."""
+        return None if self.training.dataset is None else self.training.dataset.rows
+
     def name_dataset(self, dataset_name: str | None) -> None:
         """Note the data set's Hub name, as TRL's `push_to_hub(dataset_name=...)` gives it."""
         dataset = self.training.dataset
@@ -88,6 +97,7 @@ def hyperparameters(args: TrainingArguments) -> dict[str, Scalar]:
     """Return what of the arguments decides the outcome of a run and differs from its default."""
     defaults = {field.name: field.default for field in fields(args) if field.default is not MISSING}
     values = {name: vars(args)[name] for name in _HYPERPARAMETERS if name in vars(args)}
+    values = {name: json.dumps(value) if isinstance(value, (dict, list)) else value for name, value in values.items()}
     return {
         name: value.value if hasattr(value, "value") else value
         for name, value in values.items()

@@ -10,18 +10,22 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import patch_environment
+from peft import LoraConfig
 from torch.serialization import safe_globals
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from ..adapter.layout import ADAPTER_WEIGHTS, RUN_NAME, masks_name
+from ..adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_JSON_BYTES, RECORD_NAME, RUN_NAME, masks_name
 from ..adapter.record import LoriRecord, read_record
 from ..adapter.safetensors import opened
-from ..inputs.files import replacing
+from ..inputs.files import read_json, replacing
 from .card_facts import hyperparameters
 from .config import LoriArguments
 
 logger = get_logger(__name__)
+
+# Settings of the adapter that decide what is trained, beside its matrices' shapes.
+_OF_THE_ADAPTER = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,7 @@ def find_run(resume_from_checkpoint: str | bool | None, args: LoriArguments, tas
         task (`str`): its task.
 
     Raises:
-        `ValueError`: with `True`, there is none.
-        `FileNotFoundError`: the folder holds no adapter.
+        `ValueError`: with `True`, there is none; or the folder is no checkpoint.
     """
     if not resume_from_checkpoint:
         return Found()
@@ -65,11 +68,25 @@ def find_run(resume_from_checkpoint: str | bool | None, args: LoriArguments, tas
         folder = _last_place(Path(args.output_dir), Path(args.for_calibration().output_dir), task)
     else:
         folder = Path(resume_from_checkpoint)
-    record = read_record(folder)
+    is_checkpoint = (folder / TRAINER_STATE_NAME).is_file()
+    record = read_record(folder) if is_checkpoint or (folder / RECORD_NAME).is_file() else None
+    if record is None or (record.phase != "calibrated" and not is_checkpoint):
+        raise ValueError(
+            f"`resume_from_checkpoint={str(folder)!r}` is no checkpoint: it has no {TRAINER_STATE_NAME}. Allowed is a "
+            "folder `checkpoint-N` of either phase, or that of a finished calibration. Pass one, or `True` for the "
+            "last complete one in `output_dir`."
+        )
+    if record.phase != "calibrated" and not any((*folder.glob("optimizer*"), *folder.glob("global_step*"))):
+        logger.warning(
+            f"`{folder}` has no optimizer state, as `save_only_model` leaves it. The run goes on from its weights "
+            "with a new optimizer: the adapter will not be that of an undisturbed run."
+        )
     return Found(record.phase, folder, record)
 
 
-def check_same_run(folder: Path, earlier: LoriRecord, record: LoriRecord, args: LoriArguments) -> None:
+def check_same_run(
+    folder: Path, earlier: LoriRecord, record: LoriRecord, args: LoriArguments, adapter_config: LoraConfig
+) -> None:
     """
     Check that a checkpoint is of a run like this one.
 
@@ -78,13 +95,23 @@ def check_same_run(folder: Path, earlier: LoriRecord, record: LoriRecord, args: 
         earlier ([`LoriRecord`]): its record.
         record ([`LoriRecord`]): this run's.
         args ([`LoriArguments`]): this run's.
+        adapter_config (`LoraConfig`): this run's.
 
     Raises:
         `ValueError`: it is of another one.
     """
-    if record.training is not None:
-        training = replace(record.training, hyperparameters=hyperparameters(args), world_size=args.world_size)
-        replace(record, training=training).check_same_run(earlier, folder)
+    if record.training is None:
+        return
+    phase_args = args if earlier.phase == "adapting" else args.for_calibration()
+    training = replace(record.training, hyperparameters=hyperparameters(phase_args), world_size=args.world_size)
+    replace(record, training=training).check_same_run(earlier, folder)
+    saved, own = read_json(folder / ADAPTER_CONFIG, MAX_JSON_BYTES), adapter_config.to_dict()
+    for name in _OF_THE_ADAPTER:
+        if (saved.get(name) or None) != (own[name] or None):
+            raise ValueError(
+                f"`{folder}` was trained with {name} {saved.get(name)}, this run has {own[name]}. A run resumes with "
+                "the adapter's settings that it began with. Correct them, or start anew in another `output_dir`."
+            )
 
 
 def logged_before(folder: Path) -> list[dict[str, Any]]:

@@ -1,16 +1,24 @@
 """What a trainer is asked for: refused before a model is loaded, or before the first step, where it can't be right."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from datasets import IterableDataset
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from transformers import get_scheduler
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from ..adapter.layout import check_task_name
 from ..adapter.masks import LoriMasks
+from ..adapter.memory import remembered
+from ..adapter.write import check_output
 from ..method.dense_parameters import check_saved, dense_parameters
-from ..method.layers import pools
+from ..method.layers import lora_layers, pools
 from ..method.lora_options import check_lora_config, check_one_adapter
 from ..method.projections import CONTRASTIVE
 from ..method.sparsity import num_to_select
@@ -49,7 +57,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         check_lora_config(given["peft_config"], fresh=True)
     elif isinstance(model, PeftModel):
         check_one_adapter(model)
-        check_lora_config(model.peft_config[model.active_adapters[0]], fresh=False)
+        check_lora_config(model.peft_config[model.active_adapters[0]], fresh=is_fresh(model))
+        _check_adapters(model)
     else:
         raise ValueError(
             "`peft_config` is missing. LoRI trains an adapter: pass e.g. `peft_config=LoraConfig(r=32, lora_alpha=64, "
@@ -66,6 +75,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             check_text(more, name, text_field)
     if isinstance(rows, IterableDataset):
         args.check_streaming()
+    check_output(args.output_dir, overwrite=True)
+    _check_trackers(args)
+    _check_schedule(args)
     if args.warmup_steps and args.lr_scheduler_type == "constant":
         logger.warning(
             f"`warmup_steps={args.warmup_steps}` has no effect with `lr_scheduler_type='constant'`. Pass "
@@ -75,7 +87,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 def _check_contrastive(given: Mapping[str, Any]) -> None:
     """Refuse a contrastive A where there is no A to make, or no text to make it from."""
-    if given.get("peft_config") is None:
+    if given.get("peft_config") is None and not is_fresh(given["model"]):
         raise ValueError(
             "`projection_init='contrastive'` with an adapter that is continued: it keeps the A that it has. Allowed "
             "is a fresh adapter. Merge the earlier adapter into the base and pass a `peft_config`, or leave "
@@ -86,6 +98,85 @@ def _check_contrastive(given: Mapping[str, Any]) -> None:
             "`projection_init='contrastive'` with image rows: activations are taken of text alone. Allowed are rows "
             "without images. Leave `projection_init` unset."
         )
+
+
+def is_fresh(model: PeftModel) -> bool:
+    """Say whether a model's adapter was only just made: its B is zero, and no task is on record."""
+    name = model.active_adapters[0]
+    layers = lora_layers(model, name)
+    return not remembered(model, name)[0] and not any(layer.lora_B[name].weight.any() for layer in layers.values())
+
+
+def _check_adapters(model: PeftModel) -> None:
+    """Refuse adapters that are merged into the base, and names of adapters by which PEFT would lose tensors."""
+    merged = sorted(
+        {name for module in model.modules() if isinstance(module, LoraLayer) for name in module.merged_adapters}
+    )
+    if merged:
+        raise ValueError(
+            f"The adapters {', '.join(merged)} are merged into the base model, where nothing of them can be trained. "
+            "LoRI trains an adapter beside its base. Call `model.unmerge_adapter()` first."
+        )
+    own = ("lora_", "modules_to_save", "token_adapter")
+    parts = {
+        part
+        for name, _ in model.named_modules()
+        for part in takewhile(lambda part: not part.startswith(own), name.split("."))
+    }
+    if clashing := [name for name in model.peft_config if name in parts]:
+        raise ValueError(
+            f"The adapter's name {clashing[0]!r} is a part of the names of the model's modules. PEFT would leave out "
+            "tensors when it saves. Allowed is a name that no module has. Make or load the adapter under another "
+            "`adapter_name`."
+        )
+
+
+def _check_trackers(args: LoriArguments) -> None:
+    """Refuse a tracker that is not installed, before a model is loaded."""
+    installed = get_available_reporting_integrations()
+    missing = [name for name in args.report_to if name in INTEGRATION_TO_CALLBACK and name not in installed]
+    if missing:
+        raise ImportError(
+            f"`report_to={missing[0]!r}` is not installed. Installed are: {', '.join(installed) or 'none'}. Run "
+            "`pip install 'lori_trl[tracking]'` for TensorBoard, install the tracker that you mean, or pass "
+            "`report_to='none'`."
+        )
+
+
+def _check_schedule(args: LoriArguments) -> None:
+    """Refuse a schedule that lacks an argument: the Trainer would notice it after the calibration."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"`lr_scheduler_type={str(args.lr_scheduler_type.value)!r}` with `lr_scheduler_kwargs="
+            f"{args.lr_scheduler_kwargs}` makes no schedule ({error}). It needs its own arguments. Pass them as "
+            "`lr_scheduler_kwargs`, or take a schedule that needs none, e.g. 'cosine'."
+        ) from error
+
+
+def check_task(task: str, args: LoriArguments, model: Any) -> None:
+    """
+    Check a task's name: it names a file, and a name that nobody chose is not one that the adapter has already.
+
+    Args:
+        task (`str`): the name, given or by default.
+        args ([`LoriArguments`]): whether it was given.
+        model (`str`, `PreTrainedModel` or `PeftModel`): what is to be trained.
+
+    Raises:
+        `ValueError`: it can't be a file's name, or the adapter has a task of this name.
+    """
+    check_task_name(task)
+    if args.task_name is None and isinstance(model, PeftModel):
+        masks = remembered(model, model.active_adapters[0])[0]
+        if task in masks:
+            raise ValueError(
+                f"`task_name` is not given, and the data's own name {task!r} is that of a task which the adapter has "
+                "already. A second task needs a name of its own. Pass another `task_name`; or this one, to go on "
+                "with that task."
+            )
 
 
 def check_trained(
@@ -122,22 +213,48 @@ def check_trained(
         )
 
 
-def check_selection(masks: LoriMasks | None, weights: Mapping[str, Tensor], sparsity: float, granularity: str) -> None:
+def check_selection(
+    masks: LoriMasks | None,
+    weights: Mapping[str, Tensor],
+    sparsity: float,
+    granularity: str,
+    more_sparsities: Sequence[float] = (),
+) -> None:
     """
-    Check that a sparsity selects something; warn where masks that are there override it.
+    Check that each sparsity selects something; warn where masks that are there override it.
 
     Raises:
         `ValueError`: it selects nothing.
     """
     if masks is None:
-        sizes = [sum(weights[path].numel() for path in paths) for paths in pools(weights, granularity).values()]
-        if not any(num_to_select(sparsity, size) for size in sizes):
-            raise ValueError(
-                f"`sparsity={sparsity}` with `mask_granularity={granularity!r}` selects none of the {sum(sizes):,} "
-                "entries of B. At least one must be trained. Lower `sparsity`."
-            )
+        _check_any(sparsity, weights, granularity, "sparsity")
+        for more in more_sparsities:
+            _check_any(more, weights, granularity, "calibration_sparsities")
     elif masks.sparsity not in (None, sparsity):
         logger.warning(
             f"`sparsity={sparsity}` has no effect: the task's masks have sparsity {masks.sparsity}. Pass that to "
             "silence this, or leave `mask_name_or_path` unset and give the task a new name to calibrate."
+        )
+
+
+def check_selected(masks: LoriMasks, sparsity: float, granularity: str) -> None:
+    """Warn where far fewer entries were selected than the sparsity asks for: the others had no saliency at all."""
+    sizes = [sum(masks[path].numel() for path in paths) for paths in pools(masks, granularity).values()]
+    wanted = sum(num_to_select(sparsity, size) for size in sizes)
+    if masks.num_selected < 0.9 * wanted:
+        empty = [path for path, mask in masks.items() if not mask.any()]
+        logger.warning(
+            f"`sparsity={sparsity}` asks for {wanted:,} entries of B, and only {masks.num_selected:,} moved in the "
+            f"calibration; {len(empty)} of {len(masks)} modules have none{f', e.g. {empty[0]}' if empty else ''}. The "
+            "others had no gradient: experts that no token reached, or modules that the loss does not depend on. "
+            "Calibrate for longer, or leave these modules out of `target_modules`."
+        )
+
+
+def _check_any(sparsity: float, weights: Mapping[str, Tensor], granularity: str, name: str) -> None:
+    sizes = [sum(weights[path].numel() for path in paths) for paths in pools(weights, granularity).values()]
+    if not any(num_to_select(sparsity, size) for size in sizes):
+        raise ValueError(
+            f"`{name}={sparsity}` with `mask_granularity={granularity!r}` selects none of the {sum(sizes):,} "
+            f"entries of B. At least one must be trained. Lower `{name}`."
         )

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from trl import SFTConfig
 
@@ -215,6 +216,9 @@ class LoriArguments(CheckpointingFields, Arguments):
     )
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.number):  # exactly as it is written: float32's 0.9 is 0.9, and JSON can hold it
+                setattr(self, name, (int if isinstance(value, np.integer) else float)(str(value)))
         if self.bf16 is None and not torch.accelerator.is_available():  # type: ignore[has-type]
             self.bf16 = False
         self._check_intervals()

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.logging import get_logger
 from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..adapter.push import MEMORY, logged, push_in_background, push_lori_to_hub
 from ..hub.commit import make_repo
+
+logger = get_logger(__name__)
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers import Trainer as AnyTrainer
@@ -27,16 +30,25 @@ class HubPushes(AnyTrainer):
     card_facts: Any
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository before training begins. A failure is logged: every push tries again."""
+        """
+        Make the repository before training begins. Where the Hub does not answer, this is logged: every push tries
+        again.
+
+        Raises:
+            `PermissionError`: there is no token, or one that may not write there.
+            `ValueError`: the repository's name is none.
+        """
         self.push_in_progress = None
         self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         if self.is_world_process_zero():
-            with logged("The repository for the adapter could not be made, training goes on"):
+            try:
                 self.hub_model_id = make_repo(
                     self.hub_model_id,
                     private=self.args.hub_private_repo if private is None else private,
                     token=token or self.args.hub_token,
                 )
+            except RuntimeError as error:  # it may answer when the adapter is there
+                logger.error(f"The repository for the adapter could not be made, training goes on: {error}")
 
     def push_to_hub(
         self,

@@ -79,7 +79,7 @@ class LoriRun:
         """The entries that the phase trains; `None` for all of B."""
         return self.feasible if self.phase == "calibrating" else self.masks
 
-    def fingerprint(self, dtype: torch.dtype) -> str:
+    def fingerprint(self, dtype: torch.dtype = torch.float32) -> str:
         """Fingerprint A, rounded to the type in which an engine holds it."""
         taken = Fingerprint()
         for path, layer in self.lora_layers.items():

@@ -1,10 +1,12 @@
 """Algorithm 1: draw A, calibrate all of B, select the mask, set B back, adapt on the mask."""
 
+import copy
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -19,28 +21,30 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..adapter.masks import LoriMasks
+from ..adapter.memory import remember, remembered
 from ..adapter.record_fields import Calibration, TaskRecord
 from ..method.dense_parameters import dense_parameters, set_back, show_bias_of_tied_head
 from ..method.layers import VALUES, lora_layers
 from ..method.lora_options import check_variants, for_language_part
-from ..method.projections import (
-    CONTRASTIVE,
-    Projection,
-    derive_projection_seed,
-    freeze_projections,
-    init_projections,
-)
+from ..method.projections import CONTRASTIVE, Projection, derive_projection_seed
 from ..method.saliency import GradientAgreement, random_saliency
-from ..method.sharding import assign, change, engine_dtype, gather, mask_shards, to_cpu
+from ..method.sharding import assign, change, engine_dtype, mask_shards, to_cpu
 from ..method.sparse import fold_values, sparse_training
-from .activations import init_from_activations, protected_names, take_over_projection
+from .activations import take_over_projection
 from .base_model import keep_4bit_layers
 from .callbacks import PhaseCallback, calibration_callbacks, calibration_figures, counters_set_back, swapped
 from .card_facts import CardFacts
 from .checkpoints import Found, begin_run, check_same_run, find_run, logged_before, note_run
-from .checks import check_arguments, check_selection, check_trained
+from .checks import check_arguments, check_selected, check_selection, check_task, check_trained, is_fresh
 from .config import LoriArguments
 from .hub_pushes import HubPushes
+from .initial_A import keep_A, make_A
+from .optimizers import (
+    check_all_is_optimized,
+    check_frozen_entries,
+    check_something_moved,
+    phase_optimizer,
+)
 from .parallel_engines import check_engine
 from .run import LoriRun
 from .saving import AdapterSaves
@@ -90,10 +94,16 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             given["args"] = self.config_class()
         check_arguments(given)
         given |= self.rows_as_trained(given)
-        args, rows, peft_config = given["args"], given["train_dataset"], given.get("peft_config")
-        if peft_config is not None and have_images(rows):
-            given["peft_config"] = for_language_part(peft_config)
+        # What the caller passed in is copied: TRL, PEFT and the phases change arguments and configs in place.
+        args = given["args"] = copy.copy(given["args"])
+        for name, value in vars(args).items():
+            setattr(args, name, copy.copy(value) if isinstance(value, (dict, list)) else value)
+        rows, peft_config = given["train_dataset"], copy.deepcopy(given.get("peft_config"))
+        if peft_config is not None:
+            given["peft_config"] = for_language_part(peft_config) if have_images(rows) else peft_config
         task = args.task_name or name_of_data(rows)
+        check_task(task, args, model)
+        fresh = peft_config is not None or is_fresh(given["model"])
         given_masks = None
         if args.mask_name_or_path:
             given_masks = LoriMasks.from_pretrained(args.mask_name_or_path, revision=args.mask_revision)
@@ -103,12 +113,25 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         self.run = self._begin_with_adapter(task)
         self.recipe = None
         # Algorithm 1, lines 1 to 5: A is drawn once, for both phases, and B is zero; a continued adapter keeps both.
-        self.run.projection = self._keep_A() if peft_config is None else self._make_A(given_masks, given)
+        self.run.projection = (
+            make_A(
+                self.model,
+                self.run,
+                args,
+                given_masks,
+                accelerator=self.accelerator,
+                processing_class=self.processing_class,
+                given=given,
+            )
+            if fresh
+            else keep_A(self.model, self.run, self.accelerator)
+        )
         check_trained(self.model, self.run.adapter_name, self.run.weights, args)
         if args.disjoint_masks:
             self.run.keep_disjoint(args.sparsity, args.mask_granularity)
         self._take_masks(given_masks)
-        check_selection(self.run.masks, self.run.weights, args.sparsity, args.mask_granularity)
+        more = args.calibration_sparsities or ()
+        check_selection(self.run.masks, self.run.weights, args.sparsity, args.mask_granularity, more)
         self.card_facts = CardFacts(self.model.get_base_model(), rows, self._tag_names)
         self.trackers = Trackers(self, given.get("callbacks") or ())
         self.add_callback(self.card_facts)
@@ -188,10 +211,14 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         if run.calibration is not None and run.calibration.method != "random":
             self.trackers.name_run(self.args, run, "adaptation")
         set_seed(self.args.seed)
-        with self._training_on_a_mask():
+        rate = self.args.learning_rate
+        optimizer = phase_optimizer(self.optimizer_cls_and_kwargs, rate, rate)
+        with swapped(self, optimizer_cls_and_kwargs=optimizer), self._training_on_a_mask():
             output = super().train(found.checkpoint("adapting"), **kwargs)
-        self._check_frozen_entries()
-        self._leave_tasks_on_model()
+        self.check_frozen_entries()
+        check_something_moved(run, self.optimizer, rate)
+        tasks = [task.to_dict() for task in self.record.history]
+        remember(self.model, run.adapter_name, run.all_masks, tasks, run.fingerprint())
         output.metrics.update(metrics)
         return output
 
@@ -220,19 +247,19 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         set_seed(args.seed)
         with self._calibration():
             output = super().train(resume_from_checkpoint)  # lines 6 to 10
-            saliency = self._saliency()
-            samples = self._samples_seen(output.global_step)
+            saliency, steps = self._saliency(), self._steps_seen(output.global_step)
+            samples = self._samples_seen(steps)
         run.calibration = Calibration(
             method=args.calibration_method,
             learning_rate=args.calibration_learning_rate if args.calibration_method == "train" else None,
-            steps=output.global_step,
+            steps=steps,
             samples=samples,
             loss=output.training_loss,
         )
         run.calibration_log = self.state.log_history
         if not any(values.any() for values in saliency.values()):
             raise ValueError(
-                f"The calibration moved nothing in {output.global_step} steps at `calibration_learning_rate="
+                f"The calibration moved nothing in {steps} steps at `calibration_learning_rate="
                 f"{args.calibration_learning_rate}`, `calibration_method={args.calibration_method!r}`. A "
                 "mask is selected by how far B moved, or by its gradients. Raise the rate or the number of steps, and "
                 "check that the rows have completions to learn from."
@@ -253,7 +280,9 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         """Select the entries of largest saliency, of those that are feasible."""
         taken = None if self.run.feasible is None else ~self.run.feasible
         granularity = self.args.mask_granularity
-        return LoriMasks.select(saliency, sparsity, granularity, taken, task=task, projection=self.run.projection)
+        masks = LoriMasks.select(saliency, sparsity, granularity, taken, task=task, projection=self.run.projection)
+        check_selected(masks, sparsity, granularity)
+        return LoriMasks({path: mask.cpu() for path, mask in masks.items()}, **vars(masks.metadata))  # as from a file
 
     def _save_calibration(self, saliency: dict[str, Tensor]) -> None:
         """Save masks, record and log where [`find_run`] looks for them, and masks of more sparsities if asked for."""
@@ -266,20 +295,39 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             if self.args.should_save:
                 more.save_pretrained(folder)
 
+    def _steps_seen(self, steps: int) -> int:
+        """Count the steps whose gradients the calibration has seen: float16's scaler leaves some out."""
+        if self.args.calibration_method != "gradient":
+            return steps
+        seen = self.optimizer.param_groups[0]["steps"]
+        if seen < 2:
+            raise ValueError(
+                f"`calibration_method='gradient'` saw the gradients of {seen} batches in {steps} steps; the others "
+                "were not finite in float16. Two are needed, to agree or not. Raise `calibration_max_steps`, or train "
+                "in bfloat16."
+            )
+        return seen
+
     def _samples_seen(self, steps: int) -> int | None:
-        """Count the rows that the steps have seen, each once; None for a stream."""
+        """Count the rows that the steps have seen, each once; None where that is not known."""
         if not isinstance(self.train_dataset, Dataset):
             return None
-        return min(len(self.train_dataset), steps * self.get_total_train_batch_size(self.args))
+        fields, seen = vars(self.args), steps * self.get_total_train_batch_size(self.args)
+        if fields.get("packing"):  # several rows in one, and parts of rows
+            known = seen >= len(self.train_dataset) and self.args.calibration_fraction == 1
+            return self.card_facts.rows if known else None
+        uses = fields.get("num_generations", 1) * fields.get("num_iterations", 1)  # GRPO's batches are of completions
+        return min(len(self.train_dataset), -(-seen // uses))
 
     # ---- what holds while a phase lasts ------------------------------------------------------------------------
 
     @contextmanager
     def _calibration(self) -> Iterator[None]:
         """Let the trainer be the calibration's. At the end, also after an error, all is as it was before."""
-        args, rows, optimizer = self.args.for_calibration(), self.train_dataset, self.optimizer_cls_and_kwargs
+        args, rows = self.args.for_calibration(), self.train_dataset
+        optimizer = phase_optimizer(self.optimizer_cls_and_kwargs, args.learning_rate, self.args.learning_rate)
         if args.calibration_fraction < 1:
-            count = max(1, int(args.calibration_fraction * len(rows)))
+            count = max(1, int(Decimal(str(args.calibration_fraction)) * len(rows)))  # 0.29 * 100 is below 29
             rows = rows.shuffle(seed=args.seed).select(range(count))
         if args.calibration_method == "gradient":
             optimizer = GradientAgreement, {}
@@ -288,6 +336,8 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             stack.callback(self._set_B_back)
             stack.enter_context(set_back(self.model, self.run.adapter_name))
             stack.enter_context(counters_set_back(self, self.run.trainer_attributes))
+            if (scaler := self.accelerator.scaler) is not None:  # float16's: the adaptation begins with its own scale
+                stack.callback(scaler.load_state_dict, scaler.state_dict())
             trackers = stack.enter_context(self.trackers.for_the_calibration(self.args))
             stack.enter_context(calibration_callbacks(self, trackers))
             stack.enter_context(swapped(self.run, phase="calibrating"))
@@ -315,6 +365,8 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         """Mask the gradients of FSDP2's shards, once they are made, and let the log begin with the calibration's."""
         with self._engine_checkpoint():
             prepared = super()._prepare_for_training(*args, **kwargs)
+        if not self.is_deepspeed_enabled:  # its optimizer has flat copies
+            check_all_is_optimized(self.model.named_parameters(), self.optimizer)
         self.run.shard_hooks += mask_shards(self.weights, self.run.trained_masks)
         fold_values(self.model, self.run.adapter_name)  # DeepSpeed may have loaded a checkpoint
         log = self.state.log_history
@@ -331,19 +383,9 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         for path, weight in self.weights.items():
             assign(weight, self.run.initial_weights[path])
 
-    def _check_frozen_entries(self) -> None:
-        """Raise if an entry outside the mask, or A, is not what it was: the method's promise, checked on every run."""
-        run = self.run
-        moved = [
-            path
-            for path, weight in run.weights.items()
-            if gather(change(weight, run.initial_weights[path])).cpu()[~run.masks[path]].any()  # type: ignore[index]
-        ]
-        if moved or run.fingerprint(engine_dtype(self.accelerator)) != run.projection.fingerprint:
-            raise RuntimeError(
-                f"`optim={self.args.optim.value}` moved frozen entries of {', '.join(moved[:3]) or 'A'}. LoRI needs "
-                "an optimizer that leaves entries without a gradient alone. Use e.g. `optim='adamw_torch'`."
-            )
+    def check_frozen_entries(self) -> None:
+        """Check the method's promise: see [`~lori_trl.training.optimizers.check_frozen_entries`]."""
+        check_frozen_entries(self.run, self.optimizer, engine_dtype(self.accelerator))
 
     # ---- the adapter: its tasks, A and masks -------------------------------------------------------------------
 
@@ -354,9 +396,9 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         check_variants(layers, adapter_name)
         keep_4bit_layers(self.model)
         show_bias_of_tied_head(self.model)
-        masks = dict(vars(self.model).get("lori_masks", {}))
-        tasks = [TaskRecord.from_dict(each) for each in vars(self.model).get("lori_tasks", [])]
-        return LoriRun(
+        masks, noted, fingerprint = remembered(self.model, adapter_name)
+        tasks = [TaskRecord.from_dict(each) for each in noted]
+        run = LoriRun(
             task,
             adapter_name,
             layers,
@@ -365,57 +407,12 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             trainer_attributes=frozenset(vars(self)),
             masks=masks.get(task),
         )
-
-    def _leave_tasks_on_model(self) -> None:
-        """Tell the model which tasks it has, so that the next trainer on it knows them."""
-        self.model.lori_masks = self.run.all_masks
-        self.model.lori_tasks = [task.to_dict() for task in self.record.history]
-
-    def _make_A(self, masks: LoriMasks | None, given: Mapping[str, Any]) -> Projection:
-        """Make A anew for a fresh adapter: the one that given masks were calibrated on, or the task's own."""
-        if self.args.projection_init == CONTRASTIVE:
-            return self._make_A_from_activations(given)
-        known = (masks.projection if masks is not None else None) or Projection(None, None, "")
-        if known.init == CONTRASTIVE:
+        if fingerprint not in (None, run.fingerprint()):
             raise ValueError(
-                f"`projection_init={self.args.projection_init!r}`, but the given masks were calibrated on a "
-                "contrastive A, which no seed draws. Allowed is 'contrastive' with the same rows. Pass that and the "
-                "`protect` of the run that the masks come from."
+                f"Adapter {adapter_name!r} has another A than the one that its tasks were trained on: it was changed "
+                "or cast since. B and the masks mean nothing on another A. Load it again with `load_lori_adapter`."
             )
-        init = known.init or self.args.projection_init
-        seed = known.seed if self.args.projection_seed is None else self.args.projection_seed
-        if seed is None:
-            seed = derive_projection_seed(self.args.seed, self.run.task)
-        init_projections(self.model, self.run.adapter_name, seed=seed, init=init)
-        return Projection(init, seed, self.run.fingerprint(engine_dtype(self.accelerator)))
-
-    def _make_A_from_activations(self, given: Mapping[str, Any]) -> Projection:
-        init_from_activations(
-            self.model,
-            self.run.adapter_name,
-            given["train_dataset"],
-            self.args,
-            accelerator=self.accelerator,
-            processing_class=self.processing_class,
-            formatting_func=given.get("formatting_func"),
-        )
-        fingerprint = self.run.fingerprint(engine_dtype(self.accelerator))
-        return Projection(CONTRASTIVE, None, fingerprint, protected_names(self.args))
-
-    def _keep_A(self) -> Projection:
-        """Keep the A of an adapter that is continued; where it came from is known if `lori_trl` loaded it."""
-        run = self.run
-        freeze_projections(self.model, run.adapter_name)
-        if not run.all_masks and any(weight.any() for weight in run.weights.values()):
-            logger.warning(
-                "The adapter is trained and has no task on record: which entries of B belong to what is not known. If "
-                "it is a LoRI adapter, load it with `load_lori_adapter`, which brings its masks and history."
-            )
-        fingerprint = run.fingerprint(engine_dtype(self.accelerator))
-        for masks in run.all_masks.values():
-            if masks.projection is not None and masks.projection.fingerprint == fingerprint:
-                return masks.projection
-        return Projection(None, None, fingerprint)
+        return run
 
     def _take_masks(self, given: LoriMasks | None) -> None:
         """Take the masks that need no calibration: given ones, the task's own, all of B, or random ones."""
@@ -444,7 +441,8 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         if own.init == CONTRASTIVE and own == found.record.projection:  # no seed draws this A again
             take_over_projection(self.model, run.adapter_name, found.folder)
             run.projection = own
-        check_same_run(found.folder, found.record, self.record, self.args)
+        adapter_config = self.model.peft_config[run.adapter_name]
+        check_same_run(found.folder, found.record, self.record, self.args, adapter_config)
         run.id = found.record.training.run if found.record.training is not None else None
         if found.phase in ("calibrated", "adapting"):
             run.calibration = found.record.calibration
