@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -48,6 +47,7 @@ from .optimizers import (
 from .parallel_engines import check_engine
 from .run import LoriRun
 from .saving import AdapterSaves
+from .seen import rows_seen, steps_seen
 from .trackers import Trackers
 from .training_rows import have_images, name_of_data
 
@@ -247,8 +247,9 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         set_seed(args.seed)
         with self._calibration():
             output = super().train(resume_from_checkpoint)  # lines 6 to 10
-            saliency, steps = self._saliency(), self._steps_seen(output.global_step)
-            samples = self._samples_seen(steps)
+            saliency, steps = self._saliency(), steps_seen(self.args, self.optimizer, output.global_step)
+            taken = steps * self.get_total_train_batch_size(self.args)
+            samples = rows_seen(self.args, self.train_dataset, taken, self.card_facts.rows)
         run.calibration = Calibration(
             method=args.calibration_method,
             learning_rate=args.calibration_learning_rate if args.calibration_method == "train" else None,
@@ -294,30 +295,6 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             more = self._select(saliency, sparsity, f"{self.run.task}-{sparsity}")
             if self.args.should_save:
                 more.save_pretrained(folder)
-
-    def _steps_seen(self, steps: int) -> int:
-        """Count the steps whose gradients the calibration has seen: float16's scaler leaves some out."""
-        if self.args.calibration_method != "gradient":
-            return steps
-        seen = self.optimizer.param_groups[0]["steps"]
-        if seen < 2:
-            raise ValueError(
-                f"`calibration_method='gradient'` saw the gradients of {seen} batches in {steps} steps; the others "
-                "were not finite in float16. Two are needed, to agree or not. Raise `calibration_max_steps`, or train "
-                "in bfloat16."
-            )
-        return seen
-
-    def _samples_seen(self, steps: int) -> int | None:
-        """Count the rows that the steps have seen, each once; None where that is not known."""
-        if not isinstance(self.train_dataset, Dataset):
-            return None
-        fields, seen = vars(self.args), steps * self.get_total_train_batch_size(self.args)
-        if fields.get("packing"):  # several rows in one, and parts of rows
-            known = seen >= len(self.train_dataset) and self.args.calibration_fraction == 1
-            return self.card_facts.rows if known else None
-        uses = fields.get("num_generations", 1) * fields.get("num_iterations", 1)  # GRPO's batches are of completions
-        return min(len(self.train_dataset), -(-seen // uses))
 
     # ---- what holds while a phase lasts ------------------------------------------------------------------------
 

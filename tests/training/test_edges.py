@@ -120,7 +120,8 @@ def test_groups_that_miss_the_packed_values_are_refused(make_trainer, tmp_path):
     hook.train()
     plain = make_trainer(sparse_backend="hook", output_dir=tmp_path / "plain")
     plain.train()
-    assert all(torch.equal(weight, plain.weights[path]) for path, weight in hook.weights.items())
+    for path, weight in hook.weights.items():
+        torch.testing.assert_close(weight, plain.weights[path], rtol=1e-4, atol=1e-6)  # one step is fused, one is not
 
 
 def test_groups_made_by_hand_serve_both_phases(make_trainer, tmp_path):
