@@ -202,12 +202,12 @@ class LoriRecord:
             folder (`str` or `Path`): where, for the message.
         """
         ours, theirs = self.training or Training(base_model=None), earlier.training or Training(base_model=None)
-        names = [name for name in {**(theirs.hyperparameters or {}), **(ours.hyperparameters or {})}]
+        names = [*(theirs.hyperparameters or {}), *(ours.hyperparameters or {})]
         if earlier.phase == "adapting":
             names = [name for name in names if name not in _LENGTH]
-        other = earlier._identity(names)
-        for name, own in self._identity(names).items():
-            if own != other[name]:
+        mine, other = self._identity(names), earlier._identity(names)
+        for name in sorted(mine, key=lambda name: name in names):  # the hyperparameters last: they follow from others
+            if (own := mine[name]) != other[name]:
                 raise ValueError(
                     f"`{folder}` was trained with {name} {other[name]}, this run has {own}. A run resumes with the "
                     "base model, task, data, hyperparameters and number of processes that it began with. Correct "
@@ -216,7 +216,7 @@ class LoriRecord:
 
     def _identity(self, hyperparameters: Iterable[str]) -> dict[str, Any]:
         run = self.training or Training(base_model=None)
-        return {
+        return {name: (run.hyperparameters or {}).get(name, "its default") for name in hyperparameters} | {
             "base_model": None if run.base_model is None else run.base_model.name,
             "task": self.task,
             "projection": self.projection,
@@ -224,7 +224,6 @@ class LoriRecord:
             "granularity": self.granularity,
             "data": None if run.dataset is None else run.dataset.fingerprint,
             "num_processes": run.world_size,
-            **{name: (run.hyperparameters or {}).get(name, "its default") for name in hyperparameters},
         }
 
     def check(self) -> None:

@@ -221,8 +221,8 @@ def test_an_optimizer_that_moves_frozen_entries_is_found_out(make_trainer, llama
                     parameter.data += 1e-3
 
     trainer = make_trainer(sparse_backend="hook")
-    trainer.optimizer_cls_and_kwargs = (Drifting, {"lr": 1e-2})
-    with pytest.raises(RuntimeError, match="moved frozen entries of model.layers.0"):
+    trainer.optimizer_cls_and_kwargs = (Drifting, {})
+    with pytest.raises(RuntimeError, match="Drifting moved frozen entries of model.layers.0"):
         trainer.train()
 
 
