@@ -483,11 +483,20 @@ def test_every_strategy_pushes_the_adapter_and_nothing_else(hub, tmp_path, strat
 
 @pytest.mark.parametrize("what", [503, 401, "reset"])
 def test_a_run_is_never_lost_to_the_hub(hub, tmp_path, what, caplog):
-    for method in ("GET", "POST", "PUT"):
-        hub.fail(method, "", what, times=10_000)
-    trainer = make_trainer(
-        tmp_path / "out", push_to_hub=True, hub_model_id=REPO, hub_strategy="every_save", save_strategy="epoch"
-    )
+    """Rights that are missing are told before the run; those that are lost, and a Hub that is gone, cost no run."""
+
+    def fail():
+        for method in ("GET", "POST", "PUT"):
+            hub.fail(method, "", what, times=10_000)
+
+    settings = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": "every_save", "save_strategy": "epoch"}
+    fail()
+    if what == 401:
+        with pytest.raises(PermissionError, match="HTTP 401.*A token that may write to"):
+            make_trainer(tmp_path / "out", **settings)
+        hub.faults.clear()
+    trainer = make_trainer(tmp_path / "out", **settings)
+    fail()
     trainer.train()
     trainer.save_model()
     assert trainer.push_to_hub() is None
