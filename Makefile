@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test test-release test-lowest test-newest test-device test-distributed test-serving docs lint format bench clean
+.PHONY: quickstart test test-release test-lowest test-newest test-device test-gpu test-distributed test-serving docs lint format bench clean
 
 quickstart: .venv/installed .venv/smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/quickstart.py
@@ -30,6 +30,10 @@ test-newest:
 # On a pretended accelerator, which is compiled first: no tensor of the CPU's may meet one of the device's.
 test-device: .venv/dev
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m device tests/device
+
+# The same tests on a GPU, and what only a GPU can do. Needs one, and `make TORCH=torch`.
+test-gpu: .venv/dev
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 LORI_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "device or gpu" tests/device
 
 # Two CPU ranks of DDP, FSDP2, ZeRO-2 and ZeRO-3 against one process.
 test-distributed: .venv/deepspeed

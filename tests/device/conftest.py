@@ -1,13 +1,24 @@
-"""Every test here runs on the pretended accelerator, which is compiled once; without a compiler they are skipped."""
+"""
+Every test here runs on the pretended accelerator, which is compiled once; without a compiler they are skipped.
+
+`LORI_TEST_DEVICE=cuda` runs them on a real one: `make test-gpu`.
+"""
+
+import os
 
 import pretended
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from tiny import make_trainer as make_tiny
 
 
 @pytest.fixture(scope="session")
 def device_name() -> str:
+    if name := os.environ.get("LORI_TEST_DEVICE"):
+        if not getattr(torch, name).is_available():
+            pytest.fail(f"`LORI_TEST_DEVICE={name}`, but PyTorch finds none.")
+        return name
     if missing := pretended.why_not():
         pytest.skip(missing)
     return pretended.device()
