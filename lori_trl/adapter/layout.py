@@ -3,6 +3,7 @@
 adapter_config.json  adapter_model.safetensors      PEFT's, untouched
 lori_config.json                                    the record: task, projection, counts, history, checksums
 masks/<task>.safetensors                            the masks of every task, oldest first in the record
+moments/<task>.safetensors                          what goes into the layers on its rows, where the run saved it
 README.md  density.png  recipe.yaml                 the card, its picture; the recipe as it was run, where there is one
 lori_run.txt                                        which run began here last; never pushed
 eval_results.json                                   what `lori eval` measured
@@ -20,6 +21,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 RECORD_NAME = "lori_config.json"
 MASKS_FOLDER = "masks"
+MOMENTS_FOLDER = "moments"
 COMPACT_NAME = "adapter_compact.safetensors"
 CARD_NAME = "README.md"
 PICTURE_NAME = "density.png"
@@ -55,6 +57,7 @@ _MAX_TOKENIZER_BYTES = 100_000_000  # a vocabulary of 262,144 tokens has 33 MB
 
 _TASK_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _MASKS_FILE = re.compile(rf"{MASKS_FOLDER}/{_TASK_NAME}\.safetensors")
+_MOMENTS_FILE = re.compile(rf"{MOMENTS_FOLDER}/{_TASK_NAME}\.safetensors")
 _AUTHORS_MASKS = re.compile(rf"{MASKS_FOLDER}/(0\.\d+)_mask\.pt")
 _AUTHORS_DEFAULT = f"{MASKS_FOLDER}/0.9_mask.pt"  # the paper's sparsity; their repositories may hold others
 _OTHER_WEIGHTS = re.compile(rf"adapter_model.*|(pytorch_)?model.*\.(safetensors|bin)|{re.escape(MODEL_CONFIG)}")
@@ -66,9 +69,15 @@ def masks_name(task: str) -> str:
     return f"{MASKS_FOLDER}/{task}.safetensors"
 
 
+def moments_name(task: str) -> str:
+    """Return the name of the file of a task's moments, from the adapter's folder."""
+    return f"{MOMENTS_FOLDER}/{task}.safetensors"
+
+
 def is_ours(name: str) -> bool:
     """Say whether a file, named from its folder or repository, is one of an adapter's."""
-    return name in _OURS or _MASKS_FILE.fullmatch(name) is not None or is_tokenizers(name)
+    kinds = (_MASKS_FILE, _MOMENTS_FILE)
+    return name in _OURS or any(kind.fullmatch(name) for kind in kinds) or is_tokenizers(name)
 
 
 def is_tokenizers(name: str) -> bool:

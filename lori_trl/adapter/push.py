@@ -30,6 +30,7 @@ from .layout import (
     RECORD_NAME,
     left_over,
     masks_name,
+    moments_name,
     tokenizer_files,
 )
 from .record import read_record
@@ -178,7 +179,8 @@ def adapter_files(
             f"`{folder}` lacks {', '.join(missing)}. A LoRI adapter's folder has {', '.join(needed)}. Pass the folder "
             "that `save_model()` wrote."
         )
-    optional = [name for name in (RECIPE_NAME, EVAL_RESULTS_NAME, PICTURE_NAME) if (folder / name).is_file()]
+    beside = (RECIPE_NAME, EVAL_RESULTS_NAME, PICTURE_NAME)
+    optional = [name for name in (*beside, moments_name(record.task)) if (folder / name).is_file()]
     tokenizer = tokenizer_files(folder)
     for name in [*needed, *optional, *tokenizer, CARD_NAME]:
         refuse_link_out(folder, name)

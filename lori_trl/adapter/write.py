@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..inputs.files import read_json, room_for, sole_writer
 from ..method.layers import lora_layers, tensor_name
+from ..method.moments import LowRank
 from .adapter_contents import Contents
 from .card import read_or_render_card
 from .heatmaps import draw_density
@@ -36,6 +37,7 @@ from .layout import (
 )
 from .mask_files import write_masks
 from .masks import LoriMasks
+from .moments_file import write_moments
 from .record import LoriRecord
 from .safetensors import hash_tensors, opened
 
@@ -190,6 +192,7 @@ def save_lori_adapter(
     state_dict: Mapping[str, Tensor] | None = None,
     processing_class: "PreTrainedTokenizerBase | None" = None,
     recipe: Mapping[str, Any] | None = None,
+    moments: Mapping[str, LowRank] | None = None,
 ) -> None:
     """
     Write the folder of a model's adapter, all of it or nothing.
@@ -203,6 +206,7 @@ def save_lori_adapter(
         state_dict (`Mapping[str, Tensor]`, *optional*): the gathered weights, where the model is sharded.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the tokenizer to put beside.
         recipe (`Mapping[str, Any]`, *optional*): the recipe as it was run.
+        moments (`Mapping[str, LowRank]`, *optional*): module path -> those of the newest task's inputs.
 
     Raises:
         `RuntimeError`: a tensor of the adapter is missing or incomplete. Nothing is replaced then.
@@ -219,6 +223,8 @@ def save_lori_adapter(
         (stage / CARD_NAME).unlink(missing_ok=True)  # PEFT's, which names local paths
         for task_masks in masks.values():
             task_masks.save_pretrained(stage)
+        if moments is not None:
+            write_moments(stage, record.task, moments)
         newest = [*masks.values()][-1] if masks else None
         complete(stage, record, newest, recipe=recipe, beside=folder)
 

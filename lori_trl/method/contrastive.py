@@ -1,13 +1,13 @@
 """A from activations: the directions that a new task uses and that what is to be left alone does not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .layers import lora_layers
-from .moments import Moments, Rows, collect_moments
+from .moments import LowRank, Moments, Rows, collect_moments
 from .sharding import full_shape
 
 if TYPE_CHECKING:
@@ -19,7 +19,13 @@ _MAX_ITERATIONS, _TOLERANCE = 500, 1e-9
 
 @torch.no_grad()
 def contrastive_projections(
-    model: "PeftModel", adapter_name: str, *, rows: Rows, protected: Rows = (), epsilon: float
+    model: "PeftModel",
+    adapter_name: str,
+    *,
+    rows: Rows,
+    protected: Rows = (),
+    known: Sequence[Mapping[str, LowRank]] = (),
+    epsilon: float,
 ) -> dict[str, Tensor]:
     """
     Make every A of an adapter from activations. See [`contrastive_projection`].
@@ -29,6 +35,7 @@ def contrastive_projections(
         adapter_name (`str`): the adapter.
         rows (`Sequence[Sequence[int]]`): token ids of the new task's rows.
         protected (`Sequence[Sequence[int]]`, *optional*): of rows that are to be left alone.
+        known (`Sequence[Mapping[str, LowRank]]`, *optional*): the moments of adapters that are to be left alone.
         epsilon (`float`): see [`contrastive_projection`].
 
     Returns:
@@ -52,9 +59,20 @@ def contrastive_projections(
                 )
             key = id(moments), rank
             if key not in shared:
-                shared[key] = contrastive_projection(*moments, rank=rank, epsilon=epsilon)
+                alone = _with_known(moments[1:], [adapter[path] for adapter in known if path in adapter], width)
+                shared[key] = contrastive_projection(moments[0], alone, rank=rank, epsilon=epsilon)
             made[path] = shared[key]
     return made
+
+
+def _with_known(protected: Sequence[Moments], known: Sequence[LowRank], width: int) -> Moments | None:
+    """Put what is known of adapters to the moments of the protected rows."""
+    if not known:
+        return protected[0] if protected else None
+    moments = protected[0] if protected else Moments(width)
+    for each in known:
+        moments.add_low_rank(each)
+    return moments
 
 
 def contrastive_projection(new: Moments, protected: Moments | None = None, *, rank: int, epsilon: float) -> Tensor:
@@ -82,7 +100,7 @@ def contrastive_projection(new: Moments, protected: Moments | None = None, *, ra
         solve: Callable[[Tensor], Tensor] = lambda Y: Y  # noqa: E731
         ridge, C1 = 1.0, None
     else:
-        ridge, C1 = epsilon * protected.energy / protected.dimensions, protected
+        ridge, C1 = epsilon * protected.energy / protected.dimensions + protected.floor, protected
         solve = _solver(C1, ridge)
     if (F2 := new.factor) is not None:
         V = solve(F2.T @ _leading(F2 @ solve(F2.T), rank))

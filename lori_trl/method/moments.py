@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,25 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 8192  # of all rows of one kind: enough for 32 directions, and few enough for 14,336 dimensions
 MAX_BYTES = 4 << 30  # of the moments that are in memory at once, beside the model
+
+
+MOMENTS_RANK = 64  # directions of a layer's input that an adapter carries
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """
+    The leading part of a second moment, as an adapter carries it.
+
+    Args:
+        factor (`Tensor`): F `(rank, dimensions)`: FᵀF is C on its leading eigenvectors.
+        tokens (`int`): how many C is the mean of.
+        energy (`float`): C's trace, what the factor leaves out included.
+    """
+
+    factor: Tensor
+    tokens: int
+    energy: float
 
 
 class Moments:
@@ -30,7 +50,9 @@ class Moments:
     def __init__(self, dimensions: int):
         self.dimensions, self.tokens = dimensions, 0
         self._rows: list[Tensor] = []
+        self._kept = 0
         self._sum: Tensor | None = None
+        self._left_out = 0.0
 
     def add(self, tokens: Tensor) -> None:
         """
@@ -40,8 +62,18 @@ class Moments:
             tokens (`Tensor`): `(tokens, dimensions)`, of any type and on any device; they are summed up in float32.
         """
         self.tokens += len(tokens)
-        self._rows.append(tokens.detach().to("cpu", torch.float32, copy=True))
-        if self.tokens >= self.dimensions:
+        self._keep(tokens.detach().to("cpu", torch.float32, copy=True))
+
+    def add_low_rank(self, moments: LowRank) -> None:
+        """Add the moments that an adapter carries. What their factor leaves out counts alike in all directions."""
+        self.tokens += moments.tokens
+        self._left_out += moments.tokens * max(0.0, moments.energy - moments.factor.double().square().sum().item())
+        self._keep(moments.factor.float() * moments.tokens**0.5)
+
+    def _keep(self, rows: Tensor) -> None:
+        self._rows.append(rows)
+        self._kept += len(rows)
+        if self._kept >= self.dimensions:
             rows = torch.cat(self._rows)
             self._sum = rows.T @ rows if self._sum is None else self._sum.addmm_(rows.T, rows)
             self._rows = []
@@ -50,8 +82,15 @@ class Moments:
     def energy(self) -> float:
         """The trace of C: the mean of |x|²."""
         if self._sum is not None:
-            return self._sum.diagonal().sum(dtype=torch.float64).item() / self.tokens
-        return sum(rows.double().square().sum().item() for rows in self._rows) / self.tokens
+            kept = self._sum.diagonal().sum(dtype=torch.float64).item()
+        else:
+            kept = sum(rows.double().square().sum().item() for rows in self._rows)
+        return (kept + self._left_out) / self.tokens
+
+    @property
+    def floor(self) -> float:
+        """What is to be added to every eigenvalue of C, for what low-rank factors have left out."""
+        return self._left_out / self.tokens / self.dimensions
 
     @property
     def factor(self) -> Tensor | None:
@@ -65,6 +104,17 @@ class Moments:
             return self._sum.double() / self.tokens
         factor = torch.cat(self._rows).double()
         return factor.T @ factor / self.tokens
+
+    def compress(self, rank: int = MOMENTS_RANK) -> LowRank:
+        """Return the leading part of C."""
+        factor = self.factor
+        if factor is None:
+            values, vectors = torch.linalg.eigh(self.matrix)
+            factor = (vectors * values.clamp(min=0).sqrt()).T.flip(0)
+        else:
+            values, vectors = torch.linalg.svd(factor, full_matrices=False)[1:]
+            factor = values[:, None] * vectors
+        return LowRank(factor[:rank].float(), self.tokens, self.energy)
 
 
 Rows = Sequence[Sequence[int]]  # token ids, a row each

@@ -1,12 +1,14 @@
 """A from activations, for a trainer: which rows are looked at, and that every process has the same A."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -14,71 +16,115 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational, maybe_apply_chat_template, maybe_convert_to_chatml
 
-from ..adapter.layout import ADAPTER_WEIGHTS
+from ..adapter.layout import ADAPTER_WEIGHTS, RECORD_NAME
+from ..adapter.moments_file import read_moments
 from ..adapter.safetensors import opened
 from ..method.contrastive import contrastive_projections
 from ..method.layers import lora_layers, tensor_name
-from ..method.moments import Rows
+from ..method.moments import LowRank, Rows, collect_moments
 from ..method.projections import freeze_projections
 from ..method.sharding import assign, full_shape, gathered
 from ..recipes.data import LoriScriptArguments, load_training_data
 from .config import LoriArguments
 
+logger = get_logger(__name__)
+
 _MAX_LENGTH = 1024  # tokens of a row, where the trainer's config has no limit
 
 
-def init_from_activations(
-    model: PeftModel,
-    adapter_name: str,
-    rows: Dataset | IterableDataset,
-    args: LoriArguments,
-    *,
-    accelerator: Accelerator,
-    processing_class: Any,
-    formatting_func: Callable[[dict], str] | None = None,
-) -> None:
+class Activations:
     """
-    Set A by what the new task's rows and the protected ones make of the layers' inputs.
+    What rows make of the layers' inputs: the new task's, and those that are to be left alone.
 
     The main process runs the rows, and the others take its A: it is the same on any number of processes.
 
     Args:
-        model (`PeftModel`), adapter_name (`str`): the model and its fresh adapter.
-        rows (`Dataset` or `IterableDataset`): the training data, as they were given.
+        model (`PeftModel`), adapter_name (`str`): the model and its adapter, before it is trained.
+        given (`Mapping[str, Any]`): the arguments of the trainer, for the rows and their `formatting_func`.
         args ([`LoriArguments`]): `protect`, `protect_rows` and `protect_epsilon`.
-        accelerator (`Accelerator`), processing_class, formatting_func: the trainer's.
-
-    Raises:
-        `ValueError`: a layer's input has fewer tokens than A has rows, or protected data are no such data.
-        `FileNotFoundError`: protected data do not exist.
+        accelerator (`Accelerator`), processing_class: the trainer's.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
 
-    def tokens(data: Dataset | IterableDataset, to_text: Callable[[dict], str] | None = None) -> Rows:
-        return [_tokens(row, tokenizer, args, to_text) for row in spread(data, args.protect_rows)]
+    def __init__(
+        self,
+        model: PeftModel,
+        adapter_name: str,
+        given: Mapping[str, Any],
+        args: LoriArguments,
+        *,
+        accelerator: Accelerator,
+        processing_class: Any,
+    ):
+        self.model, self.adapter_name, self.args, self.accelerator = model, adapter_name, args, accelerator
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.rows = self._tokens(given["train_dataset"], given.get("formatting_func"))
 
-    protected = [row for name in args.protect or () for row in tokens(_protected_data(name, args))]
-    made: dict[str, Tensor] = {}
-    with gathered(model):
-        if accelerator.is_main_process:
-            home = next(model.parameters()).device
-            moved = home.type == "cpu" != args.device.type
+    def make_A(self) -> None:
+        """
+        Set A to the directions that the new task's rows use and protected ones do not, and freeze it.
+
+        Raises:
+            `ValueError`: a layer's input has fewer tokens than A has rows, or protected data are no such data.
+            `FileNotFoundError`: protected data do not exist, or an adapter carries no moments.
+        """
+        names = self.args.protect or ()
+        protected = [row for name in names if not _is_adapter(name) for row in self._tokens(self._data(name))]
+        known = [read_moments(name) for name in names if _is_adapter(name)]
+        made: dict[str, Tensor] = {}
+        with self._whole_model() as main:
+            if main:
+                made = contrastive_projections(
+                    self.model,
+                    self.adapter_name,
+                    rows=self.rows,
+                    protected=protected,
+                    known=known,
+                    epsilon=self.args.protect_epsilon,
+                )
+        for path, layer in lora_layers(self.model, self.adapter_name).items():
+            weight = layer.lora_A[self.adapter_name].weight
+            value = made[path] if path in made else torch.empty(full_shape(weight))
+            assign(weight, broadcast(value.to(self.accelerator.device)))
+        freeze_projections(self.model, self.adapter_name)
+
+    def moments(self) -> dict[str, LowRank] | None:
+        """Return the moments that an adapter carries: module path -> those of its input; on the main process alone."""
+        taken: dict[str, LowRank] = {}
+        with self._whole_model() as main:
+            if not main:
+                return None
+            for by_path in collect_moments(self.model, lora_layers(self.model, self.adapter_name), [self.rows]):
+                shared: dict[int, LowRank] = {}
+                for path, moments in by_path.items():
+                    if id(moments) not in shared:
+                        shared[id(moments)] = moments[0].compress()
+                    taken[path] = shared[id(moments)]
+        size = sum(2 * each.factor.numel() for each in {id(each): each for each in taken.values()}.values())
+        logger.info(f"`save_moments=True`: the adapter carries {size / 1e6:.1f} MB of moments.")
+        return taken
+
+    @contextmanager
+    def _whole_model(self) -> Iterator[bool]:
+        """Hold the whole model where it can run; yields whether this process is the one that runs it."""
+        with gathered(self.model):
+            main, home = self.accelerator.is_main_process, next(self.model.parameters()).device
+            moved = main and home.type == "cpu" != self.args.device.type
             if moved:
-                model.to(args.device)
-            made = contrastive_projections(
-                model,
-                adapter_name,
-                rows=tokens(rows, formatting_func),
-                protected=protected,
-                epsilon=args.protect_epsilon,
-            )
+                self.model.to(self.args.device)
+            yield main
             if moved:
-                model.to(home)
-    for path, layer in lora_layers(model, adapter_name).items():
-        weight = layer.lora_A[adapter_name].weight
-        value = made[path] if path in made else torch.empty(full_shape(weight))
-        assign(weight, broadcast(value.to(accelerator.device)))
-    freeze_projections(model, adapter_name)
+                self.model.to(home)
+
+    def _data(self, name: str) -> Dataset | IterableDataset:
+        script = LoriScriptArguments()
+        if _is_path(name):
+            script.dataset_path = name
+        else:
+            script.dataset_name = name
+        return load_training_data(script, _text_field(self.args))[script.dataset_train_split]
+
+    def _tokens(self, data: Dataset | IterableDataset, to_text: Callable[[dict], str] | None = None) -> Rows:
+        return [_tokens(row, self.tokenizer, self.args, to_text) for row in spread(data, self.args.protect_rows)]
 
 
 def protected_names(args: LoriArguments) -> tuple[str, ...]:
@@ -105,13 +151,8 @@ def _is_path(name: str) -> bool:
     return Path(name).exists() or name.endswith((".json", ".jsonl"))
 
 
-def _protected_data(name: str, args: LoriArguments) -> Dataset | IterableDataset:
-    script = LoriScriptArguments()
-    if _is_path(name):
-        script.dataset_path = name
-    else:
-        script.dataset_name = name
-    return load_training_data(script, _text_field(args))[script.dataset_train_split]
+def _is_adapter(name: str) -> bool:
+    return Path(name, RECORD_NAME).is_file()
 
 
 def _text_field(args: LoriArguments) -> str:

@@ -64,8 +64,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             "`peft_config` is missing. LoRI trains an adapter: pass e.g. `peft_config=LoraConfig(r=32, lora_alpha=64, "
             "target_modules='all-linear')`, or a `PeftModel` as `model` to continue its adapter."
         )
-    if args.projection_init == CONTRASTIVE:
-        _check_contrastive(given)
+    if args.projection_init == CONTRASTIVE or args.save_moments:
+        _check_activations(given)
     check_not_empty(rows)
     check_versions(given)
     if given.get("formatting_func") is None:
@@ -85,9 +85,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         )
 
 
-def _check_contrastive(given: Mapping[str, Any]) -> None:
-    """Refuse a contrastive A where there is no A to make, or no text to make it from."""
-    if given.get("peft_config") is None and not is_fresh(given["model"]):
+def _check_activations(given: Mapping[str, Any]) -> None:
+    """Refuse a contrastive A where there is no A to make, and activations where there is no text to take them of."""
+    args = given["args"]
+    fresh = given.get("peft_config") is not None or is_fresh(given["model"])
+    if args.projection_init == CONTRASTIVE and not fresh:
         raise ValueError(
             "`projection_init='contrastive'` with an adapter that is continued: it keeps the A that it has. Allowed "
             "is a fresh adapter. Merge the earlier adapter into the base and pass a `peft_config`, or leave "
@@ -95,8 +97,8 @@ def _check_contrastive(given: Mapping[str, Any]) -> None:
         )
     if given.get("train_dataset") is not None and have_images(given["train_dataset"]):
         raise ValueError(
-            "`projection_init='contrastive'` with image rows: activations are taken of text alone. Allowed are rows "
-            "without images. Leave `projection_init` unset."
+            f"`projection_init={args.projection_init!r}`, `save_moments={args.save_moments}` with image rows: "
+            "activations are taken of text alone. Allowed are rows without images. Leave both unset."
         )
 
 

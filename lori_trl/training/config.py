@@ -103,12 +103,17 @@ class LoriArguments(CheckpointingFields, Arguments):
             Seed of A. Defaults to one derived from `seed` and `task_name` by SHA-256.
         protect (`list[str]`, *optional*):
             What a contrastive A leaves alone: data sets on the Hub, .jsonl or .json files, folders. Rows of earlier
-            tasks, or general text. Without it, A follows the task's own rows alone.
+            tasks, or general text. Or folders of adapters that were trained with `save_moments`. Without it, A follows
+            the task's own rows alone.
         protect_rows (`int`, *optional*, defaults to `48`):
             Rows of every data set, and of the task's own, that a contrastive A is made from, evenly spread.
         protect_epsilon (`float`, *optional*, defaults to `0.1`):
             How much of a protected direction's use counts as none, in units of the mean over all directions. Higher:
             more of A is what the task uses most, less of it is what the protected data do not use.
+        save_moments (`bool`, *optional*, defaults to `False`):
+            Whether the adapter carries what a later task needs to leave it alone without its rows: the 64 leading
+            directions of each layer's input over `protect_rows` of its rows, in bfloat16, 2 bytes an entry. They are
+            means over thousands of tokens; still, they tell what the rows are about.
 
         > Parameters that control the training
 
@@ -205,6 +210,10 @@ class LoriArguments(CheckpointingFields, Arguments):
         metadata={
             "help": "How much of a protected direction's use counts as none, in units of the mean over all directions."
         },
+    )
+    save_moments: bool = field(
+        default=False,
+        metadata={"help": "Whether the adapter carries what a later task's `protect` needs in place of its rows."},
     )
     sparse_backend: str = field(
         default="packed",

@@ -16,7 +16,7 @@ from ..method.projections import (
     init_projections,
 )
 from ..method.sharding import engine_dtype
-from .activations import init_from_activations, protected_names
+from .activations import Activations, protected_names
 from .config import LoriArguments
 from .run import LoriRun
 
@@ -49,15 +49,8 @@ def make_A(
     """
     dtype = engine_dtype(accelerator)
     if args.projection_init == CONTRASTIVE:
-        init_from_activations(
-            model,
-            run.adapter_name,
-            given["train_dataset"],
-            args,
-            accelerator=accelerator,
-            processing_class=processing_class,
-            formatting_func=given.get("formatting_func"),
-        )
+        names = {"accelerator": accelerator, "processing_class": processing_class}
+        Activations(model, run.adapter_name, given, args, **names).make_A()
         return Projection(CONTRASTIVE, None, run.fingerprint(dtype), protected_names(args))
     known = (masks.projection if masks is not None else None) or Projection(None, None, "")
     if known.init == CONTRASTIVE:

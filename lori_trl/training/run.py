@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..adapter.masks import LoriMasks
 from ..adapter.record_fields import Calibration, TaskRecord
 from ..continual import feasible_entries, tasks_that_fit
+from ..method.moments import LowRank
 from ..method.projections import Fingerprint, Projection
 from ..method.sharding import gather
 from ..method.sparsity import num_to_select
@@ -42,6 +43,7 @@ class LoriRun:
         id (`str` or `None`): the run's identity, drawn when it begins; the same where it is resumed.
         trainer_attributes (`frozenset[str]`): what TRL's trainer made; see [`counters_set_back`].
         shard_hooks (`list[RemovableHandle]`): the hooks that mask FSDP2's shards in the phase that goes on.
+        moments (`dict[str, LowRank]` or `None`): module path -> those of its input, where the adapter carries them.
         initial_weights (`dict[str, Tensor]`): module path -> B0 `(out_features, rank)`, B as it is now, on the CPU.
     """
 
@@ -59,6 +61,7 @@ class LoriRun:
     calibration_log: list[dict[str, Any]] = field(default_factory=list)
     id: str | None = None
     shard_hooks: list["RemovableHandle"] = field(default_factory=list)
+    moments: dict[str, LowRank] | None = None
     initial_weights: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self):

@@ -84,6 +84,7 @@ class AdapterSaves(AnyTrainer):
                 state_dict=state_dict,
                 processing_class=self.processing_class,
                 recipe=self.recipe,
+                moments=self.run.moments,
             )
 
     def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:

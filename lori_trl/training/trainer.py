@@ -29,7 +29,7 @@ from ..method.projections import CONTRASTIVE, Projection, derive_projection_seed
 from ..method.saliency import GradientAgreement, random_saliency
 from ..method.sharding import assign, change, engine_dtype, mask_shards, to_cpu
 from ..method.sparse import fold_values, sparse_training
-from .activations import take_over_projection
+from .activations import Activations, take_over_projection
 from .base_model import keep_4bit_layers
 from .callbacks import PhaseCallback, calibration_callbacks, calibration_figures, counters_set_back, swapped
 from .card_facts import CardFacts
@@ -126,6 +126,9 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             if fresh
             else keep_A(self.model, self.run, self.accelerator)
         )
+        if args.save_moments:
+            engine = {"accelerator": self.accelerator, "processing_class": self.processing_class}
+            self.run.moments = Activations(self.model, self.run.adapter_name, given, args, **engine).moments()
         check_trained(self.model, self.run.adapter_name, self.run.weights, args)
         if args.disjoint_masks:
             self.run.keep_disjoint(args.sparsity, args.mask_granularity)

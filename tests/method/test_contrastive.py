@@ -73,3 +73,20 @@ def test_iteration_finds_what_all_eigenvectors_give(monkeypatch):
     torch.testing.assert_close(
         contrastive_projection(new, protected, rank=6, epsilon=0.1), whole, rtol=1e-4, atol=1e-6
     )
+
+
+def test_moments_are_carried_by_their_leading_part():
+    """What is left out is spread over all directions, so that the mean of |x|² stays."""
+    tokens = drawn(400, 48, 2)
+    whole, carried = moments(tokens), Moments(48)
+    carried.add_low_rank(whole.compress(20))
+    assert carried.tokens == 400 and carried.energy == pytest.approx(whole.energy)
+    assert 0 < 48 * carried.floor < 0.05 * whole.energy
+    values = torch.linalg.eigvalsh(whole.matrix)
+    torch.testing.assert_close(torch.linalg.eigvalsh(carried.matrix)[-20:], values[-20:], rtol=1e-4, atol=0)
+    few = moments(tokens[:30])
+    F = few.compress(64).factor
+    torch.testing.assert_close(F.T @ F, few.matrix.float(), rtol=1e-4, atol=1e-6)
+    both = moments(tokens[:200])
+    both.add_low_rank(moments(tokens[200:]).compress(48))
+    torch.testing.assert_close(both.matrix, whole.matrix, rtol=1e-4, atol=1e-6)

@@ -9,6 +9,7 @@ from peft import PeftModel
 from tiny import lora_config, make_llama, make_rows, make_tokenizer, make_trainer
 
 from lori_trl import LoriMasks, load_lori_adapter
+from lori_trl.adapter.moments_file import read_moments
 from lori_trl.compact import expand, export_compact
 from lori_trl.method.contrastive import contrastive_projections
 from lori_trl.method.projections import projections
@@ -129,6 +130,36 @@ def test_the_compact_form_stores_it(make, tmp_path, dtype):
         assert not same_A(A, mine)
     masks = LoriMasks.from_pretrained(tmp_path / "expanded")
     assert masks.projection.init == "contrastive" and masks.projection.protected == ("earlier.jsonl",)
+
+
+def test_an_adapter_carries_its_moments_and_is_left_alone_without_its_rows(make, tmp_path, protected):
+    earlier = make_trainer(
+        tmp_path / "earlier",
+        train_dataset=Dataset.from_json(str(protected)),
+        task_name="earlier",
+        save_moments=True,
+        protect_rows=20,
+    )
+    earlier.train()
+    earlier.save_model()
+    moments = read_moments(tmp_path / "earlier")
+    assert moments["model.layers.0.self_attn.q_proj"] is moments["model.layers.0.self_attn.v_proj"]
+    assert moments[LAYER].factor.shape == (64, 64) and moments[LAYER].tokens == 20 * 5
+    from_rows = make()
+    from_moments = make("other", protect=[str(tmp_path / "earlier")])
+    assert from_moments.projection.protected == ("earlier",)
+    A, B = (projections(trainer.model, "default") for trainer in (from_rows, from_moments))
+    for path in A:  # bfloat16 is all that differs where the factor has all dimensions
+        bases = [torch.linalg.qr(each[path].double().T).Q for each in (A, B)]
+        assert torch.linalg.matrix_norm(bases[1] - bases[0] @ (bases[0].T @ bases[1]), ord=2) < 0.1, path
+    from_rows.train()
+    from_rows.save_model()
+    with pytest.raises(FileNotFoundError, match="carries no moments"):
+        make("third", protect=[str(tmp_path / "run")])
+    file = tmp_path / "earlier" / "moments" / "earlier.safetensors"
+    file.write_bytes(file.read_bytes()[:-9] + b"123456789")
+    with pytest.raises(ValueError, match="is no readable file of moments"):
+        read_moments(tmp_path / "earlier")
 
 
 def test_other_trainers_make_it_too(tmp_path, protected):
