@@ -13,6 +13,7 @@ from .folder import AdapterFolder, open_adapter
 from .layout import ADAPTER_CONFIG, RECORD_NAME, TOKENIZER_CONFIG
 from .memory import remember
 from .record import read_record
+from .vocabulary import check_rows
 
 
 def load_lori_adapter(
@@ -99,6 +100,7 @@ def load_with_peft(
         sizes = getattr(modules[path], "in_features", columns), getattr(modules[path], "out_features", rows)
         if sizes != (columns, rows):
             raise _misfit(adapter, model, f"{path} has {sizes} features where the adapter has {(columns, rows)}")
+    check_rows(adapter, model)
     try:
         loaded = PeftModel.from_pretrained(
             model, str(adapter.folder), adapter_name=adapter_name, is_trainable=is_trainable

@@ -1,9 +1,12 @@
 """`lori eval`: adapters beside their base model."""
 
 import argparse
+import math
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .options import add_allow_modified, add_precision
 from .targets import check_targets
@@ -24,13 +27,20 @@ def add_parser(commands) -> None:
     add("models", nargs="*", metavar="MODEL", help="adapters: folders, compact files, repositories; or model folders")
     add("--base_model", help="the base model; by default the one that the adapters name")
     add("--tasks", nargs="+", default=[], help="nlu, math, code, safety, or single ones: boolq, gsm8k, humaneval, ...")
-    add("--metrics", nargs="+", default=[], choices=["loss"], help="loss: of the completions in the local data")
+    add(
+        "--metrics",
+        nargs="+",
+        default=[],
+        choices=["loss"],
+        help="loss: of completions, answers or text in local data",
+    )
     add(
         "--dataset_path",
         nargs="+",
         default=[],
-        metavar="[TASK=]PATH",
-        help="local data, a .jsonl or .json file or a folder, for all tasks or for one; by default those on the Hub",
+        metavar="[NAME=]PATH",
+        help="local data, a .jsonl, .json, .csv or .parquet file or a folder, for all tasks or for one, or, with the "
+        "loss, under a name for the table; by default those on the Hub",
     )
     add(
         "--sequence",
@@ -62,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace, is_writer: bool) -> None:
     from ..evaluation import models, results
     from ..evaluation.harness import evaluate, load_tasks
-    from ..evaluation.loss import held_out_rows, measure_loss
+    from ..evaluation.loss import measure_loss
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT and transformers about each other's names
     for name in ("limit", "batch_size", "max_new_tokens", "num_samples"):
@@ -89,7 +99,8 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
                 "`--metrics loss` has no data. It needs a local file with prompts and completions. Pass "
                 "`--dataset_path held_out.jsonl`."
             )
-        held_out = {path: held_out_rows(path, options.limit) for path in paths.values()}
+        held_out = _held_out(paths, options.limit)
+    tokenizers = _tokenizers(options, base_name, held_out)
     tasks = {}
     if options.tasks:
         tasks = load_tasks(
@@ -105,7 +116,14 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
 
     def measure(name: str, label: str, model, tokenizer, base: str | None) -> None:
         show(f"{label}:")
-        figures = [measure_loss(model, tokenizer, path, rows, options.batch_size) for path, rows in held_out.items()]
+        sets = held_out if tokenizers[name] is not None else {}
+        figures = [
+            measure_loss(model, tokenizers[name], path, rows, options.batch_size, task)
+            for task, (path, rows) in sets.items()
+        ]
+        for each in figures:
+            if not math.isfinite(each.value):
+                show(f"{label}: the loss of {each.task} is {each.value}, no number, and is not written")
         if tasks:
             figures += evaluate(model, tokenizer, tasks, batch_size=options.batch_size, seed=options.seed)
         compared[label] = figures
@@ -144,7 +162,7 @@ def _run_sequence(options: argparse.Namespace, is_writer: bool) -> None:
     from importlib.util import find_spec
 
     from ..evaluation import models
-    from ..evaluation.loss import held_out_rows, measure_loss
+    from ..evaluation.loss import measure_loss
     from ..evaluation.sequence import SequenceResults, sequence_results
 
     if options.tasks:
@@ -165,25 +183,89 @@ def _run_sequence(options: argparse.Namespace, is_writer: bool) -> None:
             f"`--sequence {' '.join(options.models)}` are whole models. A sequence is one base model and the adapters "
             "that were trained on it, one after another. Pass adapters."
         )
-    rows = {name: held_out_rows(path, options.limit) for name, path in paths.items()}
-    model, tokenizer = models.load_model(
-        base_name, dtype=options.dtype or "float32", load_in_4bit=options.load_in_4bit
-    )
+    held_out = _held_out(paths, options.limit)
+    tokenizers = _tokenizers(options, base_name, held_out, base_is_needed=True)
+    model, _ = models.load_model(base_name, dtype=options.dtype or "float32", load_in_4bit=options.load_in_4bit)
 
     def measure(label: str, model, tokenizer) -> list:
         show(f"{label}:")
-        return [measure_loss(model, tokenizer, paths[name], rows[name], options.batch_size) for name in paths]
+        return [
+            measure_loss(model, tokenizer, path, rows, options.batch_size, task)
+            for task, (path, rows) in held_out.items()
+        ]
 
-    figures = [measure("base", model, tokenizer)]
+    figures = [measure("base", model, tokenizers[base_name])]
     for name, label in zip(options.models, stages[1:], strict=True):
-        with models.with_adapter(model, name, allow_modified=options.allow_modified) as (adapted, own):
-            figures.append(measure(label, adapted, own or tokenizer))
+        with models.with_adapter(model, name, allow_modified=options.allow_modified) as (adapted, _):
+            figures.append(measure(label, adapted, tokenizers[name]))
     results = sequence_results(stages, list(paths), figures)
     show(results.table(), *results.sentences())
     if is_writer and options.output_path is not None:
         show(f"written to {results.write(options.output_path)}")
         if picture is not None:
             show(f"drawn in {results.draw(picture)}")
+
+
+def _held_out(paths: Mapping[Any, str], limit: int | None) -> dict[str, tuple[str, Any]]:
+    """Read held-out rows: name -> path and rows. The name is the one that was given, or made of the path."""
+    from ..evaluation.loss import held_out_rows, name_of_rows
+
+    held_out: dict[str, tuple[str, Any]] = {}
+    for given, path in paths.items():
+        if (name := given or name_of_rows(path)) in held_out:
+            raise ValueError(
+                f"`--dataset_path {path}` and `{held_out[name][0]}` are both called {name!r}. Each set has a name of "
+                "its own in the table. Pass `NAME=PATH`."
+            )
+        held_out[name] = path, held_out_rows(path, limit)
+    return held_out
+
+
+def _tokenizers(
+    options: argparse.Namespace,
+    base_name: str | None,
+    held_out: Mapping[str, tuple[str, Any]],
+    *,
+    base_is_needed=False,
+) -> dict[str, Any]:
+    """
+    Load every model's tokenizer, and check that it takes the held-out rows: before any model is loaded.
+
+    A base without a chat template is measured with an adapter's tokenizer, if the adapter has no new tokens.
+
+    Returns:
+        `dict[str, Any]`: model -> tokenizer; `None` for a base that cannot be measured on these rows.
+    """
+    from transformers import AutoConfig
+
+    from ..evaluation import models
+    from ..training.tokenizer_checks import check_tokenizer
+
+    def check(tokenizer: Any) -> None:
+        for path, rows in held_out.values():
+            check_tokenizer(rows, tokenizer, Path(path).name)
+
+    base = None if base_name is None else models.load_tokenizer_of(base_name)
+    tokenizers = {}
+    for name in options.models:
+        if models.is_whole_model(name):
+            tokenizers[name] = models.load_tokenizer_of(name)
+        else:
+            tokenizers[name] = models.adapter_tokenizer(name, allow_modified=options.allow_modified) or base
+        check(tokenizers[name])
+    if base_name is None:
+        return tokenizers
+    try:
+        check(base)
+        return tokenizers | {base_name: base}
+    except ValueError as fault:
+        rows = AutoConfig.from_pretrained(base_name).get_text_config().vocab_size
+        others = [name for name in options.models if len(tokenizers[name]) <= rows]
+        if not options.models or (base_is_needed and not others):
+            raise
+        how = f"with the tokenizer of {others[0]}" if others else "on tasks alone"
+        show(f"base: measured {how}, for the base's own does not take the rows: {fault}")
+        return tokenizers | {base_name: tokenizers[others[0]] if others else None}
 
 
 def _label(name: str, names: list[str]) -> str:
@@ -205,8 +287,8 @@ def _local_data(given: list[str]) -> dict[str | None, str]:
             )
         if not Path(path).exists():
             raise FileNotFoundError(
-                f"`--dataset_path {text}` does not exist. Allowed is a .jsonl or .json file or a folder, with `TASK=` "
-                "before it if it is for one task. Correct the path."
+                f"`--dataset_path {text}` does not exist. Allowed is a .jsonl, .json, .csv or .parquet file or a "
+                "folder, with `TASK=` before it if it is for one task. Correct the path."
             )
         paths[task] = path
     return paths

@@ -84,6 +84,7 @@ def _dry_run(script, args, model_args, engine=None) -> None:
     from ..recipes.base_configs import KNOWN_CONFIGS
     from ..recipes.data import look_at_training_data
     from ..training.counting import count_parameters
+    from ..training.training_rows import loss_on_all_turns
 
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
@@ -102,7 +103,7 @@ def _dry_run(script, args, model_args, engine=None) -> None:
     if row is None:
         show(f"data: {name} was not looked at, for the Hub cannot be reached")
     else:
-        show(f"data: {name}, rows of {', '.join(row)}")
+        show(f"data: {name}, rows of {', '.join(row)}", *filter(None, [loss_on_all_turns(row, args)]))
     _settle_task_name(script, args)
     show(f"task: {args.task_name}")
 
@@ -126,6 +127,7 @@ def _load_data(script, args, model_args):
     """Load the rows and the tokenizer, and check that it takes them all. Returns both."""
     from ..recipes.data import load_training_data
     from ..training.tokenizer_checks import check_tokenizer, tokenizer_as_trained
+    from ..training.training_rows import loss_on_all_turns
 
     data = load_training_data(script, args.dataset_text_field, evaluated=is_evaluated(args))
     tokenizer = _load_tokenizer(script, args, model_args)
@@ -133,6 +135,8 @@ def _load_data(script, args, model_args):
     for split, rows in data.items():
         source = f"{script.dataset_path or script.dataset_name}, split {split}"
         check_tokenizer(rows, as_trained, source, text_field=args.dataset_text_field)
+    if told := loss_on_all_turns(next(iter(data[script.dataset_train_split])), args):
+        show(told)
     return data, tokenizer
 
 
@@ -187,7 +191,9 @@ def _bytes_of_base(model_args) -> float:
 def _build_trainer(script, args, model_args, held):
     from trl import get_peft_config, get_quantization_config
 
+    from ..adapter.folder import open_adapter
     from ..adapter.load import load_lori_adapter
+    from ..adapter.vocabulary import make_room
     from ..adapter.write import check_output
     from ..inputs.files import sole_writer
     from ..training.base_model import load_base_model
@@ -213,6 +219,8 @@ def _build_trainer(script, args, model_args, held):
     model = load_base_model(model_args.model_name_or_path, **model_init_kwargs)
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
+        with open_adapter(script.adapter_name_or_path, allow_modified=script.allow_modified) as adapter:
+            make_room(model, adapter)
         model = load_lori_adapter(
             model, script.adapter_name_or_path, is_trainable=True, allow_modified=script.allow_modified
         )

@@ -1,5 +1,6 @@
 """The loss on held-out completions."""
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import is_conversational
 
-from ..recipes.data import LoriScriptArguments, load_training_data
+from ..recipes.data import rows_of_files
+from ..recipes.data_files import split_files
+from ..recipes.raw_rows import RowFault
 from ..training.base_model import precision
 from .processes import share_out
 from .results import Result, rows_hash, versions
+
+_COMPLETED = "a prompt and a completion, messages with an answer of the assistant, or text"
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,22 @@ def completion_loss(
         model (`PreTrainedModel`): any causal model, with or without adapters.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         rows (`Iterable[Mapping[str, Any]]`):
-            TRL prompt-completion rows, plain or conversational. They are tokenized as `SFTTrainer` does it, a plain
-            completion with the EOS token at its end.
+            TRL's rows. Of `prompt` and `completion`, the completion counts; of `messages`, each answer of the
+            assistant is a completion of what was said before it; of `text`, all of it counts. They are tokenized as
+            `SFTTrainer` does it, plain text with the EOS token at its end.
         batch_size (`int`, *optional*, defaults to `8`): rows a forward pass.
         max_length (`int`, *optional*):
             Cut longer rows to so many tokens, as `SFTConfig.max_length` does; rows without a completion token left
             do not count. By default nothing is cut.
 
     Raises:
-        `ValueError`: there are no rows, a row has no prompt and completion, or no completion token is left.
+        `ValueError`: there are no rows, a row has nothing that is completed, or no completion token is left.
 
     Source: the mean differs from `Trainer.evaluate()`, which averages the means of batches.
     """
+    pairs = [each for number, row in enumerate(rows) for each in _completions(row, number, "rows")]
     encoded = sorted(
-        (_tokenize_completion(tokenizer, row)[:2] for row in rows), key=lambda pair: len(pair[0]), reverse=True
+        (_tokenize_completion(tokenizer, each) for each in pairs), key=lambda pair: len(pair[0]), reverse=True
     )
     if not encoded:
         raise ValueError("`rows` has no rows. At least one with `prompt` and `completion` is needed. Pass other data.")
@@ -89,20 +95,30 @@ def completion_loss(
 
 
 def measure_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, rows: Dataset, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    rows: Dataset,
+    batch_size: int,
+    name: str | None = None,
 ) -> Result:
-    """Return [`completion_loss`] as a result, under the name of the rows' file, or of its folder for a split."""
+    """Return [`completion_loss`] as a result, under a name, by default that of [`name_of_rows`]."""
     measured = completion_loss(model, tokenizer, rows, batch_size=batch_size)
-    file = Path(path)
     return Result(
-        task=file.resolve().parent.name if file.stem in ("train", "test", "validation") else file.stem,
+        task=name or name_of_rows(path),
         metric="loss",
         value=measured.loss,
         n=measured.tokens,
         stderr=None if math.isnan(measured.stderr) else measured.stderr,
-        data={"source": file.name, "rows": len(rows), "sha256": rows_hash(rows)},
+        data={"source": Path(path).name, "rows": len(rows), "sha256": rows_hash(rows)},
         settings={"batch_size": batch_size, **precision(model), "versions": versions()},
     )
+
+
+def name_of_rows(path: str) -> str:
+    """Name held-out rows after their file, or after its folder for a split."""
+    file = Path(path)
+    return file.resolve().parent.name if file.stem in ("train", "test", "validation") else file.stem
 
 
 def held_out_rows(path: str, limit: int | None = None) -> Dataset:
@@ -110,35 +126,45 @@ def held_out_rows(path: str, limit: int | None = None) -> Dataset:
     Read rows to measure the loss on, in any form that training takes.
 
     Args:
-        path (`str`): a .jsonl or .json file, or a folder with test.jsonl or test.json.
+        path (`str`): a file of rows, or a folder with a split `test`.
         limit (`int`, *optional*): take the first so many.
 
     Raises:
-        `ValueError`: there are no rows, or the folder has none to test on.
+        `ValueError`: there are no rows, the folder has none to test on, or a row has nothing that is completed.
         `FileNotFoundError`: `path` does not exist.
     """
-    if Path(path).is_dir():
-        files = [file for file in (Path(path, "test.jsonl"), Path(path, "test.json")) if file.is_file()]
-        if not files:
-            raise ValueError(
-                f"`--dataset_path {path}` has no test.jsonl or test.json. The loss is measured on a file, or on the "
-                "test split of a folder. Pass the file."
-            )
-        path = str(files[0])
-    rows = load_training_data(LoriScriptArguments(dataset_path=path))["train"]
+    splits = split_files(path)
+    files = splits.get("test") if Path(path).is_dir() else splits["train"]
+    if files is None:
+        raise ValueError(
+            f"`--dataset_path {path}` has {', '.join(splits)}, and no test. The loss is measured on a file, or on the "
+            "test split of a folder. Pass the file."
+        )
+    rows = rows_of_files(files)
+    for number, row in enumerate(rows):
+        _completions(row, number, files[0].name)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _completions(row: Mapping[str, Any], number: int, source: str) -> list[Mapping[str, Any]]:
+    """Return the prompt-completion rows of a row. Raise `ValueError` with its number where nothing is completed."""
+    if {"prompt", "completion"} <= row.keys():
+        return [row]
+    if "text" in row:
+        return [{"prompt": "", "completion": row["text"]}]
+    messages = row.get("messages", [])
+    answers = [place for place, each in enumerate(messages) if place and each["role"] == "assistant"]
+    if not answers:
+        raise RowFault(f"has {', '.join(row)} and nothing that is completed", _COMPLETED).at(number, source)
+    return [{**row, "prompt": messages[:place], "completion": [messages[place]]} for place in answers]
 
 
 def _tokenize_completion(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> tuple[list[int], int]:
     """Return a row's tokens and where its completion starts, as `SFTTrainer._prepare_dataset` finds them."""
-    if not {"prompt", "completion"} <= row.keys():
-        raise ValueError(
-            f"A row has the columns {', '.join(row)}. The loss on completions needs `prompt` and `completion`, text "
-            "or messages. Rename or convert the columns."
-        )
     prompt, completion = row["prompt"], row["completion"]
-    if is_conversational(row):
-        settings = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    if isinstance(completion, list):
+        tools = json.loads(tools) if isinstance(tools := row.get("tools"), str) else tools
+        settings = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
         settings |= {"tokenize": True, "return_dict": True}
         prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **settings)["input_ids"]
         ids = tokenizer.apply_chat_template([*prompt, *completion], **settings)["input_ids"]

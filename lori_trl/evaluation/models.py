@@ -18,6 +18,7 @@ from transformers import (
 from ..adapter.folder import AdapterFolder, base_name, may_be_one_base, open_adapter
 from ..adapter.layout import ADAPTER_CONFIG
 from ..adapter.load import load_tokenizer, load_with_peft
+from ..adapter.vocabulary import room
 from ..training.base_model import load_base_model, quantization
 from .processes import device_map
 
@@ -97,12 +98,35 @@ def load_model(
         )
     try:
         model = load_base_model(name, architecture=AutoModelForCausalLM, **arguments)
-        return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"`{name}` cannot be loaded as a model ({str(error).strip().splitlines()[0]}). A folder with a model and "
-            "its tokenizer, or a name on the Hub, is needed. Correct the name."
-        ) from error
+        raise _no_model(name, error) from error
+    return model, load_tokenizer_of(name)
+
+
+def load_tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """
+    Load the tokenizer of a whole model, which costs nothing beside the model.
+
+    Raises:
+        `FileNotFoundError`: there is no such model.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _no_model(name, error) from error
+
+
+def adapter_tokenizer(name: str, *, allow_modified: bool = False) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that an adapter brings, without the adapter; `None` where it brings none."""
+    with open_adapter(name, allow_modified=allow_modified) as adapter:
+        return load_tokenizer(adapter.tokenizer)
+
+
+def _no_model(name: str, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"`{name}` cannot be loaded as a model ({str(error).strip().splitlines()[0]}). A folder with a model and "
+        "its tokenizer, or a name on the Hub, is needed. Correct the name."
+    )
 
 
 @contextmanager
@@ -128,13 +152,14 @@ def with_adapter(
         adapter.verify()
         tokenizer = load_tokenizer(adapter.tokenizer)
         _compare_precision(adapter, base)
-        model = load_with_peft(base, adapter)
-    try:
-        yield model.eval(), tokenizer
-    finally:
-        model.unload()
-        if hasattr(base, "peft_config"):
-            del base.peft_config
+        with room(base, adapter):
+            model = load_with_peft(base, adapter)
+            try:
+                yield model.eval(), tokenizer
+            finally:
+                model.unload()
+                if hasattr(base, "peft_config"):
+                    del base.peft_config
 
 
 def _compare_precision(adapter: AdapterFolder, base: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -109,10 +110,10 @@ def write_results(folder: str | Path, new: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def write_file(file: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write results to a file, which is replaced in one step."""
-    content = {"format_version": FORMAT_VERSION, "results": list(results)}
+    """Write results to a file, which is replaced in one step. What is no number is left out: JSON has no NaN."""
+    content = {"format_version": FORMAT_VERSION, "results": [each for each in results if math.isfinite(each["value"])]}
     with replacing(file) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def results_table(results: Mapping[str, Sequence[Result]]) -> Table:

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..adapter.folder import read_modules
 from ..adapter.load import load_tokenizer
 from ..evaluation import completion_loss
-from ..evaluation.models import load_model
+from ..evaluation.models import load_model, load_tokenizer_of
 from ..method.layers import lora_layers, module_path
+from ..training.tokenizer_checks import check_tokenizer
 from .plan import Plan, open_plan
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,9 @@ class Trial:
 
     @property
     def objective(self) -> float:
-        """The mean of the losses over the held-out sets: every set counts the same, however long it is."""
-        return sum(self.losses.values()) / len(self.losses)
+        """The mean of the losses over the held-out sets, each counts the same; infinite where one is no number."""
+        mean = sum(self.losses.values()) / len(self.losses)
+        return mean if math.isfinite(mean) else math.inf
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,20 @@ class Search:
             "strategy": self.strategy,
             "objective": "mean over the held-out sets of the loss of a completion token",
             "grid": list(self.grid),
-            "base": self.base.losses,
+            "base": _numbers(self.base.losses),
             "trials": [
-                {"weights": list(trial.weights), "losses": trial.losses, "objective": trial.objective}
+                {"weights": list(trial.weights), **_numbers({"losses": trial.losses, "objective": trial.objective})}
                 for trial in self.trials
             ],
         }
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Return figures as JSON holds them: `None` for what is no number."""
+    return {
+        name: _numbers(value) if isinstance(value, dict) else value if math.isfinite(value) else None
+        for name, value in values.items()
+    }
 
 
 def default_grid(method: str) -> tuple[float, ...]:
@@ -152,8 +162,10 @@ def search_merge_weights(
                     "`base_model` is missing, and the adapters name none. The search needs the base model, a folder "
                     "or a name on the Hub. Pass it."
                 )
-            model, of_base = load_model(plan.base, dtype, load_in_4bit=load_in_4bit)
-            tokenizer = load_tokenizer(plan.tokenizer) or of_base
+            tokenizer = load_tokenizer(plan.tokenizer) or load_tokenizer_of(plan.base)
+            for name, rows in sets.items():
+                check_tokenizer(rows, tokenizer, name)
+            model, _ = load_model(plan.base, dtype, load_in_4bit=load_in_4bit)
         factors = dict(read_modules(plan.sources, plan.paths, torch.float32))
         if not {*plan.paths} <= {module_path(name) for name, _ in model.named_modules()}:
             raise _no_base(plan)
@@ -196,6 +208,11 @@ def search_merge_weights(
     finally:
         merged.unload()
     search = Search(strategy, grid, base, list(tried.values()))
+    if search.best.objective == math.inf:
+        raise ValueError(
+            f"No weights of the grid {', '.join(map(str, grid))} give a loss that is a number. Merged adapters work "
+            "with some weights at least. Look at each with `lori eval --metrics loss`, or pass a lower `grid`."
+        )
     edges = {grid[0], grid[-1]} & set(search.best.weights)
     if edges and len(grid) > 1:
         logger.warning(

@@ -7,13 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, get_training_chat_template
 
 from ..inputs.files import describe_fault
 from ..recipes.row_formats import text_columns
-from .training_rows import column_names
 
 
 def tokenizer_as_trained(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreTrainedTokenizerBase:
@@ -48,7 +47,7 @@ def tokenizer_as_trained(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) ->
 
 
 def check_tokenizer(
-    rows: Dataset | IterableDataset,
+    rows: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     source: str,
     *,
@@ -62,7 +61,7 @@ def check_tokenizer(
     first 100.
 
     Args:
-        rows (`Dataset` or `IterableDataset`): rows that [`check_text`] has passed.
+        rows (`Iterable[Mapping[str, Any]]`): rows that [`check_text`] has passed; one at least.
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer; processors of images are not looked at.
         source (`str`): what the rows are called in an error.
         text_field (`str`, *optional*, defaults to `"text"`): the column of plain text.
@@ -71,12 +70,12 @@ def check_tokenizer(
     Raises:
         `ValueError`: it does not take them.
     """
-    names = column_names(rows)
-    texts = () if "input_ids" in names else text_columns(names, text_field)
+    first = next(iter(rows))
+    texts = () if "input_ids" in first else text_columns(first, text_field)
     if not texts or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
     name = tokenizer.name_or_path
-    conversational = isinstance(next(iter(rows))[texts[-1]], list)
+    conversational = isinstance(first[texts[-1]], list)
     if tokenizer.eos_token is None and not (conversational and tokenizer.pad_token is not None):
         raise ValueError(
             f"The tokenizer of `{name}` has no EOS token. One ends every completion, or the model would not learn to "
@@ -91,7 +90,7 @@ def check_tokenizer(
             "them. Pass `--chat_template_path` with a .jinja file or a model that has one, or rows of text."
         )
     known: set[str] = set()
-    for number, row in enumerate(rows if isinstance(rows, Dataset) else islice(rows, 100)):
+    for number, row in enumerate(islice(rows, 100) if isinstance(rows, IterableDataset) else rows):
         if (shape := _shape(row, texts)) in known:
             continue
         known.add(shape)

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, Value
+from trl import SFTConfig
 
 from ..recipes.data import check_rows, unknown_columns
 from ..recipes.raw_rows import RowFault
@@ -81,6 +82,16 @@ def check_text(rows: Dataset | IterableDataset, argument: str, text_field: str |
         raise unknown_columns(names, argument)
     if not all(_is_all_text(rows, each) for each in columns):
         check_rows(rows, columns, argument)
+
+
+def loss_on_all_turns(columns: Collection[str], args: SFTConfig) -> str | None:
+    """Say that all turns of conversations bear loss, where they do: few expect it of a chat's fine-tuning."""
+    if args.assistant_only_loss or text_columns(columns, args.dataset_text_field) != ("messages",):
+        return None
+    return (
+        "loss: every turn of `messages` bears it, what the system and the user say, too. For the assistant's words "
+        "alone, pass `--assistant_only_loss`, or make rows of prompt and completion."
+    )
 
 
 def sft_rows(rows: Dataset | IterableDataset, text_field: str, argument: str) -> Dataset | IterableDataset:

@@ -490,6 +490,34 @@ def test_help_is_short_and_help_all_is_not(capsys):
     assert sft(["--help-all"]) == 0 and "--ddp_timeout" in capsys.readouterr().out
 
 
+def test_that_all_turns_bear_loss_is_told(call, tmp_path, model_folder, capsys):
+    """Before the run, in its dry run and in a preview; not where the assistant's words alone bear it."""
+    base = shutil.copytree(model_folder, tmp_path / "chat")
+    tokenizer = make_chat_tokenizer()
+    content = "{{ m['content'] }} </s> "
+    marked = (
+        f"{{% if m['role'] == 'assistant' %}}{{% generation %}}{content}{{% endgeneration %}}{{% else %}}{content}"
+    )
+    tokenizer.chat_template = tokenizer.chat_template.replace(content, marked + "{% endif %}")
+    tokenizer.save_pretrained(base)
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    (tmp_path / "talk.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 8)
+    call += ["--dataset_path", str(tmp_path / "talk.jsonl"), "--model_name_or_path", str(base)]
+    told = "loss: every turn of `messages` bears it, what the system and the user say, too."
+    for more in (["--preview", "1"], ["--dry-run"], []):
+        assert sft([*call, *more]) == 0
+        shown = capsys.readouterr().out
+        assert told in shown and "`--assistant_only_loss`" in shown
+    assert sft([*call, "--preview", "1", "--assistant_only_loss"]) == 0
+    shown = capsys.readouterr().out
+    assert told not in shown and "⟦w2 </s>⟧" in shown and "⟦w1" not in shown
+    (tmp_path / "bare.jinja").write_text(make_chat_tokenizer().chat_template)
+    bare = ["--assistant_only_loss", "--chat_template_path", str(tmp_path / "bare.jinja")]
+    fails(
+        [*call, *bare], capsys, "bare.jinja` has no {% generation %}", "pass it as `--chat_template_path FILE.jinja`"
+    )
+
+
 def test_preview_shows_rows_and_trains_nothing(call, tmp_path, capsys):
     assert sft([*call, "--preview", "2"]) == 0
     shown = capsys.readouterr().out

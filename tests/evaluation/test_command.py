@@ -9,6 +9,7 @@ import pytest
 from evaluation.benchmark_rows import figure, write_rows
 from files_by_hand import change_record
 from hub_server import HubServer, client_of
+from tiny import make_chat_tokenizer
 from transformers import AutoModelForCausalLM
 
 from lori_trl.adapter.card import render_model_card
@@ -17,6 +18,7 @@ from lori_trl.adapter.record import read_record
 from lori_trl.cli import main
 from lori_trl.compact import export_compact
 from lori_trl.evaluation import (
+    CompletionLoss,
     read_results,
     records,
     write_results,
@@ -133,6 +135,7 @@ def test_wrong_calls(adapters, data, tmp_path, capsys, model_folder):
     before = {file: file.read_bytes() for folder in adapters for file in Path(folder).rglob("*") if file.is_file()}
     empty = write_rows(tmp_path / "empty.jsonl", [])
     bare = write_rows(tmp_path / "bare.jsonl", [{"prompt": "w1"}])
+    only_train = write_rows(tmp_path / "only" / "train.jsonl", [{"text": "w1"}]).parent
     odd = write_rows(tmp_path / "odd.jsonl", [{"prompt": "w1", "choices": ["w2"], "answer": "w3"}])
     word = write_rows(tmp_path / "word.jsonl", [{"prompt": "w1", "answer": "ten"}])
     other = AutoModelForCausalLM.from_pretrained(model_folder).config
@@ -158,7 +161,8 @@ def test_wrong_calls(adapters, data, tmp_path, capsys, model_folder):
         ([*one, "--tasks", "humaneval"], ["Pass `--allow_code_execution`"]),
         ([*one, "--metrics", "loss"], ["`--metrics loss` has no data"]),
         ([*one, "--metrics", "loss", "--dataset_path", str(bare)], ["columns prompt", "Rename the columns"]),
-        ([*one, "--metrics", "loss", "--dataset_path", str(data)], ["has no test.jsonl or test.json"]),
+        ([*one, "--metrics", "loss", "--dataset_path", str(data)], ["holds no file of rows"]),
+        ([*one, "--metrics", "loss", "--dataset_path", str(only_train)], ["has train, and no test. The loss is"]),
         ([*one, *gsm8k, str(data), "--limit", "0"], ["`--limit 0` is too few"]),
         ([*one, *gsm8k, str(data), "--max_new_tokens", "5000"], ["leaves no room for a prompt"]),
         ([*one, *gsm8k, str(data), "--base_model", str(wide)], ["does not fit the base model", "Load that base"]),
@@ -176,3 +180,59 @@ def test_wrong_calls(adapters, data, tmp_path, capsys, model_folder):
             assert part in error, (call, error)
     after = {file: file.read_bytes() for folder in adapters for file in Path(folder).rglob("*") if file.is_file()}
     assert after == before
+
+
+def write_talk(file: Path, role: str = "user") -> str:
+    talk = [{"role": role, "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]
+    return str(write_rows(file, [{"messages": talk}] * 3))
+
+
+def test_two_sets_of_one_name_keep_both_rows(adapters, tmp_path, capsys):
+    paths = [write_rows(tmp_path / name / "held.jsonl", [{"prompt": "w1", "completion": f"w{name}"}]) for name in "78"]
+    call = ["eval", adapters[0], "--metrics", "loss", "--dataset_path"]
+    assert main([*call, f"a={paths[0]}", f"b={paths[1]}"]) == 0
+    shown = capsys.readouterr().out
+    assert "│ a " in shown and "│ b " in shown
+    assert {result["task"] for result in read_results(adapters[0])} == {"a", "b"}
+    with pytest.raises(SystemExit, match="2"):
+        main([*call, str(paths[0]), f"held={paths[1]}"])
+    assert "are both called 'held'. Each set has a name of its own" in capsys.readouterr().err
+
+
+def test_conversations_are_measured_and_checked_before_a_model_is_loaded(
+    adapters, model_folder, tmp_path, capsys, monkeypatch
+):
+    """The adapter brings a template; the base, which has none, is measured with it."""
+    make_chat_tokenizer().save_pretrained(adapters[0])
+    call = ["eval", adapters[0], "--metrics", "loss", "--dataset_path"]
+    assert main([*call, write_talk(tmp_path / "talk.jsonl")]) == 0
+    shown = capsys.readouterr().out
+    assert f"base: measured with the tokenizer of {adapters[0]}" in shown and "has no chat template" in shown
+    (result,) = read_results(adapters[0])
+    assert result["task"] == "talk" and result["n"] == 3 * len("w2 w3 </s>".split())
+    monkeypatch.setattr(
+        "lori_trl.evaluation.models.load_base_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
+    refused = {
+        write_talk(tmp_path / "odd.jsonl", "narrator"): "Row 0 of `odd.jsonl` does not go through the chat template",
+        str(write_rows(tmp_path / "none.jsonl", [{"messages": []}])): "Row 0 of `none.jsonl` has `messages=[]`",
+        str(write_rows(tmp_path / "ids.jsonl", [{"input_ids": [1]}])): "has input_ids and nothing that is completed",
+    }
+    for path, part in refused.items():
+        with pytest.raises(SystemExit, match="2"):
+            main([*call, path])
+        assert part in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", adapters[1], *call[2:], write_talk(tmp_path / "talk.jsonl")])
+    assert "has no chat template, and `talk.jsonl` has messages" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_not_on_file(adapters, data, capsys, monkeypatch):
+    call = ["eval", adapters[0], "--metrics", "loss", "--dataset_path", str(data / "gsm8k" / "test.jsonl")]
+    assert main(call) == 0 and len(read_results(adapters[0])) == 1
+    nan = float("nan")
+    monkeypatch.setattr("lori_trl.evaluation.loss.completion_loss", lambda *_, **__: CompletionLoss(nan, 18, nan))
+    assert main([*call, "--output_path", str(Path(adapters[0]).parent / "all.json")]) == 0
+    assert "the loss of gsm8k is nan, no number, and is not written" in capsys.readouterr().out
+    assert read_results(adapters[0]) == []  # the figure before was another adapter's
+    assert "NaN" not in (Path(adapters[0]).parent / "all.json").read_text()

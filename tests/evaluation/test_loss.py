@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
+from tiny import make_chat_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from lori_trl.evaluation import (
@@ -72,10 +74,35 @@ def test_standard_error_of_the_loss(model, tokenizer):
     ("rows", "max_length", "part"),
     [
         ([], None, "`rows` has no rows"),
-        ([{"text": "w1"}], None, "A row has the columns text"),
+        ([{"text": "w1"}, {"score": 1}], None, "Row 1 of `rows` has score and nothing that is completed"),
+        (
+            [{"messages": [{"role": "user", "content": "w1"}]}],
+            None,
+            "Row 0 of `rows` has messages and nothing that is",
+        ),
         ([{"prompt": "w1 w2 w3", "completion": " w4"}], 3, "`max_length=3` leaves no completion token"),
     ],
 )
 def test_rows_without_a_completion(model, tokenizer, rows, max_length, part):
     with pytest.raises(ValueError, match=part):
         completion_loss(model, tokenizer, rows, max_length=max_length)
+
+
+def test_every_answer_of_a_conversation_is_a_completion(model):
+    tokenizer = make_chat_tokenizer()
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    talk = [{"role": role, "content": f"w{10 + number}"} for number, role in enumerate(roles)]
+    answers = [{"prompt": talk[:number], "completion": [talk[number]]} for number in (2, 4)]
+    measured = completion_loss(model, tokenizer, [{"messages": talk}])
+    assert measured == completion_loss(model, tokenizer, answers) and measured.tokens == 2 * len("w12 </s>".split())
+    greeting = [{"role": "assistant", "content": "w9"}, *talk]
+    assert completion_loss(model, tokenizer, [{"messages": greeting}]).tokens == measured.tokens
+
+
+def test_of_text_all_counts_but_for_its_first_token(model, tokenizer, tmp_path):
+    rows = Dataset.from_list([{"text": "w1 w2 w3"}, {"text": "w4"}])
+    measured = completion_loss(model, tokenizer, rows)
+    config = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    trainer = SFTTrainer(model, config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    assert measured.tokens == 3 + 1
+    assert measured.loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)

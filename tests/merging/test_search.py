@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lori_trl import merge_lori_adapters
 from lori_trl.adapter.record import read_record
 from lori_trl.cli import main
-from lori_trl.evaluation import completion_loss
+from lori_trl.evaluation import CompletionLoss, completion_loss
 from lori_trl.merging.search import default_grid, search_merge_weights
 
 
@@ -153,3 +153,32 @@ def test_the_grid_of_linear_is_the_square_root_of_the_others():
     """Its weights enter the delta squared."""
     assert [weight**2 for weight in default_grid("linear")] == pytest.approx(default_grid("concat"), rel=1e-3)
     assert all(1.25 < high / low < 1.36 for low, high in pairwise(default_grid("concat")))
+
+
+def test_weights_whose_loss_is_no_number_are_never_the_best(searched, model_folder, tokenizer, monkeypatch):
+    adapters, heldout = searched
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    losses = iter([3.0, float("nan"), 2.0, float("inf")])  # of the base, and of three weights
+    monkeypatch.setattr(
+        "lori_trl.merging.search.completion_loss", lambda *_, **__: CompletionLoss(next(losses), 1, 0.0)
+    )
+    one = {"w7": read_rows(heldout)["w7"]}
+    search = search_merge_weights(adapters, one, model, tokenizer, strategy="shared", grid=(0.1, 0.2, 0.3))
+    assert search.best.weights == (0.2, 0.2)
+    assert [trial["objective"] for trial in search.record["trials"]] == [None, 2.0, None]
+    json.dumps(search.record, allow_nan=False)
+    losses = iter([3.0, float("nan")])
+    with pytest.raises(ValueError, match=r"No weights of the grid 0.1 give a loss that is a number"):
+        search_merge_weights(adapters, one, model, tokenizer, strategy="shared", grid=(0.1,))
+
+
+def test_held_out_rows_are_checked_before_the_base_is_loaded(searched, tmp_path, monkeypatch, capsys):
+    adapters, _ = searched
+    monkeypatch.setattr("lori_trl.merging.search.load_model", lambda *_, **__: pytest.fail("the base was loaded"))
+    file = tmp_path / "talk.jsonl"
+    talk = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
+    for rows, part in (([talk], "has no chat template"), ([talk, {"messages": []}], "Row 1 of `talk.jsonl` has")):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(SystemExit, match="2"):
+            main(["merge", *map(str, adapters), "--heldout", str(file), "--output_dir", str(tmp_path / "out")])
+        assert part in capsys.readouterr().err
