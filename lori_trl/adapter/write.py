@@ -124,13 +124,17 @@ def check_output_file(file: str | Path, adapter: str | Path, *, overwrite: bool 
 
 
 @contextmanager
-def staged(folder: str | Path) -> Iterator[Path]:
+def staged(folder: str | Path, *, seconds: float = 0) -> Iterator[Path]:
     """
     Yield an empty folder whose files replace those of `folder` one by one at the end, the record last.
 
     Files of an adapter that was there before and that the new one does not have are removed then, but for evaluation
     results; others are left alone. If anything fails before that, `folder` stays as it was. No other process can write
     to `folder` meanwhile.
+
+    Args:
+        folder (`str` or `Path`): where to.
+        seconds (`float`, *optional*, defaults to 0): how long to wait for another process that writes there.
 
     Raises:
         `ValueError`: a link in `folder` leads out of it.
@@ -141,7 +145,7 @@ def staged(folder: str | Path) -> Iterator[Path]:
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with sole_writer(folder), room_for(folder):
+        with sole_writer(folder, seconds=seconds), room_for(folder):
             for left_by_a_killed_save in folder.glob(".saving-*"):
                 shutil.rmtree(left_by_a_killed_save, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder, ignore_cleanup_errors=True) as stage:
@@ -211,7 +215,7 @@ def save_lori_adapter(
     Raises:
         `RuntimeError`: a tensor of the adapter is missing or incomplete. Nothing is replaced then.
     """
-    with staged(folder) as stage:
+    with staged(folder, seconds=600) as stage:  # rather late than lost
         model.save_pretrained(stage, selected_adapters=[adapter_name], state_dict=state_dict)
         if adapter_name != "default":  # PEFT puts any other name into a folder of its own
             for file in (stage / adapter_name).iterdir():

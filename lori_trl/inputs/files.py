@@ -54,20 +54,21 @@ def room_for(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def sole_writer(folder: Path, seconds: float = 0) -> Iterator[None]:
+def sole_writer(folder: Path, *, seconds: float = 0, lock_name: str = LOCK_NAME) -> Iterator[None]:
     """
     Keep other processes, and other threads, from writing to an output as long as the context lasts.
 
     Args:
         folder (`Path`): the output, which exists.
         seconds (`float`, *optional*, defaults to 0): how long to wait for another writer.
+        lock_name (`str`, *optional*): the file that is locked; who writes something else there has another.
 
     Raises:
         `FileExistsError`: another process writes to it.
     """
     from filelock import FileLock, Timeout  # not before: it takes a while
 
-    lock = FileLock(folder.resolve() / LOCK_NAME, is_singleton=True)  # one a path: who holds it may write within
+    lock = FileLock(folder.resolve() / lock_name, is_singleton=True)  # one a path: who holds it may write within
     outermost = not lock.is_locked
     try:
         lock.acquire(timeout=seconds)
@@ -82,7 +83,7 @@ def sole_writer(folder: Path, seconds: float = 0) -> Iterator[None]:
         yield
     finally:
         if outermost:
-            (folder / LOCK_NAME).unlink(missing_ok=True)
+            (folder / lock_name).unlink(missing_ok=True)
         lock.release()
 
 

@@ -60,7 +60,7 @@ def another_process(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         yield process
-        process.communicate()
+        process.kill()
 
 
 WRITERS = {
@@ -107,6 +107,13 @@ def test_who_writes_may_write_within(tmp_path):
         with pytest.raises(FileExistsError, match="another process"):
             in_a_thread(lambda: sole_writer(tmp_path).__enter__())
     in_a_thread(lambda: sole_writer(tmp_path).__enter__())
+
+
+def test_a_save_waits_for_its_turn(another_process, folder, tmp_path):
+    threading.Timer(1, another_process.stdin.close).start()
+    with staged(tmp_path / "out", seconds=30) as stage:
+        (stage / "file").write_text("x")
+    assert everything(tmp_path / "out") == {"file": b"x"}
 
 
 def in_a_thread(function) -> None:

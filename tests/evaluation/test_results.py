@@ -1,5 +1,7 @@
 """Results on file replace their own kind alone."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from evaluation.benchmark_rows import figure
 
@@ -21,6 +23,14 @@ def test_new_results_replace_their_own_kind_alone(tmp_path):
     assert results["boolq", "accuracy"]["model"] == {"name": "adapter", "base": "a/base"}
     assert [file.name for file in adapter.iterdir()] == ["eval_results.json"]
     assert str(tmp_path) not in (adapter / "eval_results.json").read_text()
+
+
+def test_evaluations_at_the_same_time_lose_no_result(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        tasks = [f"task-{number}" for number in range(24)]
+        list(pool.map(lambda task: write_results(tmp_path, records([figure(task)], str(tmp_path), None)), tasks))
+    assert sorted(result["task"] for result in read_results(tmp_path)) == sorted(tasks)
+    assert [file.name for file in tmp_path.iterdir()] == ["eval_results.json"]
 
 
 @pytest.mark.parametrize(
