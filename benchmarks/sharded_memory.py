@@ -30,7 +30,7 @@ from lori_trl.method.projections import freeze_projections
 from lori_trl.method.sharding import mask_shards
 from lori_trl.recipes.base_configs import KNOWN_CONFIGS
 from lori_trl.training.counting import count_parameters
-from lori_trl.training.launch import Engine
+from lori_trl.training.parallel_engines import Engine
 
 MODELS = {
     "8B": KNOWN_CONFIGS["meta-llama/Meta-Llama-3-8B"],

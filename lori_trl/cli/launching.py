@@ -48,7 +48,7 @@ def launch(options: Mapping[str, Any], arguments: list[str]) -> None:
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from ..training.launch import find_launch_file
+    from ..training.parallel_engines import find_launch_file
 
     call = []
     for name, value in options.items():
@@ -73,7 +73,7 @@ def engine_of(options: Mapping[str, Any]) -> Any:
         `FileNotFoundError`: there is no such launch file.
         `ValueError`: the number of processes is none.
     """
-    from ..training.launch import Engine, find_launch_file
+    from ..training.parallel_engines import Engine, find_launch_file
 
     count = options.get("num_processes")
     if count is not None and not (str(count).isdecimal() and int(count) > 0):

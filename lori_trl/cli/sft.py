@@ -78,32 +78,59 @@ def _run(arguments: list[str], launched: dict[str, Any], held: ExitStack, debug:
 
 def _dry_run(script, args, model_args, engine=None) -> None:
     from peft import PeftConfig
-    from transformers import AutoConfig
+    from transformers import AutoConfig, Trainer
     from trl import get_peft_config
 
+    from ..adapter.masks import LoriMasks
     from ..recipes.base_configs import KNOWN_CONFIGS
     from ..recipes.data import look_at_training_data
-    from ..training.counting import count_parameters
+    from ..training.counting import count_parameters, optimizer_steps
+    from ..training.parallel_engines import Engine
+    from ..training.sparse_backend import choose_backend
     from ..training.training_rows import loss_on_all_turns
 
+    engine = engine or Engine("one device", 1)
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
         peft_config = PeftConfig.from_pretrained(script.adapter_name_or_path)
     config = KNOWN_CONFIGS.get(model_args.model_name_or_path) or AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    counts = count_parameters(config, peft_config, args.sparsity)
-    base_bytes = _bytes_of_base(model_args)
-    if engine is None:
-        show(counts.table(), counts.memory_table(base_bytes))
-    else:
-        show(counts.table(), engine.table(counts, base_bytes, args.sparse_backend))
-    row = look_at_training_data(script, args.dataset_text_field)
+    masks = None
+    if args.mask_name_or_path:
+        masks = LoriMasks.from_pretrained(args.mask_name_or_path, revision=args.mask_revision)
+    counts = count_parameters(
+        config,
+        peft_config,
+        args.sparsity,
+        args.mask_granularity,
+        selected=None if masks is None else masks.num_selected,
+        calibrated=masks is None and args.calibration_method != "random",
+    )
+    optimizer = Trainer.get_optimizer_cls_and_kwargs(args)
+    density = counts.selected / counts.lora_B
+    backend, why = choose_backend(args, engine, density, calibrate=counts.calibrated, optimizer=optimizer)
+    show(counts.table(), engine.table(counts, _bytes_of_base(model_args), backend))
+    show(f"sparse_backend: {backend} ({why})")
+    row, num_rows = look_at_training_data(script, args.dataset_text_field)
     name = script.dataset_path or script.dataset_name
     if row is None:
         show(f"data: {name} was not looked at, for the Hub cannot be reached")
     else:
-        show(f"data: {name}, rows of {', '.join(row)}", *filter(None, [loss_on_all_turns(row, args)]))
+        show(
+            f"data: {name}, {'' if num_rows is None else f'{num_rows:,} '}rows of {', '.join(row)}",
+            *filter(None, [loss_on_all_turns(row, args)]),
+        )
+    batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    at_once = f"{batch} x {engine.devices} devices x {accumulated} accumulated"
+    show(f"rows a step: {batch * engine.devices * accumulated} = {at_once}")
+    phases = {"calibration": args.for_calibration()} if counts.calibrated else {}
+    for phase, phase_args in (phases | {"adaptation": args}).items():
+        fraction = args.calibration_fraction if phase == "calibration" else 1
+        steps = optimizer_steps(phase_args, num_rows, engine.devices, fraction)
+        of_packs = args.packing and phase_args.max_steps <= 0
+        known = "not known before the rows are counted" if steps is None else f"{steps:,}"
+        show(f"steps of the {phase}: {known}{' at most, for rows are packed' if of_packs and steps else ''}")
     _settle_task_name(script, args)
     show(f"task: {args.task_name}")
 

@@ -150,14 +150,17 @@ def _load_by_name(arguments: LoriScriptArguments) -> Mapping[str, Any]:
     return load_dataset(arguments.dataset_name, name=arguments.dataset_config, streaming=arguments.dataset_streaming)
 
 
-def look_at_training_data(arguments: LoriScriptArguments, text_field: str = "text") -> dict[str, Any] | None:
+def look_at_training_data(
+    arguments: LoriScriptArguments, text_field: str = "text"
+) -> tuple[dict[str, Any] | None, int | None]:
     """
     Look at the first row of the data set that the arguments name. Of one on the Hub, little more is fetched.
 
     Args and raises: as [`load_training_data`].
 
     Returns:
-        `dict[str, Any]` or `None`: the row, with the columns that TRL trains on; `None` if the Hub cannot be reached.
+        `tuple`: the row (`dict[str, Any]`), with the columns that TRL trains on, and how many rows there are (`int`),
+            which the Hub may not tell; both are `None` if it cannot be reached.
     """
     name = arguments.datasets[0].path if arguments.datasets else arguments.dataset_name
     if name is not None and not Path(name).exists() and name not in _BUILDERS:
@@ -166,14 +169,17 @@ def look_at_training_data(arguments: LoriScriptArguments, text_field: str = "tex
         except HfHubHTTPError:
             pass  # `load_dataset` says whether there is no such data set, or none for this user
         except (OfflineModeIsEnabled, httpx.HTTPError):
-            return None
+            return None, None
     if arguments.datasets:
         first = replace(arguments.datasets[0], fraction=None)
         streamed = replace(arguments, datasets=[first], streaming=True, test_split_size=None)  # type: ignore[call-arg]
     else:
         streamed = replace(arguments, dataset_streaming=True)  # type: ignore[call-arg]  # a field of TRL's
-    data = load_training_data(streamed, text_field)
-    return next(iter(data[arguments.dataset_train_split]))
+    rows = load_training_data(streamed, text_field)[arguments.dataset_train_split]
+    if isinstance(rows, Dataset):
+        return rows[0], len(rows)
+    split = None if arguments.datasets else (rows.info.splits or {}).get(arguments.dataset_train_split)
+    return next(iter(rows)), None if split is None else split.num_examples or None
 
 
 def default_task_name(arguments: LoriScriptArguments) -> str:

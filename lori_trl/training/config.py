@@ -10,6 +10,7 @@ import torch
 from trl import SFTConfig
 
 from ..adapter.layout import check_task_name
+from ..inputs.help_texts import help_from_docstring
 from ..inputs.intervals import INTERVALS, range_fault
 from ..method.layers import GRANULARITIES
 from ..method.projections import CONTRASTIVE, PROJECTION_INITS
@@ -27,7 +28,7 @@ CALIBRATION_SCHEDULES = (
     "polynomial",
     "inverse_sqrt",
 )
-
+CHOICES_OF_BACKEND = ("auto", *SPARSE_BACKENDS)
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers import TrainingArguments as Arguments
@@ -35,6 +36,7 @@ else:
     Arguments = object
 
 
+@help_from_docstring
 @dataclass
 class LoriArguments(CheckpointingFields, Arguments):
     r"""
@@ -44,185 +46,138 @@ class LoriArguments(CheckpointingFields, Arguments):
         > Parameters that control the task and its mask
 
         task_name (`str`, *optional*):
-            Name of the task: names the mask file, and with `seed` decides A. Defaults to the data set's name, or to a
-            name made from its rows where it has none. Two tasks need two names, else they share A and can't be merged
-            without interference.
+            Name of the task: names the mask file, and with `seed` decides A. Defaults to the data set's name.
+
+            Where the data set has none, the name is made from its rows. Two tasks need two names, else they share A
+            and can't be merged without interference.
         sparsity (`float`, *optional*, defaults to `0.9`):
-            Share of B's entries that stay untouched, a fraction in [0, 1). The default is the paper's LoRI-S; `0` is
-            LoRI-D: no calibration, all of B is trained. Higher: fewer trained parameters, less interference with other
-            tasks, and a higher learning rate needed.
+            Share of B's entries that stay untouched, a fraction in [0, 1). `0` is LoRI-D: no calibration, all of B is
+            trained.
+
+            The default is the paper's LoRI-S. Higher: fewer trained parameters, less interference with other tasks,
+            and a higher learning rate needed.
         mask_granularity (`str`, *optional*, defaults to `"model"`):
-            Over what the entries of B compete: `"model"`, `"module"` (attention, MLP), `"projection"`, `"layer"` or
-            `"matrix"`. The paper finds the whole model best.
+            Over what the entries of B compete for the mask. The paper finds the whole model best.
+
+            Or over every `"module"` (attention, MLP), `"projection"`, `"layer"` or `"matrix"` by itself.
         mask_name_or_path (`str`, *optional*):
-            Masks to use instead of calibrating: a folder, a file or a repository on the Hub. A fresh adapter then
-            draws the A that these masks were calibrated on.
+            Masks to use instead of calibrating: a folder, a file or a repository on the Hub.
+
+            A fresh adapter then draws the A that these masks were calibrated on.
         mask_revision (`str`, *optional*):
             Branch, tag or commit of the masks' repository on the Hub; by default the head of `main`.
         disjoint_masks (`bool`, *optional*, defaults to `False`):
-            Whether the entries of earlier tasks are out of the race when an adapter is continued (LoRAF). No task
-            then ever changes another's entries, and each can be extracted or removed later.
+            Whether the entries of earlier tasks are out of the race when an adapter is continued (LoRAF).
+
+            No task then ever changes another's entries, and each can be extracted or removed later.
 
         > Parameters that control the calibration
 
         calibration_method (`str`, *optional*, defaults to `"train"`):
-            How the mask is found. `"train"`, the paper's: all of B is trained, and what moved most is selected; it
-            costs a dense run of its own. `"gradient"`: nothing is moved; the gradients of a few batches at B0 are
-            summed up, and the entries on whose sign they agree most are selected, by |sum g| / sqrt(sum g^2); it costs
-            those batches, two float32 numbers an entry of B, and no learning rate. `"random"`: the mask is drawn from
-            `seed` and `task_name`; it costs nothing, works in one phase (so under FSDP and DeepSpeed), and needs no
-            data. What is measured of their losses is in `docs/results.md`.
+            How the mask is found: `"train"` selects what moved most in a dense run, `"gradient"` where the gradients
+            of a few batches agree in sign, `"random"` draws it.
+
+            `"train"` is the paper's way. It costs a dense run of its own. `"gradient"` moves nothing: the gradients of
+            a few batches at B0 are summed up, and the entries on whose sign they agree most are selected, by |sum g| /
+            sqrt(sum g^2). It costs those batches, two float32 numbers an entry of B, and no learning rate. `"random"`
+            draws the mask from `seed` and `task_name`. It costs nothing, works in one phase, and needs no data. What
+            is measured of their losses is in `docs/results.md`.
         calibration_learning_rate (`float`, *optional*, defaults to `5e-5`):
-            Learning rate while calibrating, when all of B is trained. The default is the paper's LoRI-D rate (Table
-            4 to 7, Llama-3-8B, r = 32). Only `"train"` has one.
+            Learning rate while calibrating, when all of B is trained.
+
+            Only `calibration_method="train"` has one. The default is the paper's LoRI-D rate (Tables 4 to 7,
+            Llama-3-8B, r = 32).
         calibration_num_train_epochs (`float`, *optional*):
-            Epochs to calibrate. Defaults to `num_train_epochs`, as in the paper. Fewer: a quicker and noisier mask.
+            Epochs to calibrate. Defaults to `num_train_epochs`, as in the paper.
+
+            Fewer: a quicker and noisier mask.
         calibration_max_steps (`int`, *optional*, defaults to `-1`):
-            Optimizer steps to calibrate, if positive; takes precedence over the epochs. `-1` falls back on
-            `max_steps` where `calibration_num_train_epochs` is unset; with `calibration_method="gradient"` on 8.
+            Optimizer steps to calibrate, if positive; takes precedence over the epochs.
+
+            `-1` falls back on `max_steps` where `calibration_num_train_epochs` is unset; with
+            `calibration_method="gradient"` on 8.
         calibration_fraction (`float`, *optional*, defaults to `1.0`):
-            Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`. Streamed data have
-            no number of rows: with them it must be 1.
+            Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`.
+
+            Streamed data have no number of rows: with them it must be 1.
         calibration_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            Schedule of the calibration's rate: `"constant"` as in the paper, `"constant_with_warmup"`, `"linear"`,
-            `"cosine"`, `"cosine_with_restarts"`, `"polynomial"` or `"inverse_sqrt"`. `lr_scheduler_type`,
-            `lr_scheduler_kwargs` and `warmup_steps` are the adaptation's alone.
+            Schedule of the calibration's learning rate.
+
+            One of `"constant"`, as in the paper, `"constant_with_warmup"`, `"linear"`, `"cosine"`,
+            `"cosine_with_restarts"`, `"polynomial"` and `"inverse_sqrt"`. `lr_scheduler_type`, `lr_scheduler_kwargs`
+            and `warmup_steps` are the adaptation's alone.
         calibration_warmup_steps (`float`, *optional*, defaults to `0`):
             Steps over which the calibration's rate rises, or their share of its steps if below 1.
         calibration_sparsities (`list[float]`, *optional*):
-            More sparsities to select masks for from the same calibration. They are saved in
-            `calibration/masks/<task>-<sparsity>.safetensors`, for `mask_name_or_path` of later runs.
+            More sparsities to select masks for, from the same calibration.
+
+            They are saved in `calibration/masks/<task>-<sparsity>.safetensors`, for `mask_name_or_path` of later runs.
 
         > Parameters that control the projection A
 
         projection_init (`str`, *optional*, defaults to `"gaussian"`):
-            Distribution of A: `"gaussian"` N(0, 1/(3 d_in)) or `"kaiming_uniform"` U(-1/sqrt(d_in), 1/sqrt(d_in)), the
-            authors' and PEFT's. Both have the same variance. `"contrastive"` takes the directions that the task's own
-            rows use and those in `protect` do not, from the base model's activations.
+            Distribution of A.
+
+            `"gaussian"` is N(0, 1/(3 d_in)); `"kaiming_uniform"` is U(-1/sqrt(d_in), 1/sqrt(d_in)), the authors' and
+            PEFT's. Both have the same variance. `"contrastive"` takes the directions that the task's own rows use and
+            those in `protect` do not, from the base model's activations.
         projection_seed (`int`, *optional*):
             Seed of A. Defaults to one derived from `seed` and `task_name` by SHA-256.
         protect (`list[str]`, *optional*):
-            What a contrastive A leaves alone: data sets on the Hub, .jsonl or .json files, folders. Rows of earlier
-            tasks, or general text. Or folders of adapters that were trained with `save_moments`. Without it, A follows
-            the task's own rows alone.
+            What a contrastive A leaves alone: data sets on the Hub, .jsonl or .json files, folders.
+
+            Rows of earlier tasks, or general text; or folders of adapters that were trained with `save_moments`.
+            Without it, A follows the task's own rows alone.
         protect_rows (`int`, *optional*, defaults to `48`):
-            Rows of every data set, and of the task's own, that a contrastive A is made from, evenly spread.
+            Rows of every data set, and of the task's own, that a contrastive A is made from.
+
+            They are evenly spread.
         protect_epsilon (`float`, *optional*, defaults to `0.1`):
-            How much of a protected direction's use counts as none, in units of the mean over all directions. Higher:
-            more of A is what the task uses most, less of it is what the protected data do not use.
+            How much of a protected direction's use counts as none, in units of the mean over all directions.
+
+            Higher: more of A is what the task uses most, less of it is what the protected data do not use.
         save_moments (`bool`, *optional*, defaults to `False`):
-            Whether the adapter carries what a later task needs to leave it alone without its rows: the 64 leading
-            directions of each layer's input over `protect_rows` of its rows, in bfloat16, 2 bytes an entry. They are
-            means over thousands of tokens; still, they tell what the rows are about.
+            Whether the adapter carries what a later task's `protect` needs in place of its rows.
+
+            That is the 64 leading directions of each layer's input over `protect_rows` of its rows, in bfloat16, 2
+            bytes an entry. They are means over thousands of tokens; still, they tell what the rows are about.
 
         > Parameters that control the training
 
-        sparse_backend (`str`, *optional*, defaults to `"packed"`):
-            `"packed"` keeps the trained entries of a matrix in one 1-D parameter, so that gradients and optimizer
-            state are a tenth of B's; `"hook"` keeps B dense and zeroes its gradient outside the mask, as the paper
-            does. Both train the same entries to the same values.
+        sparse_backend (`str`, *optional*, defaults to `"auto"`):
+            How B is trained on the mask: `"packed"` has gradients and optimizer state for the trained entries alone,
+            `"hook"` for all of B. `"auto"` is packed where that is possible and saves memory.
+
+            `"packed"` keeps the trained entries of a matrix in one 1-D parameter. `"hook"` keeps B dense and zeroes
+            its gradient outside the mask, as the paper does. Both train the same entries to the same values, unless an
+            optimizer's update depends on the shape of a parameter (Adafactor's does). For such optimizers `"auto"` is
+            hook, and so it is under ZeRO-3, under FSDP2 with a calibration, and with vLLM's rollouts. The log and the
+            record tell which one it was.
 
     Source: paper section 2.1 and Algorithm 1; defaults from Tables 4 to 7. Disjoint masks: LoRAF, section 2.2.
     """
 
-    task_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the task: names the mask file, and with `seed` decides A. Defaults to the name of the "
-            "data set."
-        },
-    )
-    sparsity: float = field(
-        default=0.9,
-        metadata={
-            "help": "Share of B's entries that stay untouched, a fraction in [0, 1). 0 is LoRI-D: no calibration, all "
-            "of B is trained."
-        },
-    )
-    mask_granularity: str = field(
-        default="model",
-        metadata={"help": "Over what the entries of B compete for the mask.", "choices": list(GRANULARITIES)},
-    )
-    mask_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Masks to use instead of calibrating: a folder, a file or a repository on the Hub."},
-    )
-    mask_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the masks' repository on the Hub."}
-    )
-    disjoint_masks: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the entries of earlier tasks are out of the race when an adapter is continued (LoRAF)."
-        },
-    )
-    calibration_method: str = field(
-        default="train",
-        metadata={
-            "help": "How the mask is found: 'train' selects what moved most in a dense run, 'gradient' where a few "
-            "batches' gradients agree in sign, 'random' draws it.",
-            "choices": list(CALIBRATION_METHODS),
-        },
-    )
-    calibration_learning_rate: float = field(
-        default=5e-5, metadata={"help": "Learning rate while calibrating, when all of B is trained."}
-    )
-    calibration_num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs to calibrate. Defaults to `num_train_epochs`, as in the paper."}
-    )
-    calibration_max_steps: int = field(
-        default=-1,
-        metadata={"help": "Optimizer steps to calibrate, if positive; takes precedence over the epochs."},
-    )
-    calibration_fraction: float = field(
-        default=1.0,
-        metadata={"help": "Share of the training rows to calibrate on, a fraction in (0, 1], drawn with `seed`."},
-    )
-    calibration_lr_scheduler_type: str = field(
-        default="constant",
-        metadata={"help": "Schedule of the calibration's learning rate.", "choices": list(CALIBRATION_SCHEDULES)},
-    )
-    calibration_warmup_steps: float = field(
-        default=0,
-        metadata={"help": "Steps over which the calibration's rate rises, or their share of its steps if below 1."},
-    )
-    calibration_sparsities: list[float] | None = field(
-        default=None,
-        metadata={"help": "More sparsities to select and save masks for, from the same calibration."},
-    )
-    projection_init: str = field(
-        default="gaussian",
-        metadata={"help": "Distribution of A.", "choices": list(PROJECTION_INITS)},
-    )
-    projection_seed: int | None = field(
-        default=None, metadata={"help": "Seed of A. Defaults to one derived from `seed` and `task_name`."}
-    )
-    protect: list[str] | None = field(
-        default=None,
-        metadata={"help": "What a contrastive A leaves alone: data sets on the Hub, .jsonl or .json files, folders."},
-    )
-    protect_rows: int = field(
-        default=48,
-        metadata={"help": "Rows of every data set, and of the task's own, that a contrastive A is made from."},
-    )
-    protect_epsilon: float = field(
-        default=0.1,
-        metadata={
-            "help": "How much of a protected direction's use counts as none, in units of the mean over all directions."
-        },
-    )
-    save_moments: bool = field(
-        default=False,
-        metadata={"help": "Whether the adapter carries what a later task's `protect` needs in place of its rows."},
-    )
-    sparse_backend: str = field(
-        default="packed",
-        metadata={
-            "help": "How B is trained on the mask: 'packed' keeps gradients and optimizer state for the trained "
-            "entries alone, 'hook' for all of B.",
-            "choices": list(SPARSE_BACKENDS),
-        },
-    )
+    task_name: str | None = None
+    sparsity: float = 0.9
+    mask_granularity: str = field(default="model", metadata={"choices": list(GRANULARITIES)})
+    mask_name_or_path: str | None = None
+    mask_revision: str | None = None
+    disjoint_masks: bool = False
+    calibration_method: str = field(default="train", metadata={"choices": list(CALIBRATION_METHODS)})
+    calibration_learning_rate: float = 5e-5
+    calibration_num_train_epochs: float | None = None
+    calibration_max_steps: int = -1
+    calibration_fraction: float = 1.0
+    calibration_lr_scheduler_type: str = field(default="constant", metadata={"choices": list(CALIBRATION_SCHEDULES)})
+    calibration_warmup_steps: float = 0
+    calibration_sparsities: list[float] | None = None
+    projection_init: str = field(default="gaussian", metadata={"choices": list(PROJECTION_INITS)})
+    projection_seed: int | None = None
+    protect: list[str] | None = None
+    protect_rows: int = 48
+    protect_epsilon: float = 0.1
+    save_moments: bool = False
+    sparse_backend: str = field(default="auto", metadata={"choices": list(CHOICES_OF_BACKEND)})
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -241,7 +196,7 @@ class LoriArguments(CheckpointingFields, Arguments):
             ("calibration_method", CALIBRATION_METHODS),
             ("calibration_lr_scheduler_type", CALIBRATION_SCHEDULES),
             ("projection_init", PROJECTION_INITS),
-            ("sparse_backend", SPARSE_BACKENDS),
+            ("sparse_backend", CHOICES_OF_BACKEND),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -329,6 +284,7 @@ class LoriArguments(CheckpointingFields, Arguments):
         return args
 
 
+@help_from_docstring
 @dataclass
 class LoriSFTConfig(LoriArguments, SFTConfig):
     """
@@ -336,23 +292,20 @@ class LoriSFTConfig(LoriArguments, SFTConfig):
 
     > [!NOTE]
     > These parameters have default values different from `SFTConfig`:
-    > - `learning_rate`: Defaults to `5e-4` instead of `2e-5` (the paper's LoRI-S, r = 32).
-    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"` (the paper's: no decay).
-    > - `truncation_mode`: Defaults to `"keep_prompt_end"` instead of `"keep_start"`: a prompt-completion row that is
-    >   longer than `max_length` loses the beginning of its prompt, then the end of its completion before the EOS.
-    >   Other rows are cut as with `"keep_start"`.
-    > - `bf16`: Defaults to `False` instead of `True` where there is no accelerator: CPUs are slow at it or refuse.
+    > - `learning_rate`: Learning rate of the adaptation, on the mask. Defaults to `5e-4` instead of `2e-5` (the
+    >   paper's LoRI-S, r = 32).
+    > - `lr_scheduler_type`: Schedule of the adaptation's learning rate. Defaults to `"constant"` instead of `"linear"`
+    >   (the paper's: no decay).
+    > - `truncation_mode`: What is kept of rows longer than `max_length`; `"keep_prompt_end"` keeps the end of the
+    >   prompt and the EOS of prompt-completion rows. Defaults to it instead of `"keep_start"`: such a row loses the
+    >   beginning of its prompt, then the end of its completion before the EOS. Other rows are cut as with
+    >   `"keep_start"`.
+    > - `bf16`: Whether to compute in bfloat16. Defaults to `False` instead of `True` where there is no accelerator:
+    >   CPUs are slow at it or refuse.
     """
 
-    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the adaptation, on the mask."})
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Schedule of the adaptation's learning rate."}
-    )
+    learning_rate: float = 5e-4
+    lr_scheduler_type: str = "constant"
     truncation_mode: str = field(
-        default="keep_prompt_end",
-        metadata={
-            "help": "What is kept of rows longer than `max_length`. 'keep_prompt_end': of prompt-completion rows the "
-            "end of the prompt and the EOS, of others the start; 'keep_start' and 'keep_end' are TRL's.",
-            "choices": ["keep_prompt_end", "keep_start", "keep_end"],
-        },
+        default="keep_prompt_end", metadata={"choices": ["keep_prompt_end", "keep_start", "keep_end"]}
     )

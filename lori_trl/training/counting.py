@@ -1,14 +1,19 @@
-"""How many parameters a run has, and how much memory it takes: from configurations alone."""
+"""How many parameters a run has: from configurations alone."""
 
+import copy
+import math
 from dataclasses import dataclass
+from decimal import Decimal
 
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, TrainingArguments
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from ..method.layers import lora_layers
+from ..method.dense_parameters import dense_counts
+from ..method.layers import lora_layers, pools
+from ..method.projections import freeze_projections
 from ..method.sparsity import num_to_select
 
 DEFAULT_SPARSITY = 0.9  # the paper's LoRI-S, for comparison in a LoRI-D run
@@ -23,15 +28,19 @@ class ParameterCounts:
         base (`int`): of the base model; all frozen.
         lora_A (`int`): of the projections; all frozen. Plain LoRA trains them.
         lora_B (`int`): of the expansions.
-        selected (`int`): entries of B on the mask: what LoRI trains.
+        selected (`int`): entries of B on the mask: what LoRI trains of B.
+        dense (`int`): what is trained besides B, by LoRA too: `modules_to_save`, `trainable_token_indices`.
         sparsity (`float`): the share of B that stays untouched, a fraction in [0, 1).
+        calibrated (`bool`): whether all of B is trained first, to find the mask.
     """
 
     base: int
     lora_A: int
     lora_B: int
     selected: int
+    dense: int
     sparsity: float
+    calibrated: bool
 
     @property
     def lora(self) -> int:
@@ -40,8 +49,8 @@ class ParameterCounts:
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of the adapter's file: A and B in float32, as PEFT saves them."""
-        return 4 * self.lora
+        """Bytes of the adapter's file: A, B and what is trained besides, in float32, as PEFT saves them."""
+        return 4 * (self.lora + self.dense)
 
     def table(self) -> Table:
         """
@@ -49,15 +58,13 @@ class ParameterCounts:
 
         Source: the column "# Params (%)" of Table 1; its shares are of the base and the adapter together.
         """
-        sparsity = self.sparsity or DEFAULT_SPARSITY
-        columns = {
-            "LoRA": self.lora,
-            "LoRI-D": self.lora_B,
-            f"LoRI-S, s = {sparsity:g}": num_to_select(sparsity, self.lora_B),
-        }
-        table = Table(
-            title=f"what would be trained; this run is LoRI-{'S' if self.sparsity else 'D'}", title_justify="left"
-        )
+        is_sparse = self.selected < self.lora_B
+        sparsity = self.sparsity if is_sparse else DEFAULT_SPARSITY
+        selected = self.selected if is_sparse else num_to_select(DEFAULT_SPARSITY, self.lora_B)
+        of_adapter = {"LoRA": self.lora, "LoRI-D": self.lora_B, f"LoRI-S, s = {sparsity:g}": selected}
+        columns = {name: trained + self.dense for name, trained in of_adapter.items()}
+        title = f"what would be trained; this run is LoRI-{'S' if is_sparse else 'D'}"
+        table = Table(title=title, title_justify="left")
         table.add_column("parameters")
         for name in columns:
             table.add_column(name, justify="right")
@@ -65,57 +72,29 @@ class ParameterCounts:
             ("base model, frozen", self.base),
             ("adapter, A", self.lora_A),
             ("adapter, B", self.lora_B),
+            *([("whole modules and tokens, without a mask", self.dense)] if self.dense else []),
         ):
             table.add_row(name, *[f"{count:,}"] * len(columns))
         table.add_row("trained", *(f"{trained:,}" for trained in columns.values()))
-        for name, whole in (("of base and adapter", self.base + self.lora), ("of plain LoRA", self.lora)):
+        adapter = self.lora + self.dense
+        for name, whole in (("of base and adapter", self.base + adapter), ("of plain LoRA", adapter)):
             table.add_row(name, *(f"{100 * trained / whole:.2f} %" for trained in columns.values()))
-        of_B = [f"{trained / self.lora_B:.8f}" for trained in columns.values()]
+        of_B = [f"{trained / self.lora_B:.8f}" for trained in of_adapter.values()]
         table.add_row("of B: the density", "", *of_B[1:])
         table.add_section()
         table.add_row("adapter file, float32", *[f"{self.adapter_bytes / 1e6:,.1f} MB"] * len(columns))
         return table
 
-    def memory(self, base_bytes: float, gpus: int) -> dict[str, float]:
-        """
-        Return the bytes per GPU that a run needs before activations, when everything is sharded over `gpus`.
 
-        With P parameters of the base, N = A + B of the adapter in float32, and T trained ones:
-
-            weights = base_bytes * P,  adapter = 4 N,  gradients = 4 T,  optimizer = 8 T  (AdamW's two moments),
-            positions = 8 T  (where in B the packed values lie)
-
-        divided by `gpus`. T is what the adaptation trains (`selected`), all of B while calibrating, A and B in LoRA.
-        Activations come on top: they depend on batch size, length and checkpointing.
-
-        Args:
-            base_bytes (`float`): bytes a parameter of the base: 4 float32, 2 bfloat16, 0.56 NF4.
-            gpus (`int`): over how many GPUs FSDP or ZeRO-3 shards; 1 for no sharding, as with DDP.
-        """
-        calibrated = self.lora_B if self.sparsity > 0 else 0
-        parts = {
-            "base weights": base_bytes * self.base,
-            "adapter weights": 4 * self.lora,
-            "training, LoRI: gradients, optimizer": 12 * self.selected,
-            "training, LoRI: positions": 8 * self.selected if calibrated else 0,
-            "calibration, LoRI: gradients, optimizer": 12 * calibrated,
-            "training, plain LoRA: gradients, optimizer": 12 * self.lora,
-        }
-        return {name: size / gpus for name, size in parts.items()}
-
-    def memory_table(self, base_bytes: float) -> Table:
-        """Return the memory per GPU as a table for the terminal."""
-        table = Table(title="memory per GPU before activations", title_justify="left")
-        table.add_column("GB")
-        columns = [self.memory(base_bytes, gpus) for gpus in (1, 8)]
-        for gpus in (1, 8):
-            table.add_column(f"{gpus} GPU{'s, sharded' if gpus > 1 else ''}", justify="right")
-        for name in columns[0]:
-            table.add_row(name, *(f"{column[name] / 1e9:,.3f}" for column in columns))
-        return table
-
-
-def count_parameters(config: PreTrainedConfig, peft_config: LoraConfig, sparsity: float) -> ParameterCounts:
+def count_parameters(
+    config: PreTrainedConfig,
+    peft_config: LoraConfig,
+    sparsity: float,
+    granularity: str = "model",
+    *,
+    selected: int | None = None,
+    calibrated: bool = True,
+) -> ParameterCounts:
     """
     Count the parameters of a run from configurations alone: no weights are loaded or allocated.
 
@@ -123,13 +102,45 @@ def count_parameters(config: PreTrainedConfig, peft_config: LoraConfig, sparsity
         config (`PreTrainedConfig`): the base model's configuration.
         peft_config (`LoraConfig`): the adapter.
         sparsity (`float`): a fraction in [0, 1).
+        granularity (`str`, *optional*, defaults to `"model"`): over what the entries of B compete.
+        selected (`int`, *optional*): how many entries given masks select; by default what the sparsity leaves.
+        calibrated (`bool`, *optional*, defaults to `True`): whether the mask is to be found by training.
 
     Source: the counts of the paper's Tables 1 and 2.
     """
+    peft_config = copy.copy(peft_config)
+    peft_config.inference_mode = False  # as a saved adapter has it, though its training goes on
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         base = model.num_parameters()
-        layers = lora_layers(get_peft_model(model, peft_config), "default").values()
-    lora_A = sum(layer.lora_A["default"].weight.numel() for layer in layers)
-    lora_B = sum(layer.lora_B["default"].weight.numel() for layer in layers)
-    return ParameterCounts(base, lora_A, lora_B, num_to_select(sparsity, lora_B), sparsity)
+        model = get_peft_model(model, peft_config)
+    freeze_projections(model, "default")
+    layers = lora_layers(model, "default")
+    lora_A = sum(layer.lora_A["default"].weight.numel() for layer in layers.values())
+    sizes = {path: layer.lora_B["default"].weight.numel() for path, layer in layers.items()}
+    if selected is None:
+        of_pools = [sum(sizes[path] for path in paths) for paths in pools(sizes, granularity).values()]
+        selected = sum(num_to_select(sparsity, size) for size in of_pools)  # rounded down in each of them
+    lora_B, dense = sum(sizes.values()), sum(dense_counts(model, "default").values())
+    return ParameterCounts(base, lora_A, lora_B, selected, dense, sparsity, calibrated and selected < lora_B)
+
+
+def optimizer_steps(args: TrainingArguments, rows: int | None, devices: int, fraction: float = 1) -> int | None:
+    """
+    Count the optimizer steps of a phase, as the Trainer does.
+
+    Args:
+        args (`TrainingArguments`): the phase's.
+        rows (`int` or `None`): how many there are.
+        devices (`int`): over how many the rows are shared out.
+        fraction (`float`, *optional*, defaults to `1`): the share of the rows that the phase sees, in (0, 1].
+
+    Returns:
+        `int` or `None`: the steps; `None` where they follow from the rows, and their number is not known.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    if rows is None:
+        return None
+    batches = math.ceil(max(1, int(Decimal(str(fraction)) * rows)) / (args.per_device_train_batch_size * devices))
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))

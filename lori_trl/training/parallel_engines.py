@@ -1,16 +1,172 @@
-"""What FSDP2 and DeepSpeed can't do with LoRI: refused before training, with what to do instead."""
+"""What spreads a run over devices: the launch files that are shipped, what each engine holds, and what it can't do."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
+import yaml
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from rich.table import Table
 from torch import Tensor
 
+from ..inputs.files import describe_fault
 from ..method.sharding import engine_dtype
 from .config import LoriArguments
+from .counting import ParameterCounts
+
+_FOLDER = Path(__file__).parent / "accelerate_configs"
+_NAMES_OF_TRL = {"multi_gpu": "ddp", "single_gpu": "single"}
+
+
+def find_launch_file(name_or_path: str) -> Path:
+    """
+    Find a launch file: a path, or the name of a shipped one, TRL's names for them too.
+
+    Raises:
+        `FileNotFoundError`: neither exists.
+    """
+    if Path(name_or_path).is_file():
+        return Path(name_or_path)
+    shipped = {file.stem: file for file in sorted(_FOLDER.glob("*.yaml"))}
+    name = _NAMES_OF_TRL.get(name_or_path, name_or_path)
+    if name not in shipped:
+        raise FileNotFoundError(
+            f"`--accelerate_config {name_or_path}` is neither a file nor a shipped launch file. Shipped are "
+            f"{', '.join(shipped)}. Pass one of these, or a file that `accelerate config` wrote."
+        )
+    return shipped[name]
+
+
+@dataclass
+class Engine:
+    """
+    What spreads a run over devices.
+
+    Args:
+        name (`str`): `"one device"`, `"DDP"`, `"FSDP2"`, `"ZeRO-2"` or `"ZeRO-3"`.
+        devices (`int`): over how many.
+    """
+
+    name: str
+    devices: int
+
+    @classmethod
+    def from_launch_file(cls, file: Path, num_processes: int | None = None) -> "Engine":
+        """
+        Read a launch file; `num_processes` overrides its number of devices.
+
+        Raises:
+            `ValueError`: it is none.
+        """
+        try:
+            launch = yaml.safe_load(file.read_text(encoding="utf-8"))
+            kind = launch["distributed_type"]
+            name = _engine_name(kind, launch["deepspeed_config"]["zero_stage"] if kind == "DEEPSPEED" else None)
+            return cls(name, 1 if name == "one device" else num_processes or launch["num_processes"])
+        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"`{file}` is no launch file ({describe_fault(error)}). `accelerate config` writes one. Correct it, "
+                "or pass the name of a shipped one."
+            ) from error
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> "Engine":
+        """Return the engine of a run that has begun."""
+        plugin = accelerator.state.deepspeed_plugin
+        stage = None if plugin is None else plugin.zero_stage
+        return cls(_engine_name(accelerator.distributed_type.value, stage), accelerator.num_processes)
+
+    @property
+    def shards_weights(self) -> bool:
+        return self.name in ("FSDP2", "ZeRO-3")
+
+    @property
+    def shards_state(self) -> bool:
+        """Whether gradients and optimizer state are sharded."""
+        return self.shards_weights or self.name == "ZeRO-2"
+
+    def held(self, counts: ParameterCounts, base_bytes: float, backend: str) -> dict[str, tuple[float, bool]]:
+        """
+        Return what a device holds before activations and gathered layers: part -> bytes, and whether it is a share.
+
+        With P parameters of the base, N = A + B of the adapter in float32, D that are trained besides B, and T that
+        are trained on the mask (all of B while calibrating and with `hook`, else the selected entries):
+
+            weights = base_bytes * P,  adapter = 4 (N + D),  gradients and AdamW's two moments = 12 (T + D),
+            values and their positions = 4 T + 8 T (`packed`),  mask = B (`hook`)
+
+        DeepSpeed in bfloat16: adapter = 2 (N + D), values = 2 T, gradients and moments = 14 (T + D), with a float32
+        copy of what is trained.
+
+        Args:
+            counts ([`ParameterCounts`]): of the run.
+            base_bytes (`float`): bytes a parameter of the base: 4 float32, 2 bfloat16, 0.56 NF4.
+            backend (`str`): `"packed"` or `"hook"`.
+        """
+        weight_bytes, state_bytes = self._bytes()
+        parts: dict[str, tuple[float, bool]] = {
+            "base weights": (base_bytes * counts.base, self.shards_weights),
+            "adapter weights": (weight_bytes * (counts.lora + counts.dense), self.shards_weights),
+        }
+        if counts.calibrated:
+            all_of_B = state_bytes * (counts.lora_B + counts.dense)
+            parts["calibration: gradients, optimizer"] = (all_of_B, self.shards_state)
+        for name, (size, share) in self._of_adaptation(counts.lora_B, counts.selected, counts.dense, backend).items():
+            parts[f"adaptation: {name}"] = (size, share)
+        return {name: (self._here(*part), part[1]) for name, part in parts.items()}
+
+    def adaptation_bytes(self, density: float, backend: str) -> float:
+        """Return what a device holds for an entry of B in the adaptation, in bytes, where a share of B is trained."""
+        return sum(self._here(*part) for part in self._of_adaptation(1, density, 0, backend).values())
+
+    def _bytes(self) -> tuple[int, int]:
+        """Return the bytes of a weight of the adapter, and of the gradient and optimizer state of a trained one."""
+        return (2, 14) if self.name.startswith("ZeRO") else (4, 12)
+
+    def _of_adaptation(self, lora_B: int, selected: float, dense: int, backend: str) -> dict[str, tuple[float, bool]]:
+        """Return what the adaptation holds over all devices: part -> bytes, and whether they share it."""
+        weight_bytes, state_bytes = self._bytes()
+        trained = selected if backend == "packed" else lora_B
+        parts: dict[str, tuple[float, bool]] = {
+            "gradients, optimizer": (state_bytes * (trained + dense), self.shards_state)
+        }
+        if selected < lora_B and backend == "packed":
+            parts["values"] = (weight_bytes * selected, self.shards_weights)
+            parts["positions"] = (8 * selected, False)
+        elif selected < lora_B:
+            parts["mask"] = (lora_B, self.name == "FSDP2")
+        return parts
+
+    def _here(self, size: float, is_share: bool) -> float:
+        return size / self.devices if is_share else size
+
+    def table(self, counts: ParameterCounts, base_bytes: float, backend: str) -> Table:
+        """Return what is sharded, what a device holds, and its peak as a table for the terminal."""
+        where = self.name if self.devices == 1 else f"each of {self.devices} devices under {self.name}"
+        table = Table(title=f"{where}, before activations and gathered layers", title_justify="left")
+        table.add_column("GB")
+        table.add_column("holds", justify="right")
+        table.add_column("which is")
+        held = self.held(counts, base_bytes, backend)
+        for name, (size, share) in held.items():
+            table.add_row(name, f"{size / 1e9:,.3f}", f"a share of 1/{self.devices}" if share else "whole")
+        phases = ("calibration", "adaptation")
+        in_phase = {phase: sum(size for name, (size, _) in held.items() if name.startswith(phase)) for phase in phases}
+        highest = max(phases, key=lambda phase: in_phase[phase])
+        weights = sum(size for name, (size, _) in held.items() if name.endswith(" weights"))
+        table.add_section()
+        table.add_row(f"at the peak, in the {highest}", f"{(weights + in_phase[highest]) / 1e9:,.3f}", "")
+        return table
+
+
+def _engine_name(distributed_type: str, zero_stage: int | None) -> str:
+    if distributed_type == "DEEPSPEED":
+        return f"ZeRO-{zero_stage}"
+    return {"NO": "one device", "FSDP": "FSDP2"}.get(distributed_type, "DDP")
 
 
 def check_engine(

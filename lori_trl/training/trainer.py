@@ -44,10 +44,11 @@ from .optimizers import (
     check_something_moved,
     phase_optimizer,
 )
-from .parallel_engines import check_engine
+from .parallel_engines import Engine, check_engine
 from .run import LoriRun
 from .saving import AdapterSaves
 from .seen import rows_seen, steps_seen
+from .sparse_backend import with_backend
 from .trackers import Trackers
 from .training_rows import have_images, name_of_data
 
@@ -135,6 +136,9 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         self._take_masks(given_masks)
         more = args.calibration_sparsities or ()
         check_selection(self.run.masks, self.run.weights, args.sparsity, args.mask_granularity, more)
+        # Now, and not when masks are selected: a run that was killed then has the same backend when it goes on.
+        optimizer = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.args = with_backend(self.args, Engine.of(self.accelerator), self.run.masks, optimizer)
         self.card_facts = CardFacts(self.model.get_base_model(), rows, self._tag_names)
         self.trackers = Trackers(self, given.get("callbacks") or ())
         self.add_callback(self.card_facts)

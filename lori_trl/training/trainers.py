@@ -1,6 +1,6 @@
 """LoRI for TRL's other trainers, in pairs as TRL has them: a config and a trainer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl import (
     DPOConfig,
@@ -15,10 +15,12 @@ from trl import (
     RLOOTrainer,
 )
 
+from ..inputs.help_texts import help_from_docstring
 from .config import LoriArguments
 from .trainer import LoriTrainerMixin
 
 
+@help_from_docstring
 @dataclass
 class LoriPolicyArguments(LoriArguments):
     """
@@ -28,19 +30,18 @@ class LoriPolicyArguments(LoriArguments):
 
     > [!NOTE]
     > These parameters have default values different from TRL's:
-    > - `calibration_learning_rate`: Defaults to `1e-5`, ten times TRL's rate for all weights, as TRL advises for LoRA.
-    > - `learning_rate`: Defaults to `1e-4`, ten times the calibration's, as in the paper (Tables 4 to 7).
-    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"` (the paper's: no decay).
+    > - `calibration_learning_rate`: Learning rate while calibrating, when all of B is trained. Defaults to `1e-5`, ten
+    >   times TRL's rate for all weights, as TRL advises for LoRA.
+    > - `learning_rate`: Learning rate of the adaptation, on the mask. Defaults to `1e-4`, ten times the calibration's,
+    >   as in the paper (Tables 4 to 7).
+    > - `lr_scheduler_type`: Schedule of the adaptation's learning rate. Defaults to `"constant"` instead of `"linear"`
+    >   (the paper's: no decay).
     > - `bf16`: Defaults to `False` instead of `True` where there is no accelerator: CPUs are slow at it or refuse.
     """
 
-    calibration_learning_rate: float = field(
-        default=1e-5, metadata={"help": "Learning rate while calibrating, when all of B is trained."}
-    )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the adaptation, on the mask."})
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Schedule of the adaptation's learning rate."}
-    )
+    calibration_learning_rate: float = 1e-5
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "constant"
 
 
 @dataclass
@@ -103,6 +104,7 @@ class LoriRLOOTrainer(LoriTrainerMixin, RLOOTrainer):
     config_class = LoriRLOOConfig
 
 
+@help_from_docstring
 @dataclass
 class LoriRewardConfig(LoriArguments, RewardConfig):
     """
@@ -110,15 +112,15 @@ class LoriRewardConfig(LoriArguments, RewardConfig):
 
     > [!NOTE]
     > These parameters have default values different from `RewardConfig`:
-    > - `learning_rate`: Defaults to `5e-4` instead of `1e-4` (the paper's LoRI-S, r = 32). The head has it too.
-    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"` (the paper's: no decay).
+    > - `learning_rate`: Learning rate of the adaptation, on the mask, and of the head. Defaults to `5e-4` instead of
+    >   `1e-4` (the paper's LoRI-S, r = 32).
+    > - `lr_scheduler_type`: Schedule of the adaptation's learning rate. Defaults to `"constant"` instead of `"linear"`
+    >   (the paper's: no decay).
     > - `bf16`: Defaults to `False` instead of `True` where there is no accelerator: CPUs are slow at it or refuse.
     """
 
-    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the adaptation, on the mask."})
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Schedule of the adaptation's learning rate."}
-    )
+    learning_rate: float = 5e-4
+    lr_scheduler_type: str = "constant"
 
 
 class LoriRewardTrainer(LoriTrainerMixin, RewardTrainer):

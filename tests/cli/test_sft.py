@@ -460,7 +460,7 @@ def test_an_unknown_launch_file(capsys):
 @pytest.mark.parametrize(
     ("engine", "base", "state", "extra"),
     [
-        (["fsdp2", "--sparse_backend", "hook"], "2.008 │ a share of 1/8", "0.066 │ a share of 1/8", "mask"),
+        (["fsdp2"], "2.008 │ a share of 1/8", "0.066 │ a share of 1/8", "mask"),
         (["zero2", "--num_processes", "4"], "16.061 │ whole", "0.015 │ a share of 1/4", "positions"),
     ],
 )
@@ -469,6 +469,74 @@ def test_a_dry_run_says_what_each_device_holds(engine, base, state, extra, capsy
     rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
     assert base in rows["base weights"] and state in rows["adaptation: gradients, optimizer"]
     assert f"adaptation: {extra}" in rows
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "rows_a_step"),
+    [
+        ("single", "packed", 32),
+        ("ddp", "packed", 256),
+        ("fsdp2", "hook", 256),
+        ("fsdp2_multinode", "hook", 512),
+        ("zero2", "packed", 256),
+        ("zero3", "hook", 256),
+    ],
+)
+def test_the_default_recipe_runs_with_every_launch_file(name, backend, rows_a_step, capsys):
+    assert sft(["--accelerate_config", name, "--recipe", "code_lori_s.yaml", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert f"sparse_backend: {backend} (" in shown and f"rows a step: {rows_a_step} = 8 x " in shown
+    assert "at the peak, in the " in shown
+
+
+def test_a_dry_run_counts_what_the_run_trains(call, tmp_path, capsys):
+    """Whole modules, pools that are rounded down by themselves, given masks, and the optimizer's backend."""
+    sft([*call, "--task_name", "first"])
+    selected = LoriMasks.from_pretrained(tmp_path / "out").num_selected
+    capsys.readouterr()
+    call = [*call[:4], "--output_dir", str(tmp_path / "two"), "--dry-run"]
+
+    def trained(*more) -> tuple[int, str]:
+        assert sft([*call, *more]) == 0
+        shown = capsys.readouterr().out
+        row = next(line.split("│")[1:-1] for line in shown.splitlines() if "│ trained" in line)
+        return int(row[-1].replace(",", "")), shown
+
+    assert trained()[0] == selected
+    by_matrix, _ = trained("--mask_granularity", "matrix", "--sparsity", "0.83")
+    assert by_matrix < trained("--sparsity", "0.83")[0]
+    with_head, shown = trained("--lora_modules_to_save", "lm_head")
+    assert with_head == selected + 3200 and "whole modules and tokens" in shown
+    given, shown = trained("--mask_name_or_path", str(tmp_path / "out"), "--sparsity", "0.5")
+    assert given == selected and "calibration" not in shown
+    assert "sparse_backend: hook (the update of Adafactor depends on" in trained("--optim", "adafactor")[1]
+    shown = trained("--gradient_accumulation_steps", "6", "--calibration_max_steps", "-1")[1]
+    assert "rows a step: 24 = 4 x 1 devices x 6 accumulated" in shown and "32 rows of prompt, completion" in shown
+    assert "steps of the calibration: 2\nsteps of the adaptation: 2\n" in shown
+
+
+def test_a_dry_run_counts_steps_as_the_trainer_does(call, tmp_path, capsys):
+    """30 batches of rows are in no whole number of steps; the calibration sees half of the rows, twice."""
+    epochs = ["--max_steps", "-1", "--num_train_epochs", "1.5", "--per_device_train_batch_size", "3"]
+    calibration = [
+        "--calibration_max_steps",
+        "-1",
+        "--calibration_fraction",
+        "0.5",
+        "--calibration_num_train_epochs",
+        "2",
+    ]
+    options = [*epochs, *calibration, "--gradient_accumulation_steps", "2"]
+    assert sft([*call, *options, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert sft([*call, *options]) == 0
+    run = json.loads((tmp_path / "out" / "lori_config.json").read_text())
+    assert f"steps of the calibration: {run['calibration']['steps']}\n" in shown
+    assert f"steps of the adaptation: {run['training']['steps']}\n" in shown
+    assert sft([*call, *epochs, "--packing", "--dry-run"]) == 0
+    assert "at most, for rows are packed" in capsys.readouterr().out
+    assert sft([*call, *epochs, "--calibration_max_steps", "-1", "--dataset_name", "a/b", "--dry-run"]) == 0
+    assert "steps of the adaptation: not known before" in capsys.readouterr().out
 
 
 def test_help_shows_lori_s_own_options_first_in_groups():

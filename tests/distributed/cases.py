@@ -25,6 +25,7 @@ CASES = {
     "with new tokens": {"trainable_token_indices": [3, 5]},
     "packed": {"sparse_backend": "packed"},
     "packed, given masks": {"sparse_backend": "packed", "mask_name_or_path": "sgd, model-wide"},
+    "chosen backend": {"sparse_backend": "auto"},
     "bfloat16": {"bf16": True},
     "undisturbed": {},
     "undisturbed, again": {},

@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from lori_trl.training.launch import find_launch_file
+from lori_trl.training.parallel_engines import find_launch_file
 
 HERE = Path(__file__).parent
 SECONDS = 600  # a launch takes up to a minute and a half on two quiet cores
