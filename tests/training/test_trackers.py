@@ -1,6 +1,7 @@
 """Every phase is a run of its own in every tracker, named after it, with its own arguments."""
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -76,6 +77,7 @@ class Config(dict):
 def mlflow_module(recorded) -> ModuleType:
     module = ModuleType("mlflow")
     module.__version__ = "3.0.0"
+    module.__spec__ = ModuleSpec("mlflow", None)  # transformers asks for it, to know what is installed
     module.utils = SimpleNamespace(
         validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=1000)
     )
