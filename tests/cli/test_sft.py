@@ -580,7 +580,7 @@ def test_that_all_turns_bear_loss_is_told(call, tmp_path, model_folder, capsys):
     shown = capsys.readouterr().out
     assert told not in shown and "⟦w2 </s>⟧" in shown and "⟦w1" not in shown
     (tmp_path / "bare.jinja").write_text(make_chat_tokenizer().chat_template)
-    bare = ["--assistant_only_loss", "--chat_template_path", str(tmp_path / "bare.jinja")]
+    bare = ["--overwrite", "--assistant_only_loss", "--chat_template_path", str(tmp_path / "bare.jinja")]
     fails(
         [*call, *bare], capsys, "bare.jinja` has no {% generation %}", "pass it as `--chat_template_path FILE.jinja`"
     )
