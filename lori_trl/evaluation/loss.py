@@ -24,18 +24,11 @@ _COMPLETED = "a prompt and a completion, messages with an answer of the assistan
 
 @dataclass(frozen=True)
 class CompletionLoss:
-    """
-    The loss on held-out completions.
+    """The loss on held-out completions."""
 
-    Args:
-        loss (`float`): mean negative log-likelihood of a completion token, in nats.
-        tokens (`int`): how many tokens that is the mean of.
-        stderr (`float`): standard error of the loss, rows taken as drawn at random; in nats.
-    """
-
-    loss: float
-    tokens: int
-    stderr: float
+    loss: float  # mean negative log-likelihood of a completion token, in nats
+    tokens: int  # how many tokens that is the mean of
+    stderr: float  # standard error of the loss, rows taken as drawn at random; in nats
 
 
 @torch.no_grad()

@@ -20,14 +20,6 @@ class SequenceResults:
     """
     The figures of every task after every stage of learning one task after another.
 
-    Args:
-        stages (`tuple[str, ...]`): the base model, then the adapter after each of the n tasks.
-        sets (`tuple[str, ...]`): the n tasks' data, in the order in which they were learnt; then what belongs to none
-            of them, such as general text.
-        metrics (`tuple[str, ...]`): of each set: `loss`, in nats, or the name of a score, in [0, 1].
-        values (`tuple[tuple[float, ...], ...]`): `(stages, sets)`.
-        stderr (`tuple[tuple[float | None, ...], ...]`): `(stages, sets)`, their standard errors over rows.
-
     Raises:
         `ValueError`: there are fewer sets than tasks.
 
@@ -35,11 +27,13 @@ class SequenceResults:
     first row, here the base model, is their vector b.
     """
 
-    stages: tuple[str, ...]
+    stages: tuple[str, ...]  # the base model, then the adapter after each of the n tasks
+    # the n tasks' data, in the order in which they were learnt; then what belongs to none of them, such as general
+    # text
     sets: tuple[str, ...]
-    metrics: tuple[str, ...]
-    values: tuple[tuple[float, ...], ...]
-    stderr: tuple[tuple[float | None, ...], ...]
+    metrics: tuple[str, ...]  # of each set: `loss`, in nats, or the name of a score, in [0, 1]
+    values: tuple[tuple[float, ...], ...]  # `(stages, sets)`
+    stderr: tuple[tuple[float | None, ...], ...]  # `(stages, sets)`, their standard errors over rows
 
     def __post_init__(self):
         if len(self.sets) < self.tasks:

@@ -28,24 +28,16 @@ class Plan:
     """
     How the sources become one adapter.
 
-    Args:
-        sources (`Sequence[AdapterFolder]`): the adapters.
-        method (`str`): one of `METHODS`.
-        density (`float` or `None`): what the pruning methods keep, a fraction in (0, 1].
-        seed (`int`): of the random numbers of `dare` and `dare_ties`.
-        base (`str` or `None`): the base model's name.
-        svd_rank (`int`, *optional*): what `svd` is to leave; by default the highest rank of the sources.
-
     Attributes:
         lost (`dict[str, float]`): module path -> the share of its delta's norm that `svd` has lost, in [0, 1].
     """
 
-    sources: Sequence[AdapterFolder]
-    method: str
-    density: float | None
-    seed: int
-    base: str | None
-    svd_rank: int | None = None
+    sources: Sequence[AdapterFolder]  # the adapters
+    method: str  # one of `METHODS`
+    density: float | None  # what the pruning methods keep, a fraction in (0, 1]
+    seed: int  # of the random numbers of `dare` and `dare_ties`
+    base: str | None  # the base model's name
+    svd_rank: int | None = None  # what `svd` is to leave; by default the highest rank of the sources
     lost: dict[str, float] = field(default_factory=dict, init=False)
 
     @cached_property

@@ -32,16 +32,10 @@ _MAX_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Trial:
-    """
-    Weights that were tried.
+    """Weights that were tried."""
 
-    Args:
-        weights (`tuple[float, ...]`): one for each adapter.
-        losses (`dict[str, float]`): held-out set -> loss of a completion token, in nats.
-    """
-
-    weights: tuple[float, ...]
-    losses: dict[str, float]
+    weights: tuple[float, ...]  # one for each adapter
+    losses: dict[str, float]  # held-out set -> loss of a completion token, in nats
 
     @property
     def objective(self) -> float:
@@ -52,20 +46,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """
-    A search for the weights of a merge.
+    """A search for the weights of a merge."""
 
-    Args:
-        strategy (`str`): `"shared"` or `"coordinate"`.
-        grid (`tuple[float, ...]`): the weights that were tried for an adapter.
-        base (`Trial`): the base model alone, all weights 0.
-        trials (`list[Trial]`): in the order in which they were tried.
-    """
-
-    strategy: str
-    grid: tuple[float, ...]
-    base: Trial
-    trials: list[Trial]
+    strategy: str  # `"shared"` or `"coordinate"`
+    grid: tuple[float, ...]  # the weights that were tried for an adapter
+    base: Trial  # the base model alone, all weights 0
+    trials: list[Trial]  # in the order in which they were tried
 
     @property
     def best(self) -> Trial:

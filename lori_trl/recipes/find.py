@@ -147,18 +147,11 @@ def foreign_code(recipe: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class RecipeField:
-    """
-    A key that a recipe may have.
+    """A key that a recipe may have."""
 
-    Args:
-        action (`argparse.Action`): the option that it is on the command line.
-        hint (`Any`): its type in the configuration's class; `None` where there is no class.
-        is_mapping (`bool`): whether it takes a mapping.
-    """
-
-    action: argparse.Action
-    hint: Any
-    is_mapping: bool
+    action: argparse.Action  # the option that it is on the command line
+    hint: Any  # its type in the configuration's class; `None` where there is no class
+    is_mapping: bool  # whether it takes a mapping
 
     @property
     def several(self) -> bool:

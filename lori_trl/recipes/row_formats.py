@@ -39,20 +39,12 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 @dataclass(frozen=True)
 class RowFormat:
-    """
-    What a data set's rows are, told by the first of them.
+    """What a data set's rows are, told by the first of them."""
 
-    Args:
-        columns (`tuple[str, ...]`): those that TRL trains on.
-        texts (`tuple[str, ...]`): of these, those that hold text or messages.
-        conversational (`bool`): whether they hold messages.
-        convert (`Callable[[Mapping[str, Any]], dict[str, Any]]`):
-            makes a row of these columns of a row as it was read. Raises [`RowFault`].
-    """
-
-    columns: tuple[str, ...]
-    texts: tuple[str, ...]
-    conversational: bool
+    columns: tuple[str, ...]  # those that TRL trains on
+    texts: tuple[str, ...]  # of these, those that hold text or messages
+    conversational: bool  # whether they hold messages
+    # makes a row of these columns of a row as it was read. Raises [`RowFault`]
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
 
     @property

@@ -30,44 +30,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Benchmark:
-    """
-    A benchmark.
+    """A benchmark."""
 
-    Args:
-        name (`str`): as in `lori eval --tasks`.
-        source (`str`): a name on the Hub, or the address of a JSON file.
-        config (`str`, *optional*): the configuration on the Hub.
-        split (`str`, *optional*): the split on the Hub; all of them together by default.
-        load (`dict`, *optional*): more arguments of `load_dataset`.
-        gated (`bool`): whether its terms must be accepted on the Hub first.
-        sizes (`tuple[int, ...]`): how many rows it has had on the Hub, newest first; empty where that is not known.
-    """
-
-    name: str
-    source: str
-    config: str | None = None
-    split: str | None = None
-    load: dict[str, Any] = field(default_factory=dict)
-    gated: bool = False
-    sizes: tuple[int, ...] = ()
+    name: str  # as in `lori eval --tasks`
+    source: str  # a name on the Hub, or the address of a JSON file
+    config: str | None = None  # the configuration on the Hub
+    split: str | None = None  # the split on the Hub; all of them together by default
+    load: dict[str, Any] = field(default_factory=dict)  # more arguments of `load_dataset`
+    gated: bool = False  # whether its terms must be accepted on the Hub first
+    sizes: tuple[int, ...] = ()  # how many rows it has had on the Hub, newest first; empty where that is not known
 
 
 @dataclass(frozen=True)
 class Task:
-    """
-    A task of the paper: what it is trained and tested on.
+    """A task of the paper: what it is trained and tested on."""
 
-    Args:
-        name (`str`): as in recipes.
-        source (`str`): the training data: a name on the Hub, or the address of a JSON file to download.
-        config (`str`, *optional*): the configuration on the Hub.
-        benchmarks (`tuple[Benchmark]`): the benchmarks.
-    """
-
-    name: str
-    source: str
-    benchmarks: tuple[Benchmark, ...]
-    config: str | None = None
+    name: str  # as in recipes
+    source: str  # the training data: a name on the Hub, or the address of a JSON file to download
+    benchmarks: tuple[Benchmark, ...]  # the benchmarks
+    config: str | None = None  # the configuration on the Hub
 
 
 # The folders of LLM-Adapters (Hu et al. 2023); the sets are on no Hub in this form.

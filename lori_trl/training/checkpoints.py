@@ -30,20 +30,13 @@ _OF_THE_ADAPTER = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "
 
 @dataclass(frozen=True)
 class Found:
-    """
-    What an earlier run has left for one that resumes.
+    """What an earlier run has left for one that resumes."""
 
-    Args:
-        phase (`str`):
-            How far that run was, one of `lori_trl.adapter.record.PHASES`: `"new"` where nothing is to be resumed;
-            `"calibrated"` where the calibration is done and the adaptation has no checkpoint yet.
-        folder (`Path` or `None`): the checkpoint, or the folder of the finished calibration.
-        record ([`LoriRecord`] or `None`): the record in it.
-    """
-
+    # How far that run was, one of `lori_trl.adapter.record.PHASES`: `"new"` where nothing is to be resumed;
+    # `"calibrated"` where the calibration is done and the adaptation has no checkpoint yet
     phase: str = "new"
-    folder: Path | None = None
-    record: LoriRecord | None = None
+    folder: Path | None = None  # the checkpoint, or the folder of the finished calibration
+    record: LoriRecord | None = None  # the record in it
 
     def checkpoint(self, phase: str) -> str | None:
         """Return the checkpoint to resume a phase from; None where that phase begins anew."""

@@ -18,18 +18,11 @@ _NOT_THE_DATA = {"activation_offloading", "learning_rate", "model_init_kwargs"}
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """
-    A row after chat template, tokenization, truncation and packing.
+    """A row after chat template, tokenization, truncation and packing."""
 
-    Args:
-        pieces (`list[tuple[str, bool]]`): its text in order, and whether the tokens of a piece bear loss.
-        num_tokens (`int`): tokens.
-        num_with_loss (`int`): tokens that bear loss. The first one never does: nothing predicts it.
-    """
-
-    pieces: list[tuple[str, bool]]
-    num_tokens: int
-    num_with_loss: int
+    pieces: list[tuple[str, bool]]  # its text in order, and whether the tokens of a piece bear loss
+    num_tokens: int  # tokens
+    num_with_loss: int  # tokens that bear loss. The first one never does: nothing predicts it
 
 
 def preview_rows(

@@ -24,44 +24,26 @@ logger = get_logger(__name__)
 
 @dataclass
 class LoriRun:
-    """
-    The state of a run: all that [`LoriTrainerMixin`] keeps beside what the Trainer has.
+    """The state of a run: all that [`LoriTrainerMixin`] keeps beside what the Trainer has."""
 
-    Args:
-        task (`str`): the task that is trained.
-        adapter_name (`str`): the adapter that is trained, as PEFT knows it.
-        lora_layers (`dict[str, LoraLayer]`): module path -> PEFT's layer, sorted by path.
-        earlier_masks (`dict[str, LoriMasks]`): the adapter's other tasks, oldest first -> their masks.
-        earlier_tasks (`list[TaskRecord]`): what is on record of them.
-        masks ([`LoriMasks`] or `None`): M, the entries of B that this task trains; `None` until they are selected.
-        projection ([`Projection`]): which A the adapter has.
-        feasible ([`LoriMasks`] or `None`):
-            The entries that no earlier task has; `None` where all are free, or may be shared.
-        phase (`str`): how far the run is: one of `lori_trl.adapter.record.PHASES`.
-        calibration ([`Calibration`] or `None`): how the masks were found; `None` where they were given.
-        calibration_log (`list[dict]`): what the calibration logged.
-        id (`str` or `None`): the run's identity, drawn when it begins; the same where it is resumed.
-        trainer_attributes (`frozenset[str]`): what TRL's trainer made; see [`counters_set_back`].
-        shard_hooks (`list[RemovableHandle]`): the hooks that mask FSDP2's shards in the phase that goes on.
-        moments (`dict[str, LowRank]` or `None`): module path -> those of its input, where the adapter carries them.
-        initial_weights (`dict[str, Tensor]`): module path -> B0 `(out_features, rank)`, B as it is now, on the CPU.
-    """
-
-    task: str
-    adapter_name: str
-    lora_layers: dict[str, "LoraLayer"]
-    earlier_masks: dict[str, LoriMasks]
-    earlier_tasks: list[TaskRecord]
-    trainer_attributes: frozenset[str]
-    masks: LoriMasks | None = None
-    projection: Projection = field(default_factory=lambda: Projection(None, None, ""))
+    task: str  # the task that is trained
+    adapter_name: str  # the adapter that is trained, as PEFT knows it
+    lora_layers: dict[str, "LoraLayer"]  # module path -> PEFT's layer, sorted by path
+    earlier_masks: dict[str, LoriMasks]  # the adapter's other tasks, oldest first -> their masks
+    earlier_tasks: list[TaskRecord]  # what is on record of them
+    trainer_attributes: frozenset[str]  # what TRL's trainer made; see [`counters_set_back`]
+    masks: LoriMasks | None = None  # M, the entries of B that this task trains; `None` until they are selected
+    projection: Projection = field(default_factory=lambda: Projection(None, None, ""))  # which A the adapter has
+    # The entries that no earlier task has; `None` where all are free, or may be shared
     feasible: LoriMasks | None = None
-    phase: str = "new"
-    calibration: Calibration | None = None
-    calibration_log: list[dict[str, Any]] = field(default_factory=list)
-    id: str | None = None
+    phase: str = "new"  # how far the run is: one of `lori_trl.adapter.record.PHASES`
+    calibration: Calibration | None = None  # how the masks were found; `None` where they were given
+    calibration_log: list[dict[str, Any]] = field(default_factory=list)  # what the calibration logged
+    id: str | None = None  # the run's identity, drawn when it begins; the same where it is resumed
+    # the hooks that mask FSDP2's shards in the phase that goes on
     shard_hooks: list["RemovableHandle"] = field(default_factory=list)
-    moments: dict[str, LowRank] | None = None
+    moments: dict[str, LowRank] | None = None  # module path -> those of its input, where the adapter carries them
+    # module path -> B0 `(out_features, rank)`, B as it is now, on the CPU
     initial_weights: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self):
