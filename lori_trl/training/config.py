@@ -101,7 +101,7 @@ class LoriArguments(CheckpointingFields, Arguments):
 
             Streamed data have no number of rows: with them it must be 1.
         calibration_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            Schedule of the calibration's learning rate.
+            Schedule of the calibration.
 
             One of `"constant"`, as in the paper, `"constant_with_warmup"`, `"linear"`, `"cosine"`,
             `"cosine_with_restarts"`, `"polynomial"` and `"inverse_sqrt"`. `lr_scheduler_type`, `lr_scheduler_kwargs`
