@@ -133,7 +133,7 @@ class LoriArguments(CheckpointingFields, Arguments):
 
             They are evenly spread.
         protect_epsilon (`float`, *optional*, defaults to `0.1`):
-            How much of a protected direction's use counts as none, in units of the mean over all directions.
+            How much use of a protected direction counts as none, in units of the mean.
 
             Higher: more of A is what the task uses most, less of it is what the protected data do not use.
         save_moments (`bool`, *optional*, defaults to `False`):
