@@ -48,7 +48,7 @@ def sft_completion_parser() -> argparse.ArgumentParser:
     add_print_completion(parser)
     schema = json.loads((shipped_folder("recipes") / "recipe.schema.json").read_text(encoding="utf-8"))
     fields = schema["definitions"]["training"]["properties"]
-    for name in ("recipe", "accelerate_config", "num_processes", "help_all", *fields):
+    for name in dict.fromkeys(("recipe", "accelerate_config", "num_processes", "help_all", *fields)):
         field = fields.get(name, {})
         parser.add_argument(
             f"--{name}", choices=field.get("enum"), help=field.get("description", "").replace("%", "%%")

@@ -100,7 +100,6 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
                 "`--dataset_path held_out.jsonl`."
             )
         held_out = _held_out(paths, options.limit)
-    tokenizers = _tokenizers(options, base_name, held_out)
     tasks = {}
     if options.tasks:
         tasks = load_tasks(
@@ -112,6 +111,7 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
             allow_code_execution=options.allow_code_execution,
             require_isolation=options.require_isolation,
         )
+    tokenizers = _tokenizers(options, base_name, held_out)
     compared, on_file = {}, []
 
     def measure(name: str, label: str, model, tokenizer, base: str | None) -> None:

@@ -57,7 +57,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         check_lora_config(given["peft_config"], fresh=True)
     elif isinstance(model, PeftModel):
         check_one_adapter(model)
-        check_lora_config(model.peft_config[model.active_adapters[0]], fresh=is_fresh(model))
+        config = model.peft_config[model.active_adapters[0]]
+        check_lora_config(config, fresh=False)  # before its layers are looked at: they may be no linear ones
+        if is_fresh(model):
+            check_lora_config(config, fresh=True)
         _check_adapters(model)
     else:
         raise ValueError(
@@ -140,7 +143,7 @@ def _check_trackers(args: LoriArguments) -> None:
     if missing:
         raise ImportError(
             f"`report_to={missing[0]!r}` is not installed. Installed are: {', '.join(installed) or 'none'}. Run "
-            "`pip install 'lori_trl[tracking]'` for TensorBoard, install the tracker that you mean, or pass "
+            "`pip install tensorboard` for TensorBoard, install the tracker that you mean, or pass "
             "`report_to='none'`."
         )
 

@@ -98,7 +98,8 @@ def test_the_oldest_goes_when_the_cache_is_full_but_nothing_in_use(source, tmp_p
 
 def test_adapters_of_an_organisation_on_the_hub(tmp_path, monkeypatch):
     with HubServer() as server, client_of(server, tmp_path / "home", monkeypatch):
-        push_lori_to_hub(trained_adapter(), "me/code", include=("compact",))
+        folder = shutil.copytree(trained_adapter(), tmp_path / "code")
+        push_lori_to_hub(folder, "me/code", include=("compact",))
         store = AdapterStore("me", tmp_path / "cache", GB)
         assert weights(store.find("code", BASE)).keys() == weights(trained_adapter()).keys()
         assert store.find("nothing", BASE) is None
