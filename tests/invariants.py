@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from lori_trl.method.dense_parameters import dense_parameters
-from lori_trl.method.projections import draw_projection
+from lori_trl.method.projections import draw_projection, fingerprint, projections
 from lori_trl.method.sparsity import num_to_select
 
 TOKENS = torch.arange(3, 33).view(2, 15)
@@ -49,6 +49,18 @@ def top_k(saliency: dict[str, torch.Tensor], sparsity: float) -> dict[str, torch
     chosen &= flat > 0
     parts = chosen.split([saliency[path].numel() for path in sorted(saliency)])
     return {path: part.view_as(saliency[path]) for path, part in zip(sorted(saliency), parts, strict=True)}
+
+
+def check_trained(trainer):
+    """B moved on the mask and nowhere else; A did not."""
+    moved = 0
+    for path, weight in trainer.weights.items():
+        B = weight.detach().cpu()
+        assert torch.equal(B[~trainer.masks[path]], trainer.run.initial_weights[path][~trainer.masks[path]])
+        assert torch.isfinite(B).all()
+        moved += int((B != trainer.run.initial_weights[path]).sum())
+    assert moved > 0.8 * trainer.masks.num_selected
+    assert fingerprint(projections(trainer.model, "default")) == trainer.projection.fingerprint
 
 
 def check_run(trainer, base, *, inputs=None, tolerance: float = 0.0) -> None:

@@ -50,6 +50,7 @@ from .saving import AdapterSaves
 from .seen import rows_seen, steps_seen
 from .sparse_backend import with_backend
 from .trackers import Trackers
+from .trained_values import trained_values, undo_cast
 from .training_rows import have_images, name_of_data
 
 logger = get_logger(__name__)
@@ -109,8 +110,12 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         if args.mask_name_or_path:
             given_masks = LoriMasks.from_pretrained(args.mask_name_or_path, revision=args.mask_revision)
 
+        before = trained_values(model) if isinstance(model, PeftModel) else None
+
         super().__init__(**given)
 
+        adapter_name = self.model.active_adapters[0]
+        undo_cast(self.model, adapter_name, before, to_float32=not self.is_deepspeed_enabled)
         self.run = self._begin_with_adapter(task)
         self.recipe = None
         # Algorithm 1, lines 1 to 5: A is drawn once, for both phases, and B is zero; a continued adapter keeps both.

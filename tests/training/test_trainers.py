@@ -112,6 +112,18 @@ def test_the_five_invariants(llama, classifier, tmp_path, name, changes):
         assert any("score" in name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad)
 
 
+@pytest.mark.parametrize("name", sorted(PAIRS))
+def test_a_4bit_base_keeps_the_adapter_in_float32(llama, classifier, tmp_path, name):
+    base = copy.deepcopy(classifier if name == "Reward" else llama)
+    base.is_loaded_in_4bit = True  # TRL asks for no more before it casts what is trained
+    trainer = make(name, base, tmp_path)
+    trained = [each for each in trainer.model.parameters() if each.requires_grad]
+    A = [layer.lora_A["default"].weight for layer in trainer.lora_layers.values()]
+    assert {each.dtype for each in (*trained, *A)} == {torch.float32}
+    if name == "Reward":
+        assert torch.equal(trainer.model.base_model.model.score.modules_to_save["default"].weight, base.score.weight)
+
+
 def test_what_trl_1_8_cannot_do_is_refused_by_its_name(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(compat, "version", lambda name: "1.8.0")
     with pytest.raises(ValueError, match=r"`precompute_ref_log_probs=True` with rows in memory needs TRL 1\.9"):
