@@ -268,7 +268,7 @@ def test_a_longer_run_is_the_same_run(make_trainer, tmp_path):
         ({"lr_scheduler_type": "cosine_with_min_lr"}, ValueError, "makes no schedule.*Pass them as `lr_scheduler_kw"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, ValueError, "makes no schedule"),
         ({"calibration_sparsities": [0.5, 0.9999999]}, ValueError, "`calibration_sparsities=0.9999999` with"),
-        ({"report_to": "comet_ml"}, ImportError, "`report_to='comet_ml'` is not installed. Installed are.*install the tracker"),
+        ({"report_to": "comet_ml"}, ImportError, "`report_to='comet_ml'` is not installed.*install the tracker"),
     ],
 )
 def test_what_would_fail_after_the_calibration_fails_before(make_trainer, changes, error, message):
