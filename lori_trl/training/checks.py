@@ -79,6 +79,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if isinstance(rows, IterableDataset):
         args.check_streaming()
     check_output(args.output_dir, overwrite=True)
+    _check_rollouts(args)
     _check_trackers(args)
     _check_schedule(args)
     if args.warmup_steps and args.lr_scheduler_type == "constant":
@@ -133,6 +134,17 @@ def _check_adapters(model: PeftModel) -> None:
             f"The adapter's name {clashing[0]!r} is a part of the names of the model's modules. PEFT would leave out "
             "tensors when it saves. Allowed is a name that no module has. Make or load the adapter under another "
             "`adapter_name`."
+        )
+
+
+def _check_rollouts(args: LoriArguments) -> None:
+    """Refuse rollouts for which GRPO and RLOO cast the model in place, with all that is trained."""
+    half = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    if half is not None and vars(args).get("use_transformers_continuous_batching"):
+        raise ValueError(
+            f"`use_transformers_continuous_batching=True` with `{'bf16' if args.bf16 else 'fp16'}=True`: the model "
+            f"would be cast to {half} at each generation, A and B with it. Allowed with it is float32, or rollouts of "
+            "another kind. Pass `bf16=False` and `fp16=False`, or leave it unset."
         )
 
 

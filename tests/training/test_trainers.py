@@ -124,6 +124,13 @@ def test_a_4bit_base_keeps_the_adapter_in_float32(llama, classifier, tmp_path, n
         assert torch.equal(trainer.model.base_model.model.score.modules_to_save["default"].weight, base.score.weight)
 
 
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_rollouts_that_would_round_the_adapter_are_refused(llama, tmp_path, name):
+    """TRL casts the whole model, A and B with it, in place before each generation."""
+    with pytest.raises(ValueError, match="would be cast to bfloat16 at each generation, A and B with it"):
+        make(name, llama, tmp_path, use_transformers_continuous_batching=True, bf16=True)
+
+
 def test_what_trl_1_8_cannot_do_is_refused_by_its_name(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(compat, "version", lambda name: "1.8.0")
     with pytest.raises(ValueError, match=r"`precompute_ref_log_probs=True` with rows in memory needs TRL 1\.9"):
