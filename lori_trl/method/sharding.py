@@ -86,17 +86,27 @@ def assign(weight: nn.Parameter, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def change(weight: nn.Parameter, before: Tensor) -> Tensor:
+def change(weight: nn.Parameter, before: Tensor, *, with_deepspeed: bool = False) -> Tensor:
     """
     Return how far a parameter has moved, in float32: a `DTensor` stays one, everything else comes to the CPU, whole.
 
     Args:
         weight (`nn.Parameter`): the parameter.
         before (`Tensor`): the whole of what it was, on the CPU.
+        with_deepspeed (`bool`, *optional*, defaults to `False`):
+            whether DeepSpeed trains it: what counts is then its copy in float32, of which the parameter is a rounding.
     """
     if isinstance(weight, DTensor):
         return weight.detach().float() - shard_like(before.float(), weight)
-    return gather(weight).cpu().float() - before.float()
+    exact = _float32_copy(weight) if with_deepspeed and weight.requires_grad else None
+    return (gather(weight) if exact is None else exact).cpu().float() - before.float()
+
+
+def _float32_copy(weight: nn.Parameter) -> Tensor | None:
+    """Return DeepSpeed's copy of what it trains, whole on every rank; None where it has none."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(weight)
 
 
 def mask_shards(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | None) -> list[RemovableHandle]:

@@ -287,7 +287,8 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         if self.args.calibration_method == "gradient":
             optimizer = self.optimizer.optimizer  # accelerate's wrapper holds it
             return {path: to_cpu(optimizer.saliency(weight)) for path, weight in self.weights.items()}
-        return {path: change(weight, self.run.initial_weights[path]) for path, weight in self.weights.items()}
+        before, engine = self.run.initial_weights, self.is_deepspeed_enabled
+        return {path: change(weight, before[path], with_deepspeed=engine) for path, weight in self.weights.items()}
 
     def _select(self, saliency: dict[str, Tensor], sparsity: float, task: str) -> LoriMasks:
         """Select the entries of largest saliency, of those that are feasible."""
