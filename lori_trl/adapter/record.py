@@ -14,14 +14,15 @@ from ..method.layers import GRANULARITIES
 from ..method.lora_fields import DECIDE_THE_DELTA, UNSET
 from ..method.projections import Projection
 from .layout import FORMAT_VERSION, MAX_JSON_BYTES, RECORD_NAME, check_task_name, check_version
-from .record_fields import Calibration, Counts, Merge, TaskRecord, Training
+from .record_fields import Calibration, Counts, Merge, Scalar, TaskRecord, Training
 
 # How far a run is: nothing is trained; all of B is being trained for the mask; the mask is selected and B is set back;
 # B is being, or was, trained on the mask.
 PHASES = ("new", "calibrating", "calibrated", "adapting")
 # Hyperparameters that a run which is resumed in its adaptation need not have in common with the one that began: it may
 # be made longer.
-_LENGTH = ("max_steps", "num_train_epochs")
+LENGTH = ("max_steps", "num_train_epochs")
+_ROUNDING = ("activation_checkpointing",)  # what changes no more than the last digits
 VARIANTS = ("LoRI-D", "LoRI-S", "merged")
 
 
@@ -202,11 +203,11 @@ class LoriRecord:
             folder (`str` or `Path`): where, for the message.
         """
         ours, theirs = self.training or Training(base_model=None), earlier.training or Training(base_model=None)
-        names = [*(theirs.hyperparameters or {}), *(ours.hyperparameters or {})]
+        names = [name for name in (*_settings(theirs), *_settings(ours)) if name not in _ROUNDING]
         if earlier.phase == "adapting":
-            names = [name for name in names if name not in _LENGTH]
+            names = [name for name in names if name not in LENGTH]
         mine, other = self._identity(names), earlier._identity(names)
-        for name in sorted(mine, key=lambda name: name in names):  # the hyperparameters last: they follow from others
+        for name in sorted(mine, key=lambda name: name in names):  # the settings last: they follow from others
             if (own := mine[name]) != other[name]:
                 raise ValueError(
                     f"`{folder}` was trained with {name} {other[name]}, this run has {own}. A run resumes with the "
@@ -214,10 +215,11 @@ class LoriRecord:
                     "these, or start anew in another `output_dir`."
                 )
 
-    def _identity(self, hyperparameters: Iterable[str]) -> dict[str, Any]:
+    def _identity(self, settings: Iterable[str]) -> dict[str, Any]:
         run = self.training or Training(base_model=None)
-        return {name: (run.hyperparameters or {}).get(name, "its default") for name in hyperparameters} | {
+        return {name: _settings(run).get(name, "its default") for name in settings} | {
             "base_model": None if run.base_model is None else run.base_model.name,
+            "quantization": None if run.base_model is None else run.base_model.quantization,
             "task": self.task,
             "projection": self.projection,
             "sparsity": self.sparsity,
@@ -293,6 +295,10 @@ class LoriRecord:
     def to_json(self) -> str:
         """Return the contents of `lori_config.json`."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _settings(run: Training) -> dict[str, Scalar]:
+    return {**(run.hyperparameters or {}), **(run.settings or {})}
 
 
 def read_record(folder: str | Path, *, allow_modified: bool = False) -> LoriRecord:

@@ -49,7 +49,7 @@ class TrainingData:
     id: str | None  # the data set's Hub name
     rows: int | None  # how many; unknown for a stream
     conversational: bool  # whether they are conversations
-    fingerprint: str | None = left_out()  # SHA-256 of the first 100 of them
+    fingerprint: str | None = left_out()  # SHA-256 of 100 of them, first and last included
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Training:
     license: str | None = None  # the base model's, where the Hub names it
     tags: tuple[str, ...] | None = left_out()  # of the trainer, e.g. `sft`
     hyperparameters: dict[str, Scalar] | None = left_out()  # those that differ from their defaults
+    # what else decides the outcome: a number, or the beginning of the SHA-256 of what may be private
+    settings: dict[str, Scalar] | None = left_out()
     world_size: int | None = left_out()  # processes
     device: str | None = left_out()  # of each
     steps: int | None = left_out()  # optimizer steps of the adaptation

@@ -1,9 +1,8 @@
 """What a card says of a run, gathered while it runs."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,12 @@ from ..adapter.card import hub_id
 from ..adapter.record_fields import BaseModel, Losses, Scalar, Training, TrainingData
 from ..hub.compat import httpx
 from .base_model import quantization
+from .optimizers import OptimizerClass
+from .run_settings import hyperparameters, other_settings
 from .training_rows import fingerprint_rows
 
 _OF_ADAPTERS = re.compile(r"\.(lora_|modules_to_save\.|trainable_tokens_)")
 _MAX_LOSSES = 20  # rows of the card's table
-
-# What decides the outcome of a run. Names of folders, of the Hub and of logging services are not among them.
-_HYPERPARAMETERS = """
-    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio num_train_epochs max_steps
-    per_device_train_batch_size gradient_accumulation_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
-    max_grad_norm label_smoothing_factor neftune_noise_alpha seed data_seed bf16 fp16 activation_checkpointing
-    max_length truncation_mode packing packing_strategy padding_free completion_only_loss assistant_only_loss
-    loss_type average_tokens_across_devices optim_args dataloader_drop_last
-    beta label_smoothing num_generations num_iterations steps_per_generation max_completion_length temperature top_p
-    top_k epsilon entropy_coef scale_rewards desirable_weight undesirable_weight
-    sparsity mask_granularity disjoint_masks calibration_method calibration_learning_rate
-    calibration_num_train_epochs calibration_max_steps calibration_fraction calibration_lr_scheduler_type
-    calibration_warmup_steps projection_init protect_rows protect_epsilon sparse_backend
-""".split()
 
 
 class CardFacts(TrainerCallback):
@@ -47,12 +34,22 @@ class CardFacts(TrainerCallback):
         model (`PreTrainedModel`): the base model.
         rows (`Dataset` or `IterableDataset`): the training data as they were given.
         tags (`Sequence[str]`): the trainer's.
+        given (`Mapping[str, bool | int | float | str]`): what decides the outcome and comes from no argument.
 
     Attributes:
         training ([`Training`]): the facts so far.
+        optimizer (`tuple[type, dict]` or `None`): the `optimizer_cls_and_kwargs` that the trainer was given.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: Dataset | IterableDataset, tags: Sequence[str]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Dataset | IterableDataset,
+        tags: Sequence[str],
+        given: Mapping[str, Scalar],
+    ):
+        self.given = given
+        self.optimizer: OptimizerClass | None = None
         self.training = Training(
             base_model=_base_model_facts(model),
             dataset=_dataset_facts(rows),
@@ -60,12 +57,7 @@ class CardFacts(TrainerCallback):
         )
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.training = replace(
-            self.training,
-            hyperparameters=hyperparameters(args),
-            world_size=args.world_size,
-            device=_device_name(args.device),
-        )
+        self.training = replace(self.of_phase(args), device=_device_name(args.device))
         base_model = self.training.base_model
         base_id = base_model.id if base_model is not None else None
         if base_id is not None and self.training.license is None and state.is_world_process_zero:
@@ -81,6 +73,15 @@ class CardFacts(TrainerCallback):
             losses=_losses(state.log_history),
         )
 
+    def of_phase(self, args: TrainingArguments) -> Training:
+        """Return the facts with the settings of a phase."""
+        return replace(
+            self.training,
+            hyperparameters=hyperparameters(args, self.optimizer),
+            settings=dict(self.given) | other_settings(args, self.optimizer),
+            world_size=args.world_size,
+        )
+
     @property
     def rows(self) -> int | None:
         """How many rows were given; None for a stream."""
@@ -91,18 +92,6 @@ class CardFacts(TrainerCallback):
         dataset = self.training.dataset
         if dataset is not None and hub_id(dataset_name) is not None:
             self.training = replace(self.training, dataset=replace(dataset, id=dataset_name))
-
-
-def hyperparameters(args: TrainingArguments) -> dict[str, Scalar]:
-    """Return what of the arguments decides the outcome of a run and differs from its default."""
-    defaults = {field.name: field.default for field in fields(args) if field.default is not MISSING}
-    values = {name: vars(args)[name] for name in _HYPERPARAMETERS if name in vars(args)}
-    values = {name: json.dumps(value) if isinstance(value, (dict, list)) else value for name, value in values.items()}
-    return {
-        name: value.value if hasattr(value, "value") else value
-        for name, value in values.items()
-        if value != defaults.get(name) and isinstance(value, (bool, int, float, str))
-    }
 
 
 def _base_model_facts(model: PreTrainedModel) -> BaseModel:

@@ -16,16 +16,24 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from ..adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_JSON_BYTES, RECORD_NAME, RUN_NAME, masks_name
-from ..adapter.record import LoriRecord, read_record
+from ..adapter.record import LENGTH, LoriRecord, read_record
 from ..adapter.safetensors import opened
 from ..inputs.files import read_json, replacing
-from .card_facts import hyperparameters
+from .card_facts import CardFacts
 from .config import LoriArguments
 
 logger = get_logger(__name__)
 
 # Settings of the adapter that decide what is trained, beside its matrices' shapes.
-_OF_THE_ADAPTER = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+_OF_THE_ADAPTER = (
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+)
 
 
 @dataclass(frozen=True)
@@ -78,33 +86,57 @@ def find_run(resume_from_checkpoint: str | bool | None, args: LoriArguments, tas
 
 
 def check_same_run(
-    folder: Path, earlier: LoriRecord, record: LoriRecord, args: LoriArguments, adapter_config: LoraConfig
+    folder: Path,
+    earlier: LoriRecord,
+    record: LoriRecord,
+    args: LoriArguments,
+    card_facts: CardFacts,
+    adapter_config: LoraConfig,
 ) -> None:
     """
-    Check that a checkpoint is of a run like this one.
+    Check that a checkpoint is of a run like this one. Warn where the run goes on in another way than undisturbed.
 
     Args:
         folder (`Path`): the checkpoint.
         earlier ([`LoriRecord`]): its record.
         record ([`LoriRecord`]): this run's.
         args ([`LoriArguments`]): this run's.
+        card_facts ([`CardFacts`]): this run's.
         adapter_config (`LoraConfig`): this run's.
 
     Raises:
         `ValueError`: it is of another one.
     """
-    if record.training is None:
-        return
     phase_args = args if earlier.phase == "adapting" else args.for_calibration()
-    training = replace(record.training, hyperparameters=hyperparameters(phase_args), world_size=args.world_size)
+    training = card_facts.of_phase(phase_args)
     replace(record, training=training).check_same_run(earlier, folder)
     saved, own = read_json(folder / ADAPTER_CONFIG, MAX_JSON_BYTES), adapter_config.to_dict()
     for name in _OF_THE_ADAPTER:
-        if (saved.get(name) or None) != (own[name] or None):
+        if _plain(saved.get(name)) != _plain(own[name]):
             raise ValueError(
                 f"`{folder}` was trained with {name} {saved.get(name)}, this run has {own[name]}. A run resumes with "
                 "the adapter's settings that it began with. Correct them, or start anew in another `output_dir`."
             )
+    if earlier.phase == "calibrated":
+        return
+    if args.ignore_data_skip:
+        logger.warning(
+            "`ignore_data_skip=True`: the run goes on with the first rows again. The adapter will not be that of an "
+            "undisturbed run. Leave it unset to go on with the rows that come next."
+        )
+    before = earlier.training.hyperparameters if earlier.training is not None else None
+    longer = [name for name in LENGTH if (before or {}).get(name) != (training.hyperparameters or {}).get(name)]
+    if longer and phase_args.lr_scheduler_type not in ("constant", "constant_with_warmup"):
+        logger.warning(
+            f"`{longer[0]}` is another than the run began with, and `lr_scheduler_type="
+            f"{phase_args.lr_scheduler_type.value}` follows from it: the rates go on as those of a run of the new "
+            "length. The adapter will not be that of an undisturbed run."
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting of PEFT's as JSON has it: what is empty is unset, and names have no order."""
+    return sorted(value) if isinstance(value, (list, set, tuple)) and value else value or None
 
 
 def logged_before(folder: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from ..method.sharding import change, gather
 from .run import LoriRun
 
 OptimizerClass = tuple[Any, dict[str, Any]]
+# With these, an optimizer is made for matrices that somebody has chosen: B's, and not what is packed of them.
+ARE_PARAMETERS = {"params", "model", "optimizer_dict"}
 
 
 def phase_optimizer(given: OptimizerClass | None, learning_rate: float, run_rate: float) -> OptimizerClass | None:

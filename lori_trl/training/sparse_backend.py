@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from ..adapter.masks import LoriMasks
 from .config import LoriArguments
+from .optimizers import ARE_PARAMETERS
 from .parallel_engines import Engine
 
 logger = get_logger(__name__)
 
 Optimizer = tuple[Any, Mapping[str, Any]]  # its class, and what it is made with besides parameters
-# With these, an optimizer is made for matrices that somebody has chosen: B's, and not what is packed of them.
-_ARE_PARAMETERS = {"params", "model", "optimizer_dict"}
 
 
 def with_backend(args: LoriArguments, engine: Engine, masks: LoriMasks | None, optimizer: Optimizer) -> LoriArguments:
@@ -100,7 +99,7 @@ def _depends_on_shape(optimizer: Optimizer, device: torch.device) -> bool:
     Raises:
         `ValueError`: it moves entries that have no gradient.
     """
-    if _ARE_PARAMETERS & set(optimizer[1]):
+    if ARE_PARAMETERS & set(optimizer[1]):
         return True
     # Other numbers in every entry and step. The mask has no whole column left out: that one, Muon would leave alone.
     # Outside of the mask B is not zero, as in a continued adapter.

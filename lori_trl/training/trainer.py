@@ -46,6 +46,7 @@ from .optimizers import (
 )
 from .parallel_engines import Engine, check_engine
 from .run import LoriRun
+from .run_settings import what_is_given
 from .saving import AdapterSaves
 from .seen import rows_seen, steps_seen
 from .sparse_backend import with_backend
@@ -144,7 +145,10 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         # Now, and not when masks are selected: a run that was killed then has the same backend when it goes on.
         optimizer = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.args = with_backend(self.args, Engine.of(self.accelerator), self.run.masks, optimizer)
-        self.card_facts = CardFacts(self.model.get_base_model(), rows, self._tag_names)
+        base = self.model.get_base_model()
+        rewards = vars(self).get("reward_func_names")  # of GRPO and RLOO
+        decisive = what_is_given(base, self.processing_class, reward_funcs=rewards)
+        self.card_facts = CardFacts(base, rows, self._tag_names, decisive)
         self.trackers = Trackers(self, given.get("callbacks") or ())
         self.add_callback(self.card_facts)
         self.callback_handler.callbacks.insert(0, PhaseCallback(self))
@@ -205,6 +209,7 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             `RuntimeError`: the optimizer moved frozen entries.
         """
         run = self.run
+        self.card_facts.optimizer = self.optimizer_cls_and_kwargs
         found = find_run(resume_from_checkpoint, self.args, run.task)
         self._take_over(found)
         self._note_run()
@@ -432,7 +437,7 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             take_over_projection(self.model, run.adapter_name, found.folder)
             run.projection = own
         adapter_config = self.model.peft_config[run.adapter_name]
-        check_same_run(found.folder, found.record, self.record, self.args, adapter_config)
+        check_same_run(found.folder, found.record, self.record, self.args, self.card_facts, adapter_config)
         run.id = found.record.training.run if found.record.training is not None else None
         if found.phase in ("calibrated", "adapting"):
             run.calibration = found.record.calibration

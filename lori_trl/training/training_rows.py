@@ -34,9 +34,15 @@ def name_of_data(rows: Dataset | IterableDataset) -> str:
 
 
 def fingerprint_rows(rows: Dataset | IterableDataset) -> str:
-    """Return SHA-256 of the first 100 rows, in hexadecimal. Of images and the like only their kind counts."""
-    first_rows = json.dumps(list(islice(rows, 100)), sort_keys=True, default=lambda value: type(value).__name__)
-    return hashlib.sha256(first_rows.encode()).hexdigest()
+    """
+    Return SHA-256 of 100 rows, in hexadecimal: spread evenly from the first to the last, of a stream the first ones.
+
+    Of images and the like only their kind counts.
+    """
+    if isinstance(rows, Dataset) and len(rows) > 100:
+        rows = rows.select([round(i * (len(rows) - 1) / 99) for i in range(100)])
+    taken = json.dumps(list(islice(rows, 100)), sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(taken.encode()).hexdigest()
 
 
 def check_not_empty(rows: Dataset | IterableDataset | None) -> None:

@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from tiny import Stop, lora_config
+import torch
+from datasets import concatenate_datasets
+from tiny import Stop, lora_config, make_chat_tokenizer, make_llama, make_rows
 
 from lori_trl.adapter.record import read_record
 
@@ -62,3 +64,86 @@ def test_what_is_trained_besides_is_on_record_and_in_the_card(make_trainer, tmp_
     card = (tmp_path / "out" / "README.md").read_text()
     table = card[card.index("| parameters | count |") :].partition("\n\n")[0]
     assert "| besides, without a mask: lm_head.weight | 3,200 |" in table and "| this trains | " in table
+
+
+# ---- what decides the result, whether or not a card shows it -------------------------------------------------------
+
+
+ONE = {"save_strategy": "steps", "save_steps": 1}
+
+
+def stop_early(make_trainer, optimizer=None, **changes):
+    trainer = make_trainer(callbacks=[Stop("adapting")], calibration_method="random", **ONE | changes)
+    trainer.optimizer_cls_and_kwargs = optimizer
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def resume(make_trainer, optimizer=None, **changes):
+    trainer = make_trainer(calibration_method="random", **ONE | changes)
+    trainer.optimizer_cls_and_kwargs = optimizer
+    trainer.train(resume_from_checkpoint=True)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "difference"),
+    [
+        ((torch.optim.SGD, {}), (torch.optim.Adagrad, {}), "optim SGD, this run has Adagrad"),
+        ((torch.optim.SGD, {}), None, "optim SGD, this run has its default"),
+        ((torch.optim.SGD, {}), (torch.optim.SGD, {"momentum": 0.9}), "optimizer_kwargs .*, this run has"),
+    ],
+)
+def test_another_optimizer_class_is_another_run(make_trainer, tmp_path, before, after, difference):
+    stop_early(make_trainer, before)
+    with pytest.raises(ValueError, match=f"was trained with {difference}"):
+        resume(make_trainer, after)
+    resume(make_trainer, before).save_model()
+    assert read_record(tmp_path / "out").training.hyperparameters["optim"] == "SGD"
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy its default"),
+        ({"shuffle_dataset": True}, "shuffle_dataset its default, this run has True"),
+        ({"accelerator_config": {"even_batches": False}}, "accelerator_config its default, this run has sha256:"),
+        ({"pad_to_multiple_of": 16}, "pad_to_multiple_of its default, this run has 16"),
+        ({"max_length": None}, "max_length its default, this run has none"),
+        ({"processing_class": make_chat_tokenizer()}, "chat_template its default, this run has sha256:"),
+        ({"model": make_llama().bfloat16(), "peft_config": lora_config()}, "dtype float32, this run has bfloat16"),
+        ({"peft_config": lora_config(modules_to_save=["lm_head"])}, "modules_to_save None, this run has"),
+    ],
+)
+def test_every_setting_that_decides_the_result_is_compared(make_trainer, changes, difference):
+    stop_early(make_trainer)
+    with pytest.raises(ValueError, match=f"was trained with {difference}"):
+        resume(make_trainer, **changes)
+
+
+def test_what_does_not_decide_the_result_may_change(make_trainer, tmp_path, caplog):
+    stop_early(make_trainer)
+    free = {"logging_steps": 2, "save_steps": 2, "save_total_limit": 1, "per_device_eval_batch_size": 1}
+    free |= {"dataloader_num_workers": 1, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": make_rows()}
+    resume(make_trainer, **free, activation_checkpointing=True, run_name="again", max_steps=6)
+    assert "undisturbed" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"lr_scheduler_type": "cosine"}, {"max_steps": 6}, "lr_scheduler_type=cosine"),
+        ({}, {"ignore_data_skip": True}, "ignore_data_skip=True"),
+    ],
+)
+def test_a_resume_that_is_not_the_same_run_says_so(make_trainer, caplog, before, after, words):
+    stop_early(make_trainer, **before)
+    resume(make_trainer, **before, **after)
+    assert words in caplog.text and "not be that of an undisturbed run" in caplog.text
+
+
+def test_rows_behind_the_first_hundred_count(make_trainer):
+    rows = concatenate_datasets([make_rows()] * 5)
+    stop_early(make_trainer, train_dataset=rows)
+    with pytest.raises(ValueError, match="was trained with data"):
+        resume(make_trainer, train_dataset=rows.select([*range(110), *reversed(range(110, 160))]))
