@@ -207,6 +207,42 @@ def test_the_line_for_vllm(changes, says):
     assert line is None if says is None else line[0].endswith(says)
 
 
+GRADIENT = {"method": "gradient", "steps": 3, "samples": 48, "loss": 0.7}
+DENSE = {"variant": "LoRI-D", "sparsity": 0.0, "calibration": None, "threshold": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "those that moved most when all of B was trained for 300 steps, after which B was set back"),
+        ({"calibration": GRADIENT}, "those on whose sign the gradients of 3 batches agreed most"),
+        ({"calibration": {"method": "random", "seed": 7}}, "They were drawn at random."),
+        ({"calibration": None}, "The mask that names them was given to the run."),
+        ({"granularity": "matrix"}, "Then the 10 % of each matrix that moved most"),
+        (DENSE, "all of B was trained, without a mask. That is 52.5 % of what LoRA trains."),
+        ({"projection": {**LORI["projection"], "init": "contrastive"}}, "A was computed from the base model's activ"),
+    ],
+)
+def test_a_card_tells_what_its_run_did(changes, says):
+    """And nothing of other variants, nor what was not measured: how tasks go together."""
+    config = changed(**changes)
+    if config["variant"] == "LoRI-D":
+        config["counts"]["selected"] = config["counts"]["lora_B"]
+    text = render_model_card(record(config), PEFT, None if changes is DENSE else masks())
+    assert says in text
+    assert not re.search("short|hardly|interfere(?!nce in Multi)|apart", text)
+    assert ("Losses while training on the mask" in text) == (changes is not DENSE)
+
+
+@pytest.mark.parametrize(("samples", "says"), [(18000, "300 steps on 18,000 rows at"), (None, "300 steps at")])
+def test_a_card_counts_rows_and_says_that_they_were_packed(samples, says):
+    config = changed(calibration={**LORI["calibration"], "samples": samples})
+    config["training"]["hyperparameters"]["packing"] = True
+    text = render_model_card(record(config), PEFT, masks())
+    assert says in text and "18,000 rows, packed: a sequence of the training holds several rows." in text
+    assert "packed:" not in single()
+
+
 def test_a_card_says_that_the_base_was_in_4_bits():
     config = changed()
     assert "bitsandbytes" not in render_model_card(record(config), PEFT, masks())

@@ -86,7 +86,7 @@ def test_what_lies_beside_the_merge(lori_adapters, tmp_path):
     for name in ("adapter_model.safetensors", "adapter_config.json", "lori_config.json", "masks/math.safetensors"):
         assert (merged / name).read_bytes() == (again / name).read_bytes()
     card = (merged / "README.md").read_text()
-    assert "# Merged LoRI adapter: code-math" in card and "| math | 0.4 |" in card
+    assert "# Merged adapter: code-math" in card and "| math | 0.4 |" in card
     assert str(tmp_path) not in card + (merged / "lori_config.json").read_text()
     with safe_open(merged / "adapter_model.safetensors", framework="pt") as opened:
         A = {module_path(name): opened.get_tensor(name) for name in opened.keys() if ".lora_A." in name}  # noqa: SIM118
