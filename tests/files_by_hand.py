@@ -7,11 +7,16 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from lori_trl.adapter.record import LoriRecord
 from lori_trl.adapter.record_fields import Counts, TaskRecord
 from lori_trl.adapter.safetensors import hash_tensor
+
+
+def read_tensors(file: Path) -> dict:
+    """Read a file that will be written anew: older safetensors write into the very file that `load_file` maps."""
+    return load(file.read_bytes())
 
 
 def change_record(folder: Path, change: Callable[[dict], None]) -> None:
@@ -37,7 +42,7 @@ def change_config(folder: Path, **changes) -> None:
 def change_tensors(folder: Path, change: Callable[[dict], None]) -> None:
     """Change the tensors of an adapter, and the record with them."""
     file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
+    tensors = read_tensors(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     hashes = {name: hash_tensor(tensor) for name, tensor in sorted(tensors.items())}
@@ -59,7 +64,7 @@ def mutate_compact(file: Path, mutate: Callable[[dict], object], fits: bool) -> 
 
 def _read_compact(file: Path) -> tuple[dict, dict]:
     with safe_open(file, framework="pt") as opened:
-        return json.loads(opened.metadata()["lori_compact"]), load_file(file)
+        return json.loads(opened.metadata()["lori_compact"]), read_tensors(file)
 
 
 def _write_compact(file: Path, metadata: object, tensors: dict, fits: bool) -> None:
@@ -78,7 +83,7 @@ def mutate_masks(file: Path, mutate: Callable[[dict], object], fits: bool) -> No
     """Put what `mutate` returns in the place of a mask file's metadata; its checksum fits or is the old one."""
     with safe_open(file, framework="pt") as opened:
         values = json.loads(opened.metadata()["lori_masks"])
-    packed = load_file(file)
+    packed = read_tensors(file)
     values = mutate(values)
     if fits and isinstance(values, dict):
         values.pop("sha256", None)

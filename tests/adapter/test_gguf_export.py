@@ -7,8 +7,9 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from files_by_hand import read_tensors
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny import lora_config, trained_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -218,7 +219,7 @@ def test_a_base_that_nobody_names(base, model_folder, tmp_path, caplog):
 def test_files_of_half_precision_are_written_in_float32(base, tmp_path):
     save_plain(base, tmp_path / "plain")
     weights = tmp_path / "plain" / "adapter_model.safetensors"
-    save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights)
+    save_file({name: tensor.bfloat16() for name, tensor in read_tensors(weights).items()}, weights)
     file = export_gguf(tmp_path / "plain", tmp_path / "out.gguf")
     assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors} == {"F32"}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from files_by_hand import change_config
+from files_by_hand import change_config, read_tensors
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny import make_llama, trained_adapter
 
 from lori_trl import cli, load_lori_adapter, merge_lori_adapters, push_lori_to_hub
@@ -30,7 +30,7 @@ def folder(tmp_path) -> Path:
 
 def rewrite(folder: Path, change) -> None:
     file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
+    tensors = read_tensors(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
 

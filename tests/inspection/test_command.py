@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from files_by_hand import change_tensors
+from files_by_hand import change_tensors, read_tensors
 from inspection.adapters import matrices, random_masks, write
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lori_trl.cli import main
 
@@ -24,7 +24,7 @@ def refused(capsys, *arguments: object) -> str:
 
 def spoil(folder: Path, name: str) -> None:
     file = folder / "adapter_model.safetensors"
-    state = load_file(file)
+    state = read_tensors(file)
     first = sorted(state)[0]
     if name.endswith("plain LoRA"):
         (folder / "lori_config.json").unlink()

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from files_by_hand import read_tensors
 from hub_server import HubServer, client_of
 from inspection.adapters import ALPHA, cosine, dense, matrices, random_masks, write
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lori_trl.compact import export_compact
 from lori_trl.inspection import inspect_adapters, inspection_sections
@@ -146,7 +147,7 @@ def test_the_share_of_the_largest_entries_is_that_of_sorted_ones(tmp_path):
 def test_entries_outside_every_mask_are_reported(tmp_path):
     weights = matrices(1)
     folder = write(tmp_path / "a", weights, [random_masks("code", weights, 0.3, 1)])
-    state = load_file(folder / "adapter_model.safetensors")
+    state = read_tensors(folder / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
     outside = int((state[name] == 0).sum())
     save_file(state | {name: torch.ones_like(state[name])}, folder / "adapter_model.safetensors")
