@@ -40,14 +40,14 @@ def export_compact(
 
     Raises:
         `FileNotFoundError`: the folder holds no complete LoRI adapter.
-        `FileExistsError`: `file` exists.
+        `FileExistsError`: `file` exists, or is being written.
         `ValueError`: `file` lies in the adapter's folder, or a file of the adapter is unreadable or changed.
     """
     folder, file = Path(folder), Path(file)
     check_output_file(file, folder, overwrite=overwrite)
     with open_adapter(folder, allow_modified=allow_modified) as adapter:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as partial:
+        with replacing(file, seconds=0) as partial:
             write_compact(partial, adapter.contents(), dtype)
             check_output_file(file, folder, overwrite=overwrite)  # another process may have been faster
         if any("chat_template" in name for name in adapter.tokenizer):

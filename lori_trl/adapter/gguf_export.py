@@ -53,7 +53,7 @@ def export_gguf(
     Raises:
         `ImportError`: the package `gguf` is not installed.
         `FileNotFoundError`: the adapter or the base's config does not exist.
-        `FileExistsError`: a file exists.
+        `FileExistsError`: a file exists, or is being written.
         `ValueError`: the file lies in the adapter's folder, a file of the adapter is unreadable or changed, or
             llama.cpp has no place for what it holds.
     """
@@ -70,7 +70,7 @@ def export_gguf(
         check_plain(source, "exported to GGUF")
         config = _base_config(source, base_model)
         names = _tensor_names(source, config)
-        with replacing(modelfile) as text, replacing(file) as partial:
+        with replacing(file, seconds=0) as partial, replacing(modelfile, seconds=0) as text:
             text.write_text(_modelfile(file, source.base or base_name(base_model)), encoding="utf-8")
             _write(partial, source, config, names)
             for output in (file, modelfile):

@@ -103,7 +103,7 @@ def write_results(folder: str | Path, new: Sequence[Mapping[str, Any]]) -> Path:
     """
     replaced = {(result["task"], result["metric"]) for result in new}
     file = Path(folder) / EVAL_RESULTS_NAME
-    with sole_writer(Path(folder), seconds=60, lock_name=f".{file.name}.lock"):  # another evaluation may add its own
+    with sole_writer(file, seconds=60, beside=True):  # another evaluation may add its own
         kept = [result for result in read_results(folder) if (result["task"], result["metric"]) not in replaced]
         write_file(file, [*kept, *new])
     return file

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,23 +20,39 @@ LOCK_NAME = ".lori_trl.lock"  # in a folder that is being written
 
 
 @contextmanager
-def replacing(file: str | Path) -> Iterator[Path]:
+def replacing(file: str | Path, *, seconds: float = 60) -> Iterator[Path]:
     """
     Yield a path beside a file to write to, which no other writer has; it takes the file's place at the end.
 
-    If anything fails before that, the file stays as it was.
+    If anything fails before that, the file stays as it was. What a killed writer of this file left beside it goes.
+
+    Args:
+        file (`str` or `Path`): the file.
+        seconds (`float`, *optional*, defaults to 60): how long to wait for another process that writes it.
 
     Raises:
+        `FileExistsError`: another process writes it.
         `OSError`: there is no room for the file, or it cannot be written.
     """
     file = Path(file)
-    partial = file.with_name(f".{file.name[:100]}.{secrets.token_hex(4)}.partial")
-    try:
-        with room_for(file):
-            yield partial
-            partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    beginning = f".{file.name[:100]}."
+    partial = file.with_name(f"{beginning}{secrets.token_hex(4)}.partial")
+    with sole_writer(file, seconds=seconds, beside=True) as first:
+        if first:
+            remove_left_over(file.parent, beginning, "[0-9a-f]{8}[.]partial")
+        try:
+            with room_for(file):
+                yield partial
+                partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_left_over(folder: Path, beginning: str, ending: str) -> None:
+    """Remove the files and folders that a killed writer has left: those of this name, which ends as a pattern says."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(beginning) and re.fullmatch(ending, path.name.removeprefix(beginning)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -54,36 +71,41 @@ def room_for(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def sole_writer(folder: Path, *, seconds: float = 0, lock_name: str = LOCK_NAME) -> Iterator[None]:
+def sole_writer(output: Path, *, seconds: float = 0, beside: bool = False) -> Iterator[bool]:
     """
     Keep other processes, and other threads, from writing to an output as long as the context lasts.
 
+    Yields `True` where the output is locked, and this thread did not hold it before.
+
     Args:
-        folder (`Path`): the output, which exists.
+        output (`Path`): a folder, which exists; or with `beside` what need not.
         seconds (`float`, *optional*, defaults to 0): how long to wait for another writer.
-        lock_name (`str`, *optional*): the file that is locked; who writes something else there has another.
+        beside (`bool`, *optional*, defaults to `False`):
+            whether the file that is locked lies beside the output: for a file, and for a folder that is replaced.
 
     Raises:
         `FileExistsError`: another process writes to it.
     """
     from filelock import FileLock, Timeout  # not before: it takes a while
 
-    lock = FileLock(folder.resolve() / lock_name, is_singleton=True)  # one a path: who holds it may write within
+    place = output.resolve()
+    file = place.with_name(f".{place.name[:100]}.lock") if beside else place / LOCK_NAME
+    lock = FileLock(file, is_singleton=True)  # one a path: who holds it may write within
     outermost = not lock.is_locked
     try:
         lock.acquire(timeout=seconds)
     except Timeout:
         raise FileExistsError(
-            f"`{folder}` is being written by another process. An output has one writer. Wait until that one is done, "
+            f"`{output}` is being written by another process. An output has one writer. Wait until that one is done, "
             "or pass another place."
         ) from None
     except (NotImplementedError, OSError) as error:  # a file system without locks: no reason to lose a run
-        logger.info(f"`{folder}` cannot be locked ({error}).")
+        logger.info(f"`{output}` cannot be locked ({error}).")
     try:
-        yield
+        yield outermost and lock.is_locked
     finally:
         if outermost:
-            (folder / lock_name).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
         lock.release()
 
 

@@ -1,5 +1,6 @@
 """Adapters into their base model: a whole model of its own, written file by file of the base's."""
 
+import glob
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from ..adapter.safetensors import DTYPES, SafetensorsWriter, opened
 from ..adapter.write import check_output
 from ..hub.commit import push_files, refuse_tokens
 from ..hub.download import fetch_from_hub, is_repo_id
-from ..inputs.files import read_json, room_for
+from ..inputs.files import read_json, remove_left_over, room_for, sole_writer
 from ..recipes.find import shipped_folder
 from .checks import checked_weights
 from .merge import check_finite
@@ -373,17 +374,34 @@ def _write_json(file: Path, values: Any) -> None:
 
 @contextmanager
 def _whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder beside another whose place it takes at the end. An error before that changes nothing."""
-    _check_place(folder, overwrite=overwrite)
+    """
+    Yield a folder beside another whose place it takes at the end. An error before that changes nothing.
+
+    No other process can write to `folder` meanwhile. What one has left that was killed goes; a model that was already
+    moved away for another comes back.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside, room_for(folder):
-        stage, before = Path(beside, "new"), Path(beside, "before")
-        stage.mkdir()
-        yield stage
-        _check_place(folder, overwrite=overwrite)  # another process may have been faster
-        if folder.is_dir():
-            folder.rename(before)
-        stage.rename(folder)
+    beginning = f".{folder.name}.merging-"
+    with sole_writer(folder, beside=True) as first, room_for(folder):
+        if first:
+            for left in sorted(folder.parent.glob(f"{glob.escape(beginning)}*/before")):
+                if not folder.exists():
+                    left.rename(folder)
+            remove_left_over(folder.parent, beginning, "[a-z0-9_]{8}")
+        _check_place(folder, overwrite=overwrite)
+        with tempfile.TemporaryDirectory(prefix=beginning, dir=folder.parent) as beside:
+            stage, before = Path(beside, "new"), Path(beside, "before")
+            stage.mkdir()
+            yield stage
+            _check_place(folder, overwrite=overwrite)  # a program that knows no lock may have been faster
+            if folder.is_dir():
+                folder.rename(before)
+            try:
+                stage.rename(folder)
+            except OSError:
+                if before.is_dir():
+                    before.rename(folder)
+                raise
 
 
 def _check_place(folder: Path, *, overwrite: bool) -> None:

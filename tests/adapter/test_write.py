@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from lori_trl.adapter.push import adapter_files
 from lori_trl.adapter.write import recipe_text, staged
 from lori_trl.compact import expand, export_compact
 from lori_trl.inputs.files import replacing, sole_writer
+from lori_trl.merging import merge_into_base
 from lori_trl.method.layers import module_path
 
 
@@ -46,21 +48,28 @@ WRITER = """
 import sys
 from pathlib import Path
 from lori_trl.inputs.files import sole_writer
-with sole_writer(Path(sys.argv[1])):
+with sole_writer(Path(sys.argv[1]), beside=len(sys.argv) > 2):
     print("writing", flush=True)
     sys.stdin.read()
 """
 
 
-@pytest.fixture
-def another_process(tmp_path):
-    """Another process that writes to `out`, until it is told to stop."""
-    (tmp_path / "out").mkdir()
-    command = [sys.executable, "-c", WRITER, tmp_path / "out"]
+@contextmanager
+def writing(*arguments):
+    """Another process that writes to an output, until it is told to stop."""
+    command = [sys.executable, "-c", WRITER, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         yield process
         process.kill()
+
+
+@pytest.fixture
+def another_process(tmp_path):
+    """Another process that writes to the folder `out`."""
+    (tmp_path / "out").mkdir()
+    with writing(tmp_path / "out") as process:
+        yield process
 
 
 WRITERS = {
@@ -79,6 +88,43 @@ def test_an_output_that_is_being_written_is_refused(writer, another_process, fol
     with open_adapter(tmp_path / "out") as adapter:
         adapter.verify()
     assert not [name for name in everything(tmp_path / "out") if name.startswith(".")]
+
+
+FILE_WRITERS = {
+    "compact": lambda folder, out: export_compact(folder, out),
+    "gguf": lambda folder, out: export_gguf(folder, out),
+    "base": lambda folder, out: merge_into_base([folder], output_dir=out, dtype="float32"),
+}
+
+
+@pytest.mark.parametrize("writer", FILE_WRITERS)
+def test_a_file_and_a_model_have_one_writer_too(writer, folder, tmp_path):
+    """Another process has the place, though nothing is there yet; what a killed one left goes, and nothing else."""
+    there = {".out.0123abcd.partial", ".out.merging-abc_defg"}
+    kept = {".out.notes.partial", ".out2.0123abcd.partial", ".out-settings", ".out2.merging-abc_defg"}
+    for name in there | kept:
+        if name.endswith(".partial"):
+            (tmp_path / name).write_text("half")
+        else:
+            (tmp_path / name).mkdir()
+    with writing(tmp_path / "out", "beside") as process:
+        with pytest.raises(FileExistsError, match="out` is being written by another process.*pass another"):
+            FILE_WRITERS[writer](folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists() and there | kept <= {path.name for path in tmp_path.iterdir()}
+        process.communicate()
+    FILE_WRITERS[writer](folder, tmp_path / "out")
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert left == kept | {next(name for name in there if ("merging" in name) != (writer == "base"))}
+
+
+def test_a_model_whose_replacement_was_killed_comes_back(folder, tmp_path):
+    """Killed between the two moves: the model is in the killed writer's folder alone."""
+    before = tmp_path / ".out.merging-abc_defg" / "before"
+    before.mkdir(parents=True)
+    (before / "model.safetensors").write_text("a model")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        merge_into_base([folder], output_dir=tmp_path / "out", dtype="float32")
+    assert everything(tmp_path / "out") == {"model.safetensors": b"a model"} and not before.exists()
 
 
 def test_a_training_that_runs_keeps_others_out(another_process, tmp_path, capsys):
