@@ -131,7 +131,7 @@ def run_block(block: Block, names: dict, model: str) -> None:
 def on_tiny_model(arguments: list[str], model: str) -> list[str]:
     """Put the tiny model in the place of a recipe's. What is meant for GPUs is checked as far as its counts."""
     if "--accelerate_config" in arguments or any("_lori_" in argument for argument in arguments):
-        return [*arguments, *["--dry-run"] * ("--dry-run" not in arguments)]
+        return [*arguments, *["--dry_run"] * ("--dry_run" not in arguments)]
     return [*arguments, *([] if "--model_name_or_path" in arguments else ["--model_name_or_path", model])]
 
 

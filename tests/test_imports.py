@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from lori_trl.cli.sft_options import FILE_OF_HELP, help_made_for
+
 HEAVY = ("accelerate", "datasets", "peft", "torch", "torch.distributed.tensor", "transformers", "trl")
 # All commands run in one process: what one of them imports is there at the end.
 CODE = """
@@ -38,6 +40,7 @@ def test_what_needs_no_model_imports_no_torch(tmp_path):
         "lori merge --help",
         "lori-sft --version",
         "lori-sft --print-completion bash",
+        *(["lori-sft --help"] if FILE_OF_HELP.read_text().startswith(f"{help_made_for()}\n") else []),
     ]
     assert imported_by([call.split() for call in calls]) == set()
     assert (tmp_path / "mine.yaml").is_file()
@@ -59,7 +62,7 @@ def test_what_reads_adapters_imports_torch_alone(adapter_folder, tmp_path):
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        ("lori", ["merge", "inspect", "tasks", "validate", "--allow-modified"]),
+        ("lori", ["merge", "inspect", "tasks", "validate", "--allow_modified"]),
         ("lori-sft", ["--calibration_method", "gradient", "--per_device_train_batch_size", "--recipe"]),
     ],
 )

@@ -175,7 +175,7 @@ class AdapterFolder:
         if not self.allow_modified:
             raise ValueError(
                 f"`{self.name}`: {change}. All must be as it was saved. If that was on purpose, e.g. because plain "
-                "PEFT went on training this adapter, pass `allow_modified=True` (`--allow-modified`); else fetch or "
+                "PEFT went on training this adapter, pass `allow_modified=True` (`--allow_modified`); else fetch or "
                 "save the adapter again."
             )
         logger.warning(f"`{self.name}`: {change}. It is taken as it is.")

@@ -278,7 +278,7 @@ class LoriRecord:
             raise ValueError(
                 f"`{file}` was changed after it was saved: its contents do not match its own checksum. What it says "
                 "of masks and A decides what an adapter is. Fetch or save it again; if you changed it on purpose, "
-                "pass `allow_modified=True` (`--allow-modified`)."
+                "pass `allow_modified=True` (`--allow_modified`)."
             )
         try:
             record = typed(cls, values, "")

@@ -7,6 +7,7 @@ import sys
 from . import eval, expand, export, inspect, merge, push, recipes, tasks
 from .completion import add_print_completion
 from .errors import bad_input, take_debug
+from .options import with_underscores
 from .sft import sft  # the function, which the installed `lori-sft` calls, not its module
 from .terminal import printable, show, show_logs_as_text
 from .version import ShowVersion
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["sft"]:  # all that follows is for TRL's parser
         return sft(arguments[1:])
-    arguments, debug = take_debug(arguments)
+    arguments, debug = take_debug(with_underscores(arguments))
     show_logs_as_text()
     options = make_parser().parse_args(arguments)
     with bad_input("lori", debug=debug):

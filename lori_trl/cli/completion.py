@@ -33,12 +33,12 @@ def _complete_with(files: Any, parser: argparse.ArgumentParser) -> None:
 
 
 def add_print_completion(parser: argparse.ArgumentParser) -> None:
-    """Add `--print-completion`."""
+    """Add `--print_completion`."""
     parser.add_argument(
-        "--print-completion",
+        "--print_completion",
         choices=_SHELLS,
         action=PrintCompletion,
-        help=f'print what completes {parser.prog} in a shell, e.g. eval "$({parser.prog} --print-completion bash)"',
+        help=f'print what completes {parser.prog} in a shell, e.g. eval "$({parser.prog} --print_completion bash)"',
     )
 
 

@@ -12,7 +12,7 @@ _EXAMPLE = """
 examples:
   lori merge math-lori-s me/code-lori-s --weights 0.5 0.4 --output_dir math-code
   lori merge --recipe table8_lori_s_concat.yaml --output_dir merged
-  lori merge --into-base code-lori-s --output_dir code-model
+  lori merge --into_base code-lori-s --output_dir code-model
   lori merge math-lori-s code-lori-s --search coordinate --heldout math.jsonl code.jsonl --output_dir math-code
 """
 
@@ -27,11 +27,11 @@ def add_parser(commands) -> None:
     _add_arguments(merge)
     merge.add_argument("--recipe", help="a YAML file or a shipped recipe's name; options go over it")
     merge.add_argument(
-        "--into-base",
+        "--into_base",
         action="store_true",
         help="write a whole model instead of an adapter: the base with the adapters added (default: merged-model)",
     )
-    merge.add_argument("--push", metavar="REPO", help="with --into-base: push the model there, in one commit")
+    merge.add_argument("--push", metavar="REPO", help="with --into_base: push the model there, in one commit")
     add_precision(merge)
     add_allow_modified(merge)
     merge.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --output_dir")
@@ -124,8 +124,8 @@ def run(options: argparse.Namespace) -> None:
         return _into_base(adapters, settings, options)
     if options.push is not None:
         raise ValueError(
-            f"`--push {options.push}` without `--into-base`. It is for whole models. Push a merged adapter with "
-            "`lori push`, or add `--into-base`."
+            f"`--push {options.push}` without `--into_base`. It is for whole models. Push a merged adapter with "
+            "`lori push`, or add `--into_base`."
         )
     folder = merge_lori_adapters(
         adapters, **settings, overwrite=options.overwrite, allow_modified=options.allow_modified

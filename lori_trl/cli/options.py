@@ -1,6 +1,13 @@
 """Options that several commands have."""
 
 import argparse
+import re
+from collections.abc import Iterable
+
+
+def with_underscores(arguments: Iterable[str]) -> list[str]:
+    """Spell options as TRL's are, with underscores: `--dry-run` is `--dry_run`. Values stay."""
+    return [re.sub(r"^--[\w-]+", lambda option: f"--{option[0][2:].replace('-', '_')}", word) for word in arguments]
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +24,9 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
 
 
 def add_allow_modified(parser: argparse.ArgumentParser) -> None:
-    """Add `--allow-modified`."""
+    """Add `--allow_modified`."""
     parser.add_argument(
-        "--allow-modified",
+        "--allow_modified",
         action="store_true",
         help="take an adapter that was changed after lori_trl saved it, e.g. by training it on with plain PEFT",
     )

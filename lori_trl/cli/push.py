@@ -18,11 +18,11 @@ def add_parser(commands) -> None:
     push.add_argument("repo", help="the repository on the Hub, namespace/name; made if it is missing")
     push.add_argument("--private", action="store_true", default=None, help="make a private repository")
     push.add_argument("--revision", help="the branch; made if it is missing")
-    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument("--create_pr", action="store_true", help="open a pull request instead")
     push.add_argument(
         "--include", nargs="+", default=["peft"], choices=["peft", "compact"], help="which forms of the adapter"
     )
-    push.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and push nothing")
+    push.add_argument("--dry_run", action="store_true", help="list the files and their sizes, and push nothing")
     add_allow_modified(push)
     push.set_defaults(func=run)
 

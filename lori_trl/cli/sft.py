@@ -11,27 +11,31 @@ from typing import Any
 from .completion import sft_completion_parser
 from .errors import bad_input, take_debug
 from .launching import engine_of, launch, take_launch_options
-from .sft_options import is_evaluated, parse, sft_parser
+from .options import with_underscores
+from .sft_options import is_evaluated, parse, sft_help, sft_parser
 from .terminal import printable, show, show_logs_as_text
 from .version import version_lines
 
 
 def sft(arguments: list[str] | None = None) -> int:
     """Run `lori-sft`. Returns the exit code: 0; 2 for a wrong call; a failed run raises."""
-    arguments, debug = take_debug(sys.argv[1:] if arguments is None else arguments)
+    arguments, debug = take_debug(with_underscores(sys.argv[1:] if arguments is None else arguments))
     show_logs_as_text()
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
     if "--version" in arguments:
         show(version_lines())
         return 0
-    if any(argument.startswith("--print-completion") for argument in arguments):
+    if any(argument.startswith("--print_completion") for argument in arguments):
         sft_completion_parser().parse_args(arguments)
-    if {"--help-all", "--help_all"} & set(arguments):
+    if "--help_all" in arguments:
         sft_parser(help_all=True).print_help()
+        return 0
+    if {"--help", "-h"} & set(arguments):
+        show(sft_help())
         return 0
     with bad_input("lori-sft", debug=debug):
         rest, options = take_launch_options(arguments)
-        if options and not {"--dry-run", "--dry_run", "--preview"} & {word.partition("=")[0] for word in rest}:
+        if options and not {"--dry_run", "--preview"} & {word.partition("=")[0] for word in rest}:
             launch(options, [*rest, *["--debug"] * debug])
             return 0
     with ExitStack() as held:

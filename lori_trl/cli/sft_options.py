@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,33 @@ from .terminal import show
 
 _EXAMPLE = """
 several processes: --accelerate_config single | ddp | fsdp2 | fsdp2_multinode | zero2 | zero3 | FILE, and
---num_processes N; with --dry-run it says what is sharded and what each device holds
+--num_processes N; with --dry_run it says what is sharded and what each device holds
 
---help-all lists all of TRL's options; --version and --print-completion SHELL are as of `lori`
+--help_all lists all of TRL's options; --version and --print_completion SHELL are as of `lori`
 
 example:
   lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8
-  lori-sft --accelerate_config ddp --num_processes 8 --recipe code_lori_s.yaml --output_dir code-lori-s
+  lori-sft --recipe code_lori_s.yaml --accelerate_config ddp --num_processes 8 --per_device_train_batch_size 4 \
+      --gradient_accumulation_steps 1 --output_dir code-lori-s     # 8 x 4 rows a step: the paper's 32
 """
 # TRL's fields that `--help` shows besides those that shipped recipes set.
 _ALSO_SHOWN = {"help", "load_in_4bit", "max_steps", "push_to_hub", "hub_model_id", "resume_from_checkpoint", "seed"}
+FILE_OF_HELP = Path(__file__).parent / "sft_help.txt"
 _DATA = {"dataset_path", "dataset_name", "datasets"}
+
+
+def sft_help() -> str:
+    """
+    Return the text of `lori-sft --help`: as it was written down for the TRL and transformers of its file's first line,
+    whose import takes seconds; made anew for others.
+    """
+    made_for, _, text = FILE_OF_HELP.read_text(encoding="utf-8").partition("\n")
+    return text if made_for == help_made_for() else sft_parser().format_help()
+
+
+def help_made_for() -> str:
+    """Name the versions that `--help` depends on."""
+    return ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers"))
 
 
 def sft_parser(*, help_all: bool = False):
@@ -128,19 +145,19 @@ def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[A
         )
     except Exception as error:  # transformers raises this and that on values it does not foresee
         raise ValueError(
-            f"{str(error).rstrip('.')}. `lori-sft --help-all` lists what is allowed. Correct the call or the recipe."
+            f"{str(error).rstrip('.')}. `lori-sft --help_all` lists what is allowed. Correct the call or the recipe."
         ) from error
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(
-            f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help-all` lists all. Correct it."
+            f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help_all` lists all. Correct it."
         )
     several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     for key, value in [item for config in configs for item in vars(config).items()]:
         for each in value if isinstance(value, list) else [value]:
             if fault := value_fault(each, several=key in several):
                 raise ValueError(
-                    f"`{key}={value}` is {fault}. `lori-sft --help-all` lists what is allowed. Correct the call or "
+                    f"`{key}={value}` is {fault}. `lori-sft --help_all` lists what is allowed. Correct the call or "
                     "the recipe."
                 )
     _, args, *_ = configs

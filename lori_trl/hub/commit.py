@@ -311,7 +311,7 @@ def _conflict(push: _Push, head: _Head, way_out: str = "") -> RuntimeError:
     return RuntimeError(
         f"`{push.repo_id}` has a newer commit on {branch} ({head.commit[:12]}) that was not made from here. A push "
         f"does not go over other people's work; nothing was changed. Look at it at {push.api.endpoint}/{push.repo_id}"
-        f"/commits/{branch}, then pass `create_pr=True` (`--create-pr`) to offer yours as a pull request, or another "
+        f"/commits/{branch}, then pass `create_pr=True` (`--create_pr`) to offer yours as a pull request, or another "
         f"`revision`.{way_out}"
     )
 

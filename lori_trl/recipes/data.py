@@ -92,6 +92,7 @@ def load_training_data(
         `ValueError`: no data set or two are named, a split is missing or empty, its columns are unknown, a file is
             not UTF-8 or damaged, or a row holds no text and no messages; of a stream, one of the first 100.
         `FileNotFoundError`: `dataset_path` does not exist or holds no rows.
+        `ConnectionError`: the Hub cannot be reached, and the cache does not have the data set.
     """
     named = [name for name in ("dataset_name", "dataset_path", "datasets") if getattr(arguments, name)]
     if len(named) != 1:
@@ -147,7 +148,16 @@ def check_splits(data: Iterable[str], arguments: LoriScriptArguments, *, evaluat
 
 
 def _load_by_name(arguments: LoriScriptArguments) -> Mapping[str, Any]:
-    return load_dataset(arguments.dataset_name, name=arguments.dataset_config, streaming=arguments.dataset_streaming)
+    try:
+        return load_dataset(
+            arguments.dataset_name, name=arguments.dataset_config, streaming=arguments.dataset_streaming
+        )
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"`dataset_name={arguments.dataset_name}` is out of reach: {str(error).rstrip('.')}. "
+            "A data set comes from the Hub once, and from the cache later. Connect, unset HF_HUB_OFFLINE, or pass rows of your own as "
+            "`--dataset_path`."
+        ) from error
 
 
 def look_at_training_data(

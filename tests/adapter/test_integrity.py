@@ -148,7 +148,7 @@ def test_what_plain_peft_trained_on_can_be_continued(folder, tmp_path, capsys):
     model.save_pretrained(folder)
     with pytest.raises(SystemExit, match="2"):
         cli.main(["tasks", str(folder), "--extract", "code", "--output_dir", str(tmp_path / "out")])
-    assert "--allow-modified" in capsys.readouterr().err
+    assert "--allow_modified" in capsys.readouterr().err
     options = ["--output_dir", str(tmp_path / "out"), "--allow-modified"]
     assert cli.main(["tasks", str(folder), "--extract", "code", *options]) == 0
     load_lori_adapter(make_llama(), tmp_path / "out")  # saved anew, it is whole again

@@ -199,7 +199,7 @@ def fails(arguments, capsys, *parts):
         (["--test_split_size", "0.1"], ["without `datasets`"]),
         (["--use_peft", "False"], ["`use_peft=False` is no LoRI", "Leave `use_peft` out"]),
         (["--model_init_kwargs", "text"], ["`model_init_kwargs=text`", "Correct the call or the recipe"]),
-        (["--lr_scheduler_type", "text"], ["text", "`lori-sft --help-all` lists what is allowed"]),
+        (["--lr_scheduler_type", "text"], ["text", "`lori-sft --help_all` lists what is allowed"]),
         (["--ddp_timeout", "9" * 30], ["too large", "Correct the call or the recipe"]),
         (["--sparcity", "0.5"], ["`--sparcity` is no option (did you mean --sparsity?)"]),
         (["--learning_rate", "fast"], ["invalid float value: 'fast'", "Correct the call"]),
@@ -554,7 +554,7 @@ def test_help_shows_lori_s_own_options_first_in_groups():
 def test_help_is_short_and_help_all_is_not(capsys):
     short, everything = sft_parser().format_help(), sft_parser(help_all=True).format_help()
     assert len(short.splitlines()) < 250 < 700 < len(everything.splitlines())
-    assert "--ddp_timeout" in everything and "--ddp_timeout" not in short and "--help-all" in short
+    assert "--ddp_timeout" in everything and "--ddp_timeout" not in short and "--help_all" in short
     assert sft(["--help-all"]) == 0 and "--ddp_timeout" in capsys.readouterr().out
 
 

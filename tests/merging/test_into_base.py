@@ -208,4 +208,4 @@ def test_the_command_writes_and_pushes(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         main(["merge", str(trained_adapter()), "--push", "me/x", "--output_dir", str(tmp_path / "other")])
     assert end.value.code == 2
-    assert "--into-base" in capsys.readouterr().err
+    assert "--into_base" in capsys.readouterr().err

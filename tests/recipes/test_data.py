@@ -47,6 +47,15 @@ def test_hub_names_and_streams(streaming, raw, expected, monkeypatch):
     assert asked == [("openai/gsm8k", {"name": "main", "streaming": streaming})]
 
 
+def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch):
+    def out_of_reach(*_, **__):
+        raise ConnectionError("Couldn't reach 'me/talk' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr("lori_trl.recipes.data.load_dataset", out_of_reach)
+    with pytest.raises(ConnectionError, match=r"`dataset_name=me/talk` is out of reach: Couldn't .* `--dataset_path`"):
+        load_training_data(LoriScriptArguments(dataset_name="me/talk"))
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_row_of_a_data_set_on_the_hub_that_is_none(streaming, monkeypatch):
     rows = Dataset.from_list([{"messages": TALK}, {"messages": []}])
