@@ -34,7 +34,7 @@ several processes: --accelerate_config single | ddp | fsdp2 | fsdp2_multinode | 
 
 example:
   lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8
-  lori-sft --recipe code_lori_s.yaml --accelerate_config ddp --num_processes 8 --per_device_train_batch_size 4 \
+  lori-sft --recipe code_lori_s.yaml --accelerate_config ddp --num_processes 8 --per_device_train_batch_size 4 \\
       --gradient_accumulation_steps 1 --output_dir code-lori-s     # 8 x 4 rows a step: the paper's 32
 """
 # TRL's fields that `--help` shows besides those that shipped recipes set.

@@ -155,8 +155,8 @@ def _load_by_name(arguments: LoriScriptArguments) -> Mapping[str, Any]:
     except ConnectionError as error:
         raise ConnectionError(
             f"`dataset_name={arguments.dataset_name}` is out of reach: {str(error).rstrip('.')}. "
-            "A data set comes from the Hub once, and from the cache later. Connect, unset HF_HUB_OFFLINE, or pass rows of your own as "
-            "`--dataset_path`."
+            "A data set comes from the Hub once, and from the cache later. Connect, unset HF_HUB_OFFLINE, or pass "
+            "rows of your own as `--dataset_path`."
         ) from error
 
 
