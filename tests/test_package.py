@@ -16,6 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # What the package's folders may hold besides Python. Whatever else lies there would travel to everybody.
 KINDS = {
     "lori_trl": {".py", ".jinja", ".typed"},
+    "lori_trl/cli": {".py", ".txt"},
     "lori_trl/training/accelerate_configs": {".yaml"},
     "lori_trl/evaluation/tasks": {".jsonl", ".yaml"},
     "lori_trl/recipes/shipped/model_cards": {".jinja"},
