@@ -51,6 +51,7 @@ SINGLE = [(*setting, variant) for setting in PAPER for variant in "ds"]
 CONTINUAL = [f"continual_safety_{task}_lori_{variant}" for task in ("nlu", "math", "code") for variant in "ds"]
 LORAF = ["loraf_math", "loraf_nlu"]
 BASELINES = [f"{task}_{method}" for task in TASKS for method in ("lora", "dora", "fft")]
+QUICKSTARTS = ["quickstart", "quickstart_lora"]
 
 
 def stem(task, base, rank, variant):
@@ -88,9 +89,9 @@ def check_data(recipe, task):
 def test_every_recipe_is_counted_and_listed():
     single = {stem(*setting) for setting in SINGLE}
     assert (len(single), len(CONTINUAL), len(LORAF), len(BASELINES)) == (32, 6, 2, 12)
-    assert set(ALL) == single | {*CONTINUAL, *LORAF, *BASELINES, "quickstart"}
+    assert set(ALL) == single | {*CONTINUAL, *LORAF, *BASELINES, *QUICKSTARTS}
     assert {*ALL.values()} <= {*list_recipes()}
-    assert {file.stem for file in ALL.values() if file.parent.name == "baselines"} == set(BASELINES)
+    assert {file.stem for file in ALL.values() if file.parent.name == "baselines"} == {*BASELINES, "quickstart_lora"}
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
@@ -102,11 +103,12 @@ def test_recipe_is_valid_and_says_what_it_is(name):
     assert (file.parent / schema).resolve() == shipped_folder("recipes") / "recipe.schema.json"
     assert header[1].startswith("# ") and len(header[1]) > 20
     assert any(line.startswith("# Needs:") for line in header)
-    program = "trl sft --config" if name in BASELINES else "lori-sft --recipe"
+    is_trls = ALL[name].parent.name == "baselines"
+    program = "trl sft --config" if is_trls else "lori-sft --recipe"
     commands = [line.partition(program)[2] for line in header if line.startswith(("# Run:", "# Override:"))]
-    assert len(commands) == (1 if name in BASELINES else 2)
+    assert len(commands) == (1 if is_trls else 2)
     assert all(command.startswith(f" {name}.yaml ") for command in commands)
-    if name != "quickstart":
+    if name not in QUICKSTARTS:
         assert any(line.startswith("# Reproduces:") for line in header)
 
 
@@ -278,6 +280,13 @@ def test_calibrating_with_another_alpha_as_the_header_says(driven, monkeypatch):
     assert json.loads((second / "adapter_config.json").read_text())["lora_alpha"] == 64
     assert json.loads((second / "lori_config.json").read_text())["calibration"] is None
     assert LoriMasks.from_pretrained(first) == LoriMasks.from_pretrained(second)
+
+
+def test_the_quickstart_of_lora_is_that_of_lori_but_for_its_rate():
+    lora, lori = (read_recipe(ALL[name]) for name in reversed(QUICKSTARTS))
+    assert lori["learning_rate"] == 10 * lora["learning_rate"]
+    differ = {"learning_rate", "dataset_name", "output_dir", "use_peft"}
+    assert {key: lora[key] for key in lora.keys() - differ} == {key: lori[key] for key in lora.keys() - differ}
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -25,7 +25,7 @@ def test_the_shipped_schema_is_current():
 
 def test_every_shipped_recipe_fits_and_names_it():
     jsonschema.Draft7Validator.check_schema(SHIPPED)
-    assert len(list_recipes()) == 80
+    assert len(list_recipes()) == 81
     for file in list_recipes():
         text = file.read_text(encoding="utf-8")
         VALIDATOR.validate(yaml.safe_load(text))
