@@ -260,6 +260,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _error(401)
         return _Answer(200, {"type": "user", "name": USER, "auth": {}})
 
+    def check_rights(self, repo: str) -> _Answer:
+        self._repo(repo, write=True)
+        return _Answer(200, {})
+
     def create(self) -> _Answer:
         if self._token() != TOKEN:
             raise _error(403 if self._token() else 401)
@@ -453,6 +457,7 @@ _ROUTES = [
     ("GET", rf"/api/models/{_REPO}", _Handler.info),
     ("GET", rf"/api/models/{_REPO}/revision/(?P<revision>.+)", _Handler.info),
     ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)", _Handler.tree),
+    ("GET", rf"/api/models/{_REPO}/auth-check/write", _Handler.check_rights),
     ("GET", rf"/api/models/{_REPO}/discussions", _Handler.discussions),
     ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>.+)", _Handler.preupload),
     ("POST", rf"/api/models/{_REPO}/commit/(?P<revision>.+)", _Handler.commit),

@@ -228,6 +228,7 @@ def _build_trainer(script, args, model_args, held):
     from ..adapter.write import check_output
     from ..inputs.files import sole_writer
     from ..training.base_model import load_base_model
+    from ..training.hub_pushes import ready_repository
     from ..training.sft_trainer import LoriSFTTrainer
 
     inputs = (model_args.model_name_or_path, script.adapter_name_or_path, args.mask_name_or_path)
@@ -238,6 +239,8 @@ def _build_trainer(script, args, model_args, held):
     _check_writable(args.output_dir)
     if os.environ.get("RANK", "0") == "0":
         held.enter_context(sole_writer(Path(args.output_dir)))
+        if args.push_to_hub:
+            ready_repository(args)
     model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,

@@ -38,17 +38,20 @@ _FAILURES = (HfHubHTTPError, httpx.HTTPError, RuntimeError, ValueError)  # what 
 @limited_silence()
 def make_repo(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
     """
-    Make a model repository unless it is there.
+    Make a model repository unless it is there, and check that the token may write to it.
 
     Returns:
         `str`: its full name, `namespace/name`.
 
     Raises: as [`push_lori_to_hub`].
     """
+    api = HfApi(token=token)
     try:
-        return _make(HfApi(token=token), repo_id, private)
+        repo_id = _make(api, repo_id, private)
+        patiently(lambda: api.auth_check(repo_id, write=True))
     except _FAILURES as error:
-        raise _explained(repo_id, token, error, "There is no repository yet.") from None
+        raise _explained(repo_id, token, error, "Nothing was sent.") from None
+    return repo_id
 
 
 @limited_silence()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from huggingface_hub import CommitInfo
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
@@ -19,36 +20,51 @@ else:
     AnyTrainer = object
 
 
+def ready_repository(args: TrainingArguments, *, token: str | None = None, private: bool | None = None) -> str:
+    """
+    Make a run's repository, and look whether its token may write there: before a model is loaded.
+
+    Args:
+        args (`TrainingArguments`): the run's.
+        token, private: by default the `hub_...` fields of the arguments.
+
+    Returns:
+        `str`: its full name. Where the Hub does not answer, the name as it is: every push tries again.
+
+    Raises:
+        `PermissionError`: there is no token, or one that may not write there.
+        `ValueError`: the repository's name is none.
+    """
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        return make_repo(
+            name,
+            private=args.hub_private_repo if private is None else private,
+            token=token or args.hub_token,
+        )
+    except RuntimeError as error:  # it may answer when the adapter is there
+        logger.error(f"The repository for the adapter could not be made, training goes on: {error}")
+        return name
+
+
 class HubPushes(AnyTrainer):
     """
     The Hub's part of a LoRI trainer.
 
     Attributes:
         card_facts ([`CardFacts`]): told the data set's name, for the card.
+        repository (`str` or `None`): what [`ready_repository`] made before the model was loaded.
     """
 
     card_facts: Any
+    repository: str | None = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """
-        Make the repository before training begins. Where the Hub does not answer, this is logged: every push tries
-        again.
-
-        Raises:
-            `PermissionError`: there is no token, or one that may not write there.
-            `ValueError`: the repository's name is none.
-        """
+        """Make the repository before training begins: see [`ready_repository`]."""
         self.push_in_progress = None
-        self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        if self.is_world_process_zero():
-            try:
-                self.hub_model_id = make_repo(
-                    self.hub_model_id,
-                    private=self.args.hub_private_repo if private is None else private,
-                    token=token or self.args.hub_token,
-                )
-            except RuntimeError as error:  # it may answer when the adapter is there
-                logger.error(f"The repository for the adapter could not be made, training goes on: {error}")
+        self.hub_model_id = self.repository or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        if self.repository is None and self.is_world_process_zero():
+            self.hub_model_id = ready_repository(self.args, token=token, private=private)
 
     def push_to_hub(
         self,

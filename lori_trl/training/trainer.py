@@ -36,7 +36,7 @@ from .card_facts import CardFacts
 from .checkpoints import Found, begin_run, check_same_run, find_run, logged_before, note_run
 from .checks import check_arguments, check_selected, check_selection, check_task, check_trained, is_fresh
 from .config import LoriArguments
-from .hub_pushes import HubPushes
+from .hub_pushes import HubPushes, ready_repository
 from .initial_A import keep_A, make_A
 from .optimizers import (
     check_all_is_optimized,
@@ -111,6 +111,8 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         if args.mask_name_or_path:
             given_masks = LoriMasks.from_pretrained(args.mask_name_or_path, revision=args.mask_revision)
 
+        if args.push_to_hub and args.process_index == 0:
+            self.repository = ready_repository(args)
         before = trained_values(model) if isinstance(model, PeftModel) else None
 
         super().__init__(**given)

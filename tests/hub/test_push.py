@@ -21,7 +21,7 @@ from hub_server import READ_TOKEN, REVOKED_TOKEN, TOKEN, HubServer, client_of
 from huggingface_hub import close_session, constants
 from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
-from tiny import make_llama, make_rows, make_tokenizer, make_trainer, model_folder, trained_adapter
+from tiny import lora_config, make_llama, make_rows, make_tokenizer, make_trainer, model_folder, trained_adapter
 from transformers import AutoTokenizer
 
 from lori_trl import LoriMasks, cli, load_lori_adapter, push_lori_to_hub
@@ -479,6 +479,30 @@ def test_every_strategy_pushes_the_adapter_and_nothing_else(hub, tmp_path, strat
     assert titles(hub)[0] == "End of training"
     assert "datasets:\n- me/rows" in contents(hub)["README.md"].decode()
     assert push_lori_to_hub(trainer, REPO).oid == hub.repos[REPO].branches["main"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_rights_are_looked_at_before_a_model_is_loaded(hub, tmp_path, monkeypatch, capsys, there):
+    """In Python and on the command line; a repository that is there and that others own looks like one's own."""
+    if there:
+        hub.create(REPO)
+    settings = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": READ_TOKEN}
+
+    def load(*arguments, **named):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("trl.trainer.sft_trainer.create_model_from_path", load)
+    monkeypatch.setattr("lori_trl.training.base_model.create_model_from_path", load)
+    with pytest.raises(PermissionError, match="HTTP 403.*A token that may write to"):
+        make_trainer(tmp_path / "out", str(model_folder()), peft_config=lora_config(), **settings)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1", "completion": " w2"}\n')
+    call = ["--model_name_or_path", model_folder(), "--dataset_path", tmp_path / "rows.jsonl", "--task_name", "t"]
+    call += ["--output_dir", tmp_path / "run", "--bf16", "false", "--use_cpu", "true"]
+    for name, value in settings.items():
+        call += [f"--{name}", value]
+    with pytest.raises(SystemExit, match="2"):
+        cli.sft([str(word) for word in call])
+    assert "A token that may write to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", [503, 401, "reset"])
