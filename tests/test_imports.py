@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lori_trl.cli.sft_options import FILE_OF_HELP, help_made_for
+from lori_trl.cli.training_options import FILE_OF_HELP, help_made_for
 
 HEAVY = ("accelerate", "datasets", "peft", "torch", "torch.distributed.tensor", "transformers", "trl")
 # All commands run in one process: what one of them imports is there at the end.

@@ -1,4 +1,4 @@
-"""The command line: `lori` with one file a verb, and `lori-sft`. All that prints is here."""
+"""The command line: `lori`, one file a verb or (`train`) a kind of verbs, and `lori-sft`. All that prints is here."""
 
 import argparse
 import os
@@ -8,9 +8,12 @@ from . import eval, expand, export, inspect, merge, push, recipes, tasks
 from .completion import add_print_completion
 from .errors import bad_input, take_debug
 from .options import with_underscores
-from .sft import sft  # the function, which the installed `lori-sft` calls, not its module
 from .terminal import printable, show, show_logs_as_text
+from .train import run_training, sft
+from .training_verbs import VERBS
 from .version import ShowVersion
+
+__all__ = ["main", "make_parser", "sft"]
 
 _VERBS = (recipes, tasks, merge, push, export, expand, eval, inspect)
 
@@ -25,8 +28,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run `lori`. Returns the exit code: 0; 2 for a wrong call; 1 for a failed push."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["sft"]:  # all that follows is for TRL's parser
-        return sft(arguments[1:])
+    if arguments and arguments[0] in VERBS:  # all that follows is for TRL's parser
+        return run_training(VERBS[arguments[0]], arguments[1:])
     arguments, debug = take_debug(with_underscores(arguments))
     show_logs_as_text()
     options = make_parser().parse_args(arguments)
@@ -55,7 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="tell an error by its traceback, with any command")
     add_print_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("sft", add_help=False, help="train an adapter (the same as lori-sft)")
+    for each in VERBS.values():
+        purpose = each.purpose[0].lower() + each.purpose[1:].rstrip(".")
+        commands.add_parser(each.name, add_help=False, help=purpose)
     for verb in _VERBS:
         verb.add_parser(commands)
     return parser
@@ -66,6 +71,6 @@ def _check_one_process(command: str) -> None:
     if processes != "1":
         raise ValueError(
             f"`lori {command}` was started in {processes} processes, each of which would do all of the work and write "
-            "the same files. `lori sft` and `lori eval` share their work out. Start it once, without `accelerate "
-            "launch`."
+            "the same files. What trains, and `lori eval`, share their work out. Start it once, without "
+            "`accelerate launch`."
         )

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..recipes.find import find_recipe, read_recipe
 from ..recipes.launch_options import launch_options
-from .sft_options import take_recipe
+from .training_options import take_recipe
+from .training_verbs import TrainingVerb
 
 # Set for the processes that are started here, which start no others; torchrun sets the second.
 _LAUNCHED = ("LORI_LAUNCHED", "LOCAL_RANK")
@@ -34,11 +35,12 @@ def take_launch_options(arguments: list[str]) -> tuple[list[str], dict[str, Any]
     return rest, values | {name: value for name, value in vars(given).items() if value is not None}
 
 
-def launch(options: Mapping[str, Any], arguments: list[str]) -> None:
+def launch(verb: TrainingVerb, options: Mapping[str, Any], arguments: list[str]) -> None:
     """
-    Start `lori-sft` on several processes.
+    Start a verb that trains on several processes.
 
     Args:
+        verb ([`TrainingVerb`]): the verb.
         options (`Mapping[str, Any]`): from [`take_launch_options`]; without `accelerate_config`, the file counts that
             `accelerate config` wrote, if it did.
         arguments (`list[str]`): the other arguments of the call.
@@ -60,7 +62,8 @@ def launch(options: Mapping[str, Any], arguments: list[str]) -> None:
             call.append(f"--{name}")
     os.environ[_LAUNCHED[0]] = "1"
     try:
-        launch_command(launch_command_parser().parse_args([*call, "--module", "lori_trl.cli", "sft", *arguments]))
+        call += ["--module", "lori_trl.cli", verb.name]
+        launch_command(launch_command_parser().parse_args([*call, *arguments]))
     finally:
         del os.environ[_LAUNCHED[0]]
 

@@ -14,12 +14,14 @@ from ..recipes.find import (
     list_recipes,
     read_recipe,
     recipe_facts,
+    recipe_trainer,
     shipped_folder,
     validate_recipe,
 )
 from . import merge
-from .sft_options import is_evaluated, make_configs, sft_parser, warn_of_foreign_code
 from .terminal import show
+from .training_options import is_evaluated, make_configs, training_parser, warn_of_foreign_code
+from .training_verbs import SFT, VERBS
 
 
 def add_parser(commands) -> None:
@@ -82,7 +84,7 @@ def _validate(options: argparse.Namespace) -> None:
     else:
         from ..recipes.data import check_splits
 
-        recipe = validate_recipe(file, parser := sft_parser())
+        recipe = validate_recipe(file, parser := training_parser(VERBS.get(recipe_trainer(file), SFT)))
         warn_of_foreign_code(file, recipe)
         script, args, _ = make_configs(parser, recipe, [])
         script.recipe = str(file)
@@ -107,4 +109,5 @@ def _copy(options: argparse.Namespace) -> None:
 def _schema(options: argparse.Namespace) -> None:
     from ..recipes.schema import recipe_schema
 
-    show(json.dumps(recipe_schema(sft_parser(), merge.recipe_parser()), indent=1))
+    parsers = {name: training_parser(verb) for name, verb in VERBS.items()}
+    show(json.dumps(recipe_schema(parsers, merge.recipe_parser()), indent=1))

@@ -16,7 +16,7 @@ from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 from ..hub.compat import httpx
 from .data_files import locate_data, parquet_schema, read_rows, split_files
 from .raw_rows import RowFault
-from .row_formats import IMAGES, RowFormat, check_row, row_format
+from .row_formats import IMAGES, RowFormat, RowKind, check_row, row_format
 from .task_names import file_name_of, name_of_dataset, name_of_path
 
 _BUILDERS = {"json", "csv", "parquet", "arrow", "text"}  # of `load_dataset`, for local files
@@ -74,8 +74,39 @@ class LoriScriptArguments(ScriptArguments, DatasetMixtureConfig):
     )
 
 
+@dataclass
+class LoriRolloutArguments(LoriScriptArguments):
+    """
+    Arguments of the command line for the trainers that generate answers and learn from their rewards.
+
+    Args:
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions: names of TRL's, or import paths of one's own, looked up from where the command is run.
+        reward_model_name_or_path (`str`, *optional*):
+            Model whose score is a reward, too: one of sequence classification, or an adapter of `lori reward`.
+    """
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: accuracy_reward, reasoning_accuracy_reward, think_format_reward, "
+            "get_soft_overlong_punishment, or import paths of one's own, e.g. my_rewards.is_short."
+        },
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A model whose score is a reward, too: of sequence classification, or an adapter of `lori reward`."
+        },
+    )
+
+
 def load_training_data(
-    arguments: LoriScriptArguments, text_field: str = "text", *, evaluated: bool = False
+    arguments: LoriScriptArguments,
+    text_field: str = "text",
+    *,
+    kind: RowKind | None = None,
+    evaluated: bool = False,
 ) -> DatasetDict:
     """
     Load the data set that the arguments name, and make of every row what TRL trains on. Every row is checked.
@@ -83,6 +114,8 @@ def load_training_data(
     Args:
         arguments ([`LoriScriptArguments`]): `dataset_name` or `dataset_path`, and the splits.
         text_field (`str`, *optional*, defaults to `"text"`): the column of plain text, TRL's `dataset_text_field`.
+        kind ([`~lori_trl.recipes.row_formats.RowKind`], *optional*):
+            of the rows that are needed; by default those of supervised training.
         evaluated (`bool`, *optional*, defaults to `False`): whether the split to evaluate on is needed, too.
 
     Returns:
@@ -115,8 +148,8 @@ def load_training_data(
         data, where = _load_by_name(arguments), str(arguments.dataset_name)
     splits = check_splits(data, arguments, evaluated=evaluated)
     if arguments.dataset_path is not None:
-        return DatasetDict({split: rows_of_files(data[split], text_field) for split in splits})
-    return DatasetDict({split: _rows_of_hub(data[split], where, text_field) for split in splits})
+        return DatasetDict({split: rows_of_files(data[split], text_field, kind) for split in splits})
+    return DatasetDict({split: _rows_of_hub(data[split], where, text_field, kind) for split in splits})
 
 
 def check_splits(data: Iterable[str], arguments: LoriScriptArguments, *, evaluated: bool) -> list[str]:
@@ -161,7 +194,7 @@ def _load_by_name(arguments: LoriScriptArguments) -> Mapping[str, Any]:
 
 
 def look_at_training_data(
-    arguments: LoriScriptArguments, text_field: str = "text"
+    arguments: LoriScriptArguments, text_field: str = "text", *, kind: RowKind | None = None
 ) -> tuple[dict[str, Any] | None, int | None]:
     """
     Look at the first row of the data set that the arguments name. Of one on the Hub, little more is fetched.
@@ -185,7 +218,7 @@ def look_at_training_data(
         streamed = replace(arguments, datasets=[first], streaming=True, test_split_size=None)  # type: ignore[call-arg]
     else:
         streamed = replace(arguments, dataset_streaming=True)  # type: ignore[call-arg]  # a field of TRL's
-    rows = load_training_data(streamed, text_field)[arguments.dataset_train_split]
+    rows = load_training_data(streamed, text_field, kind=kind)[arguments.dataset_train_split]
     if isinstance(rows, Dataset):
         return rows[0], len(rows)
     split = None if arguments.datasets else (rows.info.splits or {}).get(arguments.dataset_train_split)
@@ -211,7 +244,7 @@ def _name_by_name(name: str, config: str | None, split: str) -> str:
     return name_of_path(Path(name), split) if Path(name).exists() else name_of_dataset(name, config, split)
 
 
-def rows_of_files(files: list[Path], text_field: str = "text") -> Dataset:
+def rows_of_files(files: list[Path], text_field: str = "text", kind: RowKind | None = None) -> Dataset:
     """
     Read files of rows that TRL trains on, and check every row. What was read stays in the cache of `datasets`.
 
@@ -221,13 +254,13 @@ def rows_of_files(files: list[Path], text_field: str = "text") -> Dataset:
     first = next(_rows(files), None)
     if first is None:
         raise ValueError(f"`{source}` has no rows. At least one is needed. Pass other data.")
-    form = _format(first, source, text_field)
+    form = _format(first, source, text_field, kind)
     features = form.features
     if files[0].suffix == ".parquet":
         stored = Features.from_arrow_schema(parquet_schema(files[0]))
         features |= {name: stored[name] for name in IMAGES if name in features}
     seen = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in [*files, *_READERS]]
-    fingerprint = hashlib.sha256(f"{seen} {text_field}".encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(f"{seen} {text_field} {kind}".encode()).hexdigest()[:16]
     try:
         return Dataset.from_generator(
             _converted_files, features, gen_kwargs={"source": (files, form)}, fingerprint=fingerprint
@@ -265,8 +298,13 @@ def unknown_columns(columns: Iterable[str], source: str) -> ValueError:
     )
 
 
-def _format(first: Mapping[str, Any], source: str, text_field: str) -> RowFormat:
-    form = row_format(first, text_field)
+def _format(first: Mapping[str, Any], source: str, text_field: str, kind: RowKind | None) -> RowFormat:
+    form = row_format(first, text_field, kind)
+    if form is None and kind is not None:
+        raise ValueError(
+            f"The rows of `{source}` have the columns {', '.join(first)}. Needed are {kind.allowed}. Rename the "
+            "columns, or pass other data."
+        )
     if form is None:
         raise unknown_columns(first, source)
     return form
@@ -292,11 +330,13 @@ def _converted(row: Mapping[str, Any], number: int, form: RowFormat, source: str
         raise fault.at(number, source) from None
 
 
-def _rows_of_hub(rows: Dataset | IterableDataset, source: str, text_field: str) -> Dataset | IterableDataset:
+def _rows_of_hub(
+    rows: Dataset | IterableDataset, source: str, text_field: str, kind: RowKind | None
+) -> Dataset | IterableDataset:
     first = next(iter(rows), None)
     if first is None:
         raise ValueError(f"`{source}` has no rows. At least one is needed. Pass other data.")
-    form = _format(first, source, text_field)
+    form = _format(first, source, text_field, kind)
     features = form.features | {name: rows.features[name] for name in IMAGES if name in form.columns and rows.features}
     converted = rows.map(
         _converted,

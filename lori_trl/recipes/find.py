@@ -121,6 +121,11 @@ def is_baseline(file: Path) -> bool:
     return "use_peft" in read_recipe(file)
 
 
+def recipe_trainer(file: Path) -> str:
+    """Return which of the trainers a recipe is for: the word after `lori`."""
+    return str(read_recipe(file).get("trainer") or "sft")
+
+
 def foreign_code(recipe: Mapping[str, Any]) -> list[str]:
     """
     List what lets a recipe run code that is in none of the installed packages.
@@ -139,6 +144,8 @@ def foreign_code(recipe: Mapping[str, Any]) -> list[str]:
     for key in ("attn_implementation", "use_kernels"):
         if "/" in str(settings.get(key)) or settings.get(key) is True:
             reasons.append(f"{key}={settings[key]}: compiled code of a repository is run")
+    if own := [name for name in recipe.get("reward_funcs") or [] if "." in name]:
+        reasons.append(f"reward_funcs={', '.join(own)}: Python code from where the command is run is run")
     variables = sorted((recipe.get("env") or {}).keys() - _HARMLESS_VARIABLES)
     if variables:
         reasons.append(f"env={', '.join(variables)}: variables can make Python, the linker or the Hub take other code")
@@ -173,7 +180,8 @@ def recipe_fields(parser: argparse.ArgumentParser) -> dict[str, RecipeField]:
     """
     Return what a recipe for a parser may hold: key -> field.
 
-    A TrlParser's recipes also have what `accelerate launch` takes, and `env` and `requires`, which are no options.
+    A TrlParser's recipes also have what `accelerate launch` takes, and `env`, `requires` and `trainer`, which are no
+    options.
     """
     configs = vars(parser).get("dataclass_types", ())  # a TrlParser's
     mappings = {name for config in configs for name in getattr(config, "_VALID_DICT_FIELDS", ())}
@@ -207,6 +215,10 @@ def validate_recipe(file: Path, parser: argparse.ArgumentParser) -> dict[str, An
         if key == "env" and "dataclass_types" in vars(parser):  # TrlParser's: environment variables to set
             faults += _env_faults(value)
             values[key] = value
+        elif key == "trainer" and "dataclass_types" in vars(parser):
+            values[key] = value
+            if value != vars(parser).get("trainer", "sft"):
+                faults.append(f"trainer={_REPR.repr(value)}: it is for `lori {_short(value)}`, if there is that")
         elif key == "requires" and "dataclass_types" in vars(parser):
             values[key] = value
             if not isinstance(value, list) or not {*map(str, value)} <= fields.keys():

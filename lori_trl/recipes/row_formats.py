@@ -10,7 +10,7 @@ The forms of training rows: TRL's, and what becomes one of them.
 | raw rows ([`raw_row_converter`]) | prompt and completion |
 
 Of a row that has more than one of these, the first one counts, and the other columns are left out: TRL would take some
-of each.
+of each. What TRL's other trainers take is in `ROW_KINDS`.
 """
 
 import reprlib
@@ -46,23 +46,58 @@ class RowFormat:
     conversational: bool  # whether they hold messages
     # makes a row of these columns of a row as it was read. Raises [`RowFault`]
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
+    flags: tuple[str, ...] = ()  # of the columns, those that hold true or false
 
     @property
     def features(self) -> Features:
         """The types of the columns. Messages are kept as they are, each with its own keys."""
         types: dict[str, Any] = {name: List(Value("int64")) if name in _TOKENS else Json() for name in self.columns}
         text = List(Json()) if self.conversational else Value("string")
-        return Features(types | dict.fromkeys(self.texts, text))
+        return Features(types | dict.fromkeys(self.texts, text) | dict.fromkeys(self.flags, Value("bool")))
 
 
-def row_format(first: Mapping[str, Any], text_field: str = "text") -> RowFormat | None:
+@dataclass(frozen=True)
+class RowKind:
+    """A kind of rows that a trainer takes, beside those of supervised training."""
+
+    texts: tuple[tuple[str, ...], ...]  # groups of columns that hold text or messages; the first that is there counts
+    allowed: str  # what is allowed, for an error
+    flags: tuple[str, ...] = ()  # columns that must hold true or false
+    more: tuple[str, ...] = ()  # columns that are taken where they are there; `"*"` is every other one
+
+    def columns(self, names: Collection[str]) -> tuple[str, ...]:
+        """Choose the columns that hold text or messages; none where rows are not of this kind."""
+        if not set(self.flags) <= set(names):
+            return ()
+        return next((group for group in self.texts if set(group) <= set(names)), ())
+
+
+_PAIRS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+_PAIRED = "prompt, chosen and rejected; or chosen and rejected alone, which begin with the same prompt"
+# What TRL's other trainers take, by its names for the kinds.
+ROW_KINDS = {
+    "preference": RowKind(_PAIRS, _PAIRED),
+    "preference with a margin": RowKind(_PAIRS, f"{_PAIRED}; and, where it is known, margin", more=("margin",)),
+    "unpaired preference": RowKind(
+        (("prompt", "completion"),), "prompt, completion and label (true where it is desirable)", flags=("label",)
+    ),
+    "prompt-only": RowKind((("prompt",),), "prompt, and what the reward functions ask for", more=("*",)),
+}
+
+
+def row_format(first: Mapping[str, Any], text_field: str = "text", kind: RowKind | None = None) -> RowFormat | None:
     """
     Tell the format of a data set from its first row; `None` where it is none that can be trained on.
 
     Args:
         first (`Mapping[str, Any]`): the row as it was read.
         text_field (`str`, *optional*, defaults to `"text"`): the column of plain text, TRL's `dataset_text_field`.
+        kind ([`RowKind`], *optional*): of the rows that are needed; by default those of supervised training.
     """
+    if kind is not None:
+        texts = kind.columns(first)
+        more = [name for name in first if name not in texts and (name in kind.more or "*" in kind.more)]
+        return _trl_format(first, texts, kind.flags, tuple(more)) if texts else None
     if "canonical_solution" not in first:
         if "input_ids" in first:
             columns = tuple(name for name in _TOKENS if name in first)
@@ -85,21 +120,28 @@ def text_columns(columns: Collection[str], text_field: str = "text") -> tuple[st
     return next((group for group in groups if set(group) <= set(columns)), ())
 
 
-def _trl_format(first: Mapping[str, Any], source: tuple[str, ...]) -> RowFormat:
+def _trl_format(
+    first: Mapping[str, Any], source: tuple[str, ...], flags: tuple[str, ...] = (), more: tuple[str, ...] = ()
+) -> RowFormat:
     conversational = source[0] in ("messages", "conversations") or isinstance(first[source[-1]], list)
     texts = ("messages",) if source == ("conversations",) else source
-    beside = tuple(name for name in (*_BESIDE_MESSAGES * conversational, *IMAGES) if name in first)
+    known = tuple(name for name in (*_BESIDE_MESSAGES * conversational, *IMAGES) if name in first)
+    beside = tuple(dict.fromkeys((*known, *more)))
 
     def convert(row: Mapping[str, Any]) -> dict[str, Any]:
         check_row(row, source, conversational=conversational)
         new = {name: row.get(name) for name in beside}
         if "chat_template_kwargs" in new:  # TRL unpacks it
             new["chat_template_kwargs"] = new["chat_template_kwargs"] or {}
+        for name in flags:
+            if row.get(name) not in (True, False):
+                raise RowFault(f"has `{name}={_SHORT.repr(row.get(name))}`", "true or false")
+            new[name] = bool(row[name])
         for name, column in zip(texts, source, strict=True):
             new[name] = [chat_message(each) for each in row[column]] if conversational else row[column]
         return new
 
-    return RowFormat((*texts, *beside), texts, conversational, convert)
+    return RowFormat((*texts, *beside, *flags), texts, conversational, convert, flags)
 
 
 def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import argparse
 import re
 import types
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +17,7 @@ _ENVIRONMENT = {
     "additionalProperties": {"type": ["string", "number"]},
 }
 
+_WORDS = {"description", "default"}  # of a schema, what allows or forbids nothing
 _REQUIRES = {
     "description": "Fields that a call must set where the recipe does not: without them it would be another run.",
     "type": "array",
@@ -23,22 +25,42 @@ _REQUIRES = {
 }
 
 
-def recipe_schema(training: argparse.ArgumentParser, merge: argparse.ArgumentParser) -> dict[str, Any]:
+def recipe_schema(training: Mapping[str, argparse.ArgumentParser], merge: argparse.ArgumentParser) -> dict[str, Any]:
     """
     Describe all recipes: for training, and for merging, which name `adapters`.
 
-    It is stricter than the command line in one thing: numbers and truth values are not text.
+    Training recipes share their properties; which of them a trainer does not have, its own condition says. It is
+    stricter than the command line in one thing: numbers and truth values are not text.
 
     Args:
-        training (`argparse.ArgumentParser`): the parser of `lori-sft`.
+        training (`Mapping[str, argparse.ArgumentParser]`): the parsers of the verbs that train, by their names.
         merge (`argparse.ArgumentParser`): the parser of what `lori merge` takes from a recipe.
 
     Returns:
         `dict[str, Any]`: a JSON schema, draft 7, which editors know best.
     """
-    of_training = _mapping_schema(training)
-    of_training["properties"] |= {"env": _ENVIRONMENT, "requires": _REQUIRES}
-    of_training["allOf"] = [{"not": _both_set(*keys)} for keys in CONFLICTS]
+    of_trainers = {name: _mapping_schema(parser)["properties"] for name, parser in training.items()}
+    properties: dict[str, Any] = {}
+    for own in of_trainers.values():
+        for name, field in own.items():
+            properties[name] = _either(properties[name], field) if name in properties else field
+    trainer = {"description": "The trainer that it is for: the word after `lori`.", "enum": [*training]}
+    more = {"env": _ENVIRONMENT, "requires": _REQUIRES, "trainer": trainer | {"default": "sft"}}
+    of_training = {
+        "type": "object",
+        "properties": dict(sorted(properties.items())) | more,
+        "additionalProperties": False,
+        "allOf": [
+            *({"not": _both_set(*keys)} for keys in CONFLICTS),
+            *(
+                {
+                    "if": {"properties": {"trainer": {"const": name}}, "required": ["trainer"] * (name != "sft")},
+                    "then": {"propertyNames": {"not": {"enum": sorted(properties.keys() - own)}}},
+                }
+                for name, own in of_trainers.items()
+            ),
+        ],
+    }
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "A recipe of lori_trl",
@@ -47,6 +69,15 @@ def recipe_schema(training: argparse.ArgumentParser, merge: argparse.ArgumentPar
         "else": {"$ref": "#/definitions/training"},
         "definitions": {"training": of_training, "merge": _mapping_schema(merge)},
     }
+
+
+def _either(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Describe a field that two trainers have: without a default that is not theirs both."""
+    common = {key: one[key] for key in one if one[key] == other.get(key)}
+    if one.keys() - other.keys() - _WORDS or any(one[key] != other.get(key) for key in one.keys() - _WORDS):
+        kinds = [{key: each[key] for key in each.keys() - _WORDS} for each in (one, other)]
+        return {"description": one["description"], "anyOf": kinds}
+    return {"description": one["description"]} | common
 
 
 def _mapping_schema(parser: argparse.ArgumentParser) -> dict[str, Any]:

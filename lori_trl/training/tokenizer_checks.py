@@ -8,31 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import SFTConfig, get_training_chat_template
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from trl import get_training_chat_template
 
 from ..inputs.files import describe_fault
 from ..recipes.row_formats import text_columns
 
 
-def tokenizer_as_trained(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreTrainedTokenizerBase:
+def tokenizer_as_trained(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> PreTrainedTokenizerBase:
     """
-    Return a copy of a tokenizer with the chat template and special tokens that a run gives it.
+    Return a copy of a tokenizer with the chat template and special tokens that a run gives it. Not every trainer of
+    TRL's has fields for them.
 
     Raises:
         `ValueError`: with `assistant_only_loss`, the template does not mark the assistant's words, and TRL knows no
             other form of it that does.
     """
-    tokenizer = copy.deepcopy(tokenizer)
-    if (path := args.chat_template_path) is not None:
+    tokenizer, given = copy.deepcopy(tokenizer), vars(args)
+    if (path := given.get("chat_template_path")) is not None:
         if Path(path).is_file():
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         else:
             source = AutoTokenizer.from_pretrained(path)
             tokenizer.chat_template, tokenizer.eos_token = source.get_chat_template(), source.eos_token
-    tokenizer.eos_token = args.eos_token or tokenizer.eos_token
-    tokenizer.pad_token = args.pad_token or tokenizer.pad_token
-    if args.assistant_only_loss and tokenizer.chat_template is not None:
+    tokenizer.eos_token = given.get("eos_token") or tokenizer.eos_token
+    tokenizer.pad_token = given.get("pad_token") or tokenizer.pad_token
+    if given.get("assistant_only_loss") and tokenizer.chat_template is not None:
         try:
             get_training_chat_template(tokenizer)
         except ValueError as error:
@@ -52,6 +53,7 @@ def check_tokenizer(
     source: str,
     *,
     text_field: str = "text",
+    columns: tuple[str, ...] | None = None,
     chat_template: str | None = None,
 ) -> None:
     """
@@ -65,13 +67,15 @@ def check_tokenizer(
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer; processors of images are not looked at.
         source (`str`): what the rows are called in an error.
         text_field (`str`, *optional*, defaults to `"text"`): the column of plain text.
+        columns (`tuple[str, ...]`, *optional*):
+            those that hold text or messages, for other trainers than of supervised training.
         chat_template (`str`, *optional*): in place of the tokenizer's own.
 
     Raises:
         `ValueError`: it does not take them.
     """
     first = next(iter(rows))
-    texts = () if "input_ids" in first else text_columns(first, text_field)
+    texts = columns or (() if "input_ids" in first else text_columns(first, text_field))
     if not texts or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
     name = tokenizer.name_or_path
@@ -118,6 +122,9 @@ def _render(row: Mapping[str, Any], columns: tuple[str, ...], tokenizer: Any, te
     """Make text of a row's messages as TRL does."""
     tools = json.loads(tools) if isinstance(tools := row.get("tools"), str) else tools
     kwargs = {"chat_template": template, "tools": tools, "tokenize": False, **(row.get("chat_template_kwargs") or {})}
-    if len(columns) > 1:
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **kwargs)
-    tokenizer.apply_chat_template([each for column in columns for each in row[column]], **kwargs)
+    prompt = row["prompt"] if "prompt" in columns else []
+    if prompt:
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)
+    for column in columns:
+        if column != "prompt":
+            tokenizer.apply_chat_template([*prompt, *row[column]], **kwargs)

@@ -4,16 +4,16 @@ import os
 
 import pytest
 
-from lori_trl.cli import sft, sft_options
+from lori_trl.cli import sft, training_options
 from lori_trl.cli.options import with_underscores
-from lori_trl.cli.sft_options import FILE_OF_HELP, help_made_for, sft_help, sft_parser
+from lori_trl.cli.training_options import FILE_OF_HELP, help_made_for, sft_help, training_parser
 
 
 @pytest.fixture
 def live(monkeypatch) -> str:
     """The parser's own text, as wide as the one that is written down."""
     monkeypatch.setenv("COLUMNS", "80")
-    return sft_parser().format_help()
+    return training_parser().format_help()
 
 
 def test_the_help_that_is_written_down_is_the_parsers(live):
@@ -24,8 +24,8 @@ def test_the_help_that_is_written_down_is_the_parsers(live):
 
 
 def test_of_other_versions_the_help_is_the_parsers(live, monkeypatch, capsys):
-    monkeypatch.setattr(sft_options, "help_made_for", lambda: "trl 0.0, transformers 0.0")
-    monkeypatch.setattr(sft_options, "_EXAMPLE", "live")
+    monkeypatch.setattr(training_options, "help_made_for", lambda: "trl 0.0, transformers 0.0")
+    monkeypatch.setattr(training_options, "_EPILOG", "live")
     assert sft(["--help"]) == 0
     assert capsys.readouterr().out.split()[-1] == "live"
 

@@ -18,7 +18,7 @@ from trl.scripts.sft import make_parser as trl_parser
 
 from lori_trl import LoriMasks
 from lori_trl.cli import sft
-from lori_trl.cli.sft_options import sft_parser
+from lori_trl.cli.training_options import training_parser
 from lori_trl.recipes.find import find_recipe, list_recipes, read_recipe, shipped_folder, validate_recipe
 from lori_trl.recipes.tasks import TASKS
 from lori_trl.training.compat import CheckpointingFields
@@ -97,7 +97,7 @@ def test_every_recipe_is_counted_and_listed():
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_recipe_is_valid_and_says_what_it_is(name):
     file = ALL[name]
-    validate_recipe(file, sft_parser())
+    validate_recipe(file, training_parser())
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
     schema = header[0].removeprefix("# yaml-language-server: $schema=")
     assert (file.parent / schema).resolve() == shipped_folder("recipes") / "recipe.schema.json"
@@ -351,7 +351,7 @@ def test_all_faults_come_in_one_error(tmp_path):
     }
     file.write_text(yaml.safe_dump(recipe))
     with pytest.raises(ValueError, match="has 8 faults") as error:
-        validate_recipe(file, sft_parser())
+        validate_recipe(file, training_parser())
     message = str(error.value)
     assert str(file) in message
     for part in (
@@ -380,7 +380,7 @@ def test_all_kinds_of_faults_come_in_one_error(tmp_path):
         "lora_r: 64\n"
     )
     with pytest.raises(ValueError, match="has 5 faults") as error:
-        validate_recipe(file, sft_parser())
+        validate_recipe(file, training_parser())
     for part in (
         "learnig_rate: no such field (did you mean learning_rate?)",
         "max_steps='many': not a valid int",
@@ -413,10 +413,10 @@ def test_all_kinds_of_faults_come_in_one_error(tmp_path):
 def test_ranges(line, fault, tmp_path):
     (tmp_path / "one.yaml").write_text(line)
     if fault is None:
-        assert validate_recipe(tmp_path / "one.yaml", sft_parser())
+        assert validate_recipe(tmp_path / "one.yaml", training_parser())
         return
     with pytest.raises(ValueError, match="has 1 fault:") as error:
-        validate_recipe(tmp_path / "one.yaml", sft_parser())
+        validate_recipe(tmp_path / "one.yaml", training_parser())
     assert fault in str(error.value)
 
 

@@ -8,7 +8,8 @@ import yaml
 from tiny import needs
 
 from lori_trl.cli.merge import recipe_parser
-from lori_trl.cli.sft_options import sft_parser
+from lori_trl.cli.training_options import training_parser
+from lori_trl.cli.training_verbs import VERBS
 from lori_trl.recipes.find import list_recipes, shipped_folder, validate_recipe
 from lori_trl.recipes.schema import recipe_schema
 
@@ -19,7 +20,8 @@ VALIDATOR = jsonschema.Draft7Validator(SHIPPED)
 @needs("trl", "1.16", "its fields and transformers 5.23's are in the schema")
 @needs("transformers", "5.23", "as above")
 def test_the_shipped_schema_is_current():
-    made = json.loads(json.dumps(recipe_schema(sft_parser(), recipe_parser())))
+    parsers = {name: training_parser(verb) for name, verb in VERBS.items()}
+    made = json.loads(json.dumps(recipe_schema(parsers, recipe_parser())))
     assert made == SHIPPED, "run `lori recipes schema > recipes/recipe.schema.json`"
 
 
@@ -55,7 +57,7 @@ def test_what_validate_refuses_does_not_fit(text, tmp_path):
     assert not VALIDATOR.is_valid(yaml.safe_load(text))
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ValueError, match="fault"):
-        validate_recipe(tmp_path / "recipe.yaml", recipe_parser() if "adapters" in text else sft_parser())
+        validate_recipe(tmp_path / "recipe.yaml", recipe_parser() if "adapters" in text else training_parser())
 
 
 @pytest.mark.parametrize(
@@ -74,4 +76,4 @@ def test_what_validate_refuses_does_not_fit(text, tmp_path):
 def test_what_is_valid_fits(text, tmp_path):
     assert VALIDATOR.is_valid(yaml.safe_load(text))
     (tmp_path / "recipe.yaml").write_text(text)
-    assert validate_recipe(tmp_path / "recipe.yaml", sft_parser())
+    assert validate_recipe(tmp_path / "recipe.yaml", training_parser())

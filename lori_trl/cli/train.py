@@ -1,4 +1,4 @@
-"""`lori-sft`, which is `lori sft`: train an adapter."""
+"""The verbs that train an adapter: `lori sft`, which is `lori-sft`, and those of TRL's other trainers."""
 
 import os
 import sys
@@ -8,62 +8,78 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from .completion import sft_completion_parser
+from .completion import training_completion_parser
 from .errors import bad_input, take_debug
 from .launching import engine_of, launch, take_launch_options
 from .options import with_underscores
-from .sft_options import is_evaluated, parse, sft_help, sft_parser
 from .terminal import printable, show, show_logs_as_text
+from .training_options import is_evaluated, parse, sft_help, training_parser
+from .training_verbs import SFT, TrainingVerb
 from .version import version_lines
 
 
 def sft(arguments: list[str] | None = None) -> int:
     """Run `lori-sft`. Returns the exit code: 0; 2 for a wrong call; a failed run raises."""
-    arguments, debug = take_debug(with_underscores(sys.argv[1:] if arguments is None else arguments))
+    return run_training(SFT, sys.argv[1:] if arguments is None else arguments)
+
+
+def run_training(verb: TrainingVerb, arguments: list[str]) -> int:
+    """
+    Run a verb that trains.
+
+    Args:
+        verb ([`TrainingVerb`]): the verb.
+        arguments (`list[str]`): what follows it on the command line.
+
+    Returns:
+        `int`: the exit code: 0; 2 for a wrong call; a failed run raises.
+    """
+    arguments, debug = take_debug(with_underscores(arguments))
     show_logs_as_text()
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and transformers about each other's names
     if "--version" in arguments:
         show(version_lines())
         return 0
     if any(argument.startswith("--print_completion") for argument in arguments):
-        sft_completion_parser().parse_args(arguments)
+        training_completion_parser(verb).parse_args(arguments)
     if "--help_all" in arguments:
-        sft_parser(help_all=True).print_help()
+        training_parser(verb, help_all=True).print_help()
         return 0
     if {"--help", "-h"} & set(arguments):
-        show(sft_help())
+        show(sft_help() if verb is SFT else training_parser(verb).format_help())
         return 0
-    with bad_input("lori-sft", debug=debug):
+    with bad_input(verb.program, debug=debug):
         rest, options = take_launch_options(arguments)
         if options and not {"--dry_run", "--preview"} & {word.partition("=")[0] for word in rest}:
-            launch(options, [*rest, *["--debug"] * debug])
+            launch(verb, options, [*rest, *["--debug"] * debug])
             return 0
     with ExitStack() as held:
-        return _run(rest, options, held, debug)
+        return _run(verb, rest, options, held, debug)
 
 
-def _run(arguments: list[str], launched: dict[str, Any], held: ExitStack, debug: bool) -> int:
+def _run(verb: TrainingVerb, arguments: list[str], launched: dict[str, Any], held: ExitStack, debug: bool) -> int:
     """
     Run a call that trains, or looks at what would be trained.
 
     Args:
+        verb ([`TrainingVerb`]): the verb.
         arguments (`list[str]`): without those of `accelerate launch`.
         launched (`dict[str, Any]`): these, for a dry run.
         held (`ExitStack`): keeps the output for this process alone.
         debug (`bool`): whether an error is told by its traceback.
     """
-    with bad_input("lori-sft", debug=debug):
-        script, args, model_args, recipe = parse(sft_parser(), arguments)
+    with bad_input(verb.program, debug=debug):
+        script, args, model_args, recipe = parse(training_parser(verb), arguments)
         if script.dry_run:
-            _dry_run(script, args, model_args, engine_of(launched))
+            _dry_run(verb, script, args, model_args, engine_of(launched))
             return 0
         if script.preview is not None:
-            _preview(script, args, model_args)
+            _preview(verb, script, args, model_args)
             return 0
-        trainer = _build_trainer(script, args, model_args, held)
+        trainer = _build_trainer(verb, script, args, model_args, held)
     trainer.recipe = recipe
     resume = args.resume_from_checkpoint
-    with bad_input("lori-sft", (ValueError, FileNotFoundError), debug=debug):
+    with bad_input(verb.program, (ValueError, FileNotFoundError), debug=debug):
         output = trainer.train(True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     metrics = output.metrics
@@ -80,7 +96,7 @@ def _run(arguments: list[str], launched: dict[str, Any], held: ExitStack, debug:
     return 0
 
 
-def _dry_run(script, args, model_args, engine=None) -> None:
+def _dry_run(verb, script, args, model_args, engine=None) -> None:
     from peft import PeftConfig
     from transformers import AutoConfig, Trainer
     from trl import get_peft_config
@@ -93,10 +109,13 @@ def _dry_run(script, args, model_args, engine=None) -> None:
     from ..training.sparse_backend import choose_backend
     from ..training.training_rows import loss_on_all_turns
 
+    if verb.generates:
+        _reward_functions(script)
     engine = engine or Engine("one device", 1)
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
         peft_config = PeftConfig.from_pretrained(script.adapter_name_or_path)
+        _check_task_type(verb, peft_config.task_type, script.adapter_name_or_path)
     config = KNOWN_CONFIGS.get(model_args.model_name_or_path) or AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
@@ -116,35 +135,43 @@ def _dry_run(script, args, model_args, engine=None) -> None:
     backend, why = choose_backend(args, engine, density, calibrate=counts.calibrated, optimizer=optimizer)
     show(counts.table(), engine.table(counts, _bytes_of_base(model_args), backend))
     show(f"sparse_backend: {backend} ({why})")
-    row, num_rows = look_at_training_data(script, args.dataset_text_field)
+    row, num_rows = look_at_training_data(script, verb.text_field(args), kind=verb.row_kind)
     name = script.dataset_path or script.dataset_name
     if row is None:
         show(f"data: {name} was not looked at, for the Hub cannot be reached")
     else:
         show(
             f"data: {name}, {'' if num_rows is None else f'{num_rows:,} '}rows of {', '.join(row)}",
-            *filter(None, [loss_on_all_turns(row, args)]),
+            *filter(None, [loss_on_all_turns(row, args) if verb is SFT else None]),
         )
     batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     at_once = f"{batch} x {engine.devices} devices x {accumulated} accumulated"
-    show(f"rows a step: {batch * engine.devices * accumulated} = {at_once}")
+    show(f"{'answers' if verb.generates else 'rows'} a step: {batch * engine.devices * accumulated} = {at_once}")
+    if verb.generates:
+        show(f"answers to a prompt: {args.num_generations}")
+        num_rows = None if num_rows is None else num_rows * args.num_generations
     phases = {"calibration": args.for_calibration()} if counts.calibrated else {}
     for phase, phase_args in (phases | {"adaptation": args}).items():
         fraction = args.calibration_fraction if phase == "calibration" else 1
         steps = optimizer_steps(phase_args, num_rows, engine.devices, fraction)
-        of_packs = args.packing and phase_args.max_steps <= 0
+        of_packs = verb is SFT and args.packing and phase_args.max_steps <= 0
         known = "not known before the rows are counted" if steps is None else f"{steps:,}"
         show(f"steps of the {phase}: {known}{' at most, for rows are packed' if of_packs and steps else ''}")
     _settle_task_name(script, args)
     show(f"task: {args.task_name}")
 
 
-def _preview(script, args, model_args) -> None:
+def _preview(verb, script, args, model_args) -> None:
     from rich.text import Text
 
     from ..training.preview import preview_rows
 
-    data, tokenizer = _load_data(script, args, model_args)
+    if verb is not SFT:
+        raise ValueError(
+            f"`preview={script.preview}` with `{verb.program}`: it shows which tokens of a row bear loss in "
+            "supervised training, and is of `lori sft` alone. Leave it out; `--dry_run` looks at the rows."
+        )
+    data, tokenizer = _load_data(verb, script, args, model_args)
     rows = data[script.dataset_train_split]
     for number, row in enumerate(preview_rows(rows, args, tokenizer, script.preview)):
         text = Text()
@@ -154,19 +181,21 @@ def _preview(script, args, model_args) -> None:
         show(f"row {number}: {row.num_tokens:,} tokens, {row.num_with_loss:,} bear loss: those in ⟦⟧", text, "")
 
 
-def _load_data(script, args, model_args):
+def _load_data(verb, script, args, model_args):
     """Load the rows and the tokenizer, and check that it takes them all. Returns both."""
     from ..recipes.data import load_training_data
     from ..training.tokenizer_checks import check_tokenizer, tokenizer_as_trained
     from ..training.training_rows import loss_on_all_turns
 
-    data = load_training_data(script, args.dataset_text_field, evaluated=is_evaluated(args))
+    kind, text_field = verb.row_kind, verb.text_field(args)
+    data = load_training_data(script, text_field, kind=kind, evaluated=is_evaluated(args))
     tokenizer = _load_tokenizer(script, args, model_args)
     as_trained = tokenizer_as_trained(tokenizer, args)
     for split, rows in data.items():
         source = f"{script.dataset_path or script.dataset_name}, split {split}"
-        check_tokenizer(rows, as_trained, source, text_field=args.dataset_text_field)
-    if told := loss_on_all_turns(next(iter(data[script.dataset_train_split])), args):
+        columns = None if kind is None else kind.columns(next(iter(rows)))
+        check_tokenizer(rows, as_trained, source, text_field=text_field, columns=columns)
+    if verb is SFT and (told := loss_on_all_turns(next(iter(data[script.dataset_train_split])), args)):
         show(told)
     return data, tokenizer
 
@@ -219,7 +248,42 @@ def _bytes_of_base(model_args) -> float:
     return {"bfloat16": 2.0, "float16": 2.0}.get(model_args.dtype, 4.0)
 
 
-def _build_trainer(script, args, model_args, held):
+def _reward_functions(script) -> list[Any]:
+    """
+    Find what rewards answers. A reward model is not loaded yet.
+
+    Raises:
+        `ValueError`: nothing does, or there is no such function.
+    """
+    from ..training.reward_functions import find_reward_functions
+
+    if not script.reward_funcs and script.reward_model_name_or_path is None:
+        raise ValueError(
+            "`reward_funcs` and `reward_model_name_or_path` are both missing. Answers are learnt from by their "
+            "rewards. Pass `--reward_funcs my_rewards.is_short` for the function `is_short` of `my_rewards.py`, or "
+            "`--reward_model_name_or_path` with a reward model."
+        )
+    return find_reward_functions(script.reward_funcs or [])
+
+
+def _check_task_type(verb: TrainingVerb, task_type: str | None, name: str) -> None:
+    """
+    Check that an adapter that is continued is one of the model that the verb trains: with a head, or without.
+
+    Raises:
+        `ValueError`: it is not.
+    """
+    if (task_type == "SEQ_CLS") != (verb.task_type == "SEQ_CLS"):
+        raise ValueError(
+            f"`adapter_name_or_path={name}` has `task_type={task_type!r}`, and `{verb.program}` trains "
+            f"{verb.task_type}: a reward model has a head for its score, and a language model one for tokens. "
+            "Continue an adapter of the same kind; or write the adapter into its base with `lori merge --into-base`, "
+            "and pass that as `--model_name_or_path`."
+        )
+
+
+def _build_trainer(verb, script, args, model_args, held):
+    from transformers import set_seed
     from trl import get_peft_config, get_quantization_config
 
     from ..adapter.folder import open_adapter
@@ -229,13 +293,16 @@ def _build_trainer(script, args, model_args, held):
     from ..inputs.files import sole_writer
     from ..training.base_model import load_base_model
     from ..training.hub_pushes import ready_repository
-    from ..training.sft_trainer import LoriSFTTrainer
 
     inputs = (model_args.model_name_or_path, script.adapter_name_or_path, args.mask_name_or_path)
     resumed = args.resume_from_checkpoint is not None
     check_output(args.output_dir, filter(None, inputs), overwrite=script.overwrite or resumed)
     _settle_task_name(script, args)
-    data, tokenizer = _load_data(script, args, model_args)
+    data, tokenizer = _load_data(verb, script, args, model_args)
+    if script.adapter_name_or_path is not None:
+        with open_adapter(script.adapter_name_or_path, allow_modified=script.allow_modified) as adapter:
+            _check_task_type(verb, adapter.config.get("task_type"), script.adapter_name_or_path)
+    of_verb = {"reward_funcs": _reward_functions(script)} if verb.generates else {}
     _check_writable(args.output_dir)
     if os.environ.get("RANK", "0") == "0":
         held.enter_context(sole_writer(Path(args.output_dir)))
@@ -250,6 +317,11 @@ def _build_trainer(script, args, model_args, held):
         **(args.model_init_kwargs or {}),
     }
     args.model_init_kwargs = None
+    if verb.task_type == "SEQ_CLS":
+        from transformers import AutoModelForSequenceClassification
+
+        set_seed(args.seed)  # the head is drawn, as TRL draws it
+        model_init_kwargs |= {"architecture": AutoModelForSequenceClassification, "num_labels": 1}
     model = load_base_model(model_args.model_name_or_path, **model_init_kwargs)
     peft_config = get_peft_config(model_args)
     if script.adapter_name_or_path is not None:
@@ -259,13 +331,19 @@ def _build_trainer(script, args, model_args, held):
             model, script.adapter_name_or_path, is_trainable=True, allow_modified=script.allow_modified
         )
         peft_config = None
-    return LoriSFTTrainer(
+    if verb.generates and script.reward_model_name_or_path is not None:
+        from ..training.reward_functions import load_reward_model
+
+        reward_model = load_reward_model(script.reward_model_name_or_path, dtype=model_args.dtype)
+        of_verb["reward_funcs"] = [reward_model, *of_verb["reward_funcs"]]
+    return verb.trainer_class(
         model,
-        args,
+        args=args,
         train_dataset=data[script.dataset_train_split],
         eval_dataset=data[script.dataset_test_split] if is_evaluated(args) else None,
         processing_class=tokenizer,
         peft_config=peft_config,
+        **of_verb,
     )
 
 

@@ -1,4 +1,4 @@
-"""The options of `lori-sft`: its parser, and the configurations that a recipe and a command line make."""
+"""The options of the verbs that train: their parser, and the configurations that a recipe and a command line make."""
 
 import argparse
 import copy
@@ -25,17 +25,16 @@ from ..recipes.find import (
     value_fault,
 )
 from .terminal import show
+from .training_verbs import SFT, TrainingVerb
 
-_EXAMPLE = """
+_EPILOG = """
 several processes: --accelerate_config single | ddp | fsdp2 | fsdp2_multinode | zero2 | zero3 | FILE, and
 --num_processes N; with --dry_run it says what is sharded and what each device holds
 
 --help_all lists all of TRL's options; --version and --print_completion SHELL are as of `lori`
 
 example:
-  lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8
-  lori-sft --recipe code_lori_s.yaml --accelerate_config ddp --num_processes 8 --per_device_train_batch_size 4 \\
-      --gradient_accumulation_steps 1 --output_dir code-lori-s     # 8 x 4 rows a step: the paper's 32
+  {}
 """
 # TRL's fields that `--help` shows besides those that shipped recipes set.
 _ALSO_SHOWN = {"help", "load_in_4bit", "max_steps", "push_to_hub", "hub_model_id", "resume_from_checkpoint", "seed"}
@@ -49,7 +48,7 @@ def sft_help() -> str:
     whose import takes seconds; made anew for others.
     """
     made_for, _, text = FILE_OF_HELP.read_text(encoding="utf-8").partition("\n")
-    return text if made_for == help_made_for() else sft_parser().format_help()
+    return text if made_for == help_made_for() else training_parser().format_help()
 
 
 def help_made_for() -> str:
@@ -57,12 +56,9 @@ def help_made_for() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers"))
 
 
-def sft_parser(*, help_all: bool = False):
-    """Make the parser of `lori-sft`, of which `--help` shows what matters, or all."""
+def training_parser(verb: TrainingVerb = SFT, *, help_all: bool = False):
+    """Make the parser of a verb that trains, of which `--help` shows what matters, or all."""
     from trl import ModelConfig, TrlParser
-
-    from ..recipes.data import LoriScriptArguments
-    from ..training.config import LoriSFTConfig
 
     class Parser(TrlParser):
         def error(self, message: str):  # argparse would print pages of usage first
@@ -72,7 +68,7 @@ def sft_parser(*, help_all: bool = False):
             formatter = self._get_formatter()
             formatter.add_text(f"usage: {self.prog} [--recipe RECIPE] [--FIELD VALUE ...]")
             formatter.add_text(self.description)
-            for title, actions in _help_groups(self._actions, help_all).items():
+            for title, actions in _help_groups(verb, self._actions, help_all).items():
                 formatter.start_section(title)
                 formatter.add_arguments(actions)
                 formatter.end_section()
@@ -80,40 +76,42 @@ def sft_parser(*, help_all: bool = False):
             return formatter.format_help()
 
     parser = Parser(
-        (LoriScriptArguments, LoriSFTConfig, ModelConfig),
-        prog="lori-sft",
+        (verb.script_class, verb.config_class, ModelConfig),
+        prog=verb.program,
         allow_abbrev=False,
-        description="Train a LoRI adapter: calibrate, select the mask, adapt.",
-        epilog=_EXAMPLE,
+        description=verb.purpose,
+        epilog=_EPILOG.format(verb.example),
         formatter_class=_HelpFormatter,
     )
-    parser.set_defaults(use_peft=True, lora_target_modules="all-linear")
+    parser.trainer = verb.name
+    parser.set_defaults(use_peft=True, lora_target_modules="all-linear", lora_task_type=verb.task_type)
     return parser
 
 
-def _help_groups(actions: list[argparse.Action], help_all: bool) -> dict[str, list[argparse.Action]]:
+def _help_groups(
+    verb: TrainingVerb, actions: list[argparse.Action], help_all: bool
+) -> dict[str, list[argparse.Action]]:
     """
     Group the options for `--help`: LoRI's own first, as `LoriArguments` documents them, TRL's hundreds last.
 
-    Of TRL's, those are shown that a shipped recipe sets, or all.
+    Of TRL's, those are shown that a shipped recipe sets, or that supervised training does not have; or all.
     """
     from trl import DatasetMixtureConfig, ModelConfig
 
-    from ..recipes.data import LoriScriptArguments
-    from ..training.config import LoriArguments
+    from ..training.config import LoriArguments, LoriSFTConfig
 
     sections = re.split(r"> Parameters that control (.+)\n", LoriArguments.__doc__ or "")[1:]
     groups = {
         f"LoRI: {title}": set(re.findall(r"^        (\w+) \(`", body, re.MULTILINE))
         for title, body in zip(sections[::2], sections[1::2], strict=True)
     }
-    groups["the data and the run"] = {"help", *_names(LoriScriptArguments), "output_dir"}
+    groups["the data and the run"] = {"help", *_names(verb.script_class), "output_dir"}
     groups["the base model and the adapter (TRL's ModelConfig)"] = _names(ModelConfig)
-    groups["training (TRL's SFTConfig)"] = {action.dest for action in actions}.difference(*groups.values())
+    groups[f"training (TRL's {verb.pair}Config)"] = {action.dest for action in actions}.difference(*groups.values())
     if not help_all:
         groups["the data and the run"] -= _names(DatasetMixtureConfig)
         recipes = [file for file in list_recipes() if not is_merge_recipe(file) and not is_baseline(file)]
-        shown = _ALSO_SHOWN.union(*map(read_recipe, recipes))
+        shown = _ALSO_SHOWN.union(*map(read_recipe, recipes)) | _names(verb.config_class) - _names(LoriSFTConfig)
         for title in [title for title in groups if "TRL's" in title]:
             groups[title] &= shown
     return {title: [action for action in actions if action.dest in names] for title, names in groups.items()}
@@ -145,20 +143,22 @@ def make_configs(parser, recipe: dict[str, Any], arguments: list[str]) -> list[A
         )
     except Exception as error:  # transformers raises this and that on values it does not foresee
         raise ValueError(
-            f"{str(error).rstrip('.')}. `lori-sft --help_all` lists what is allowed. Correct the call or the recipe."
+            f"{str(error).rstrip('.')}. `{parser.prog} --help_all` lists what is allowed. Correct the call or the "
+            "recipe."
         ) from error
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(
-            f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `lori-sft --help_all` lists all. Correct it."
+            f"`{unknown[0]}` is no option{nearest(unknown[0], known)}. `{parser.prog} --help_all` lists all. Correct "
+            "it."
         )
     several = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     for key, value in [item for config in configs for item in vars(config).items()]:
         for each in value if isinstance(value, list) else [value]:
             if fault := value_fault(each, several=key in several):
                 raise ValueError(
-                    f"`{key}={value}` is {fault}. `lori-sft --help_all` lists what is allowed. Correct the call or "
-                    "the recipe."
+                    f"`{key}={value}` is {fault}. `{parser.prog} --help_all` lists what is allowed. Correct the call "
+                    "or the recipe."
                 )
     _, args, *_ = configs
     if not isinstance(args.model_init_kwargs, dict | None):
@@ -203,6 +203,7 @@ def parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
     name, arguments, is_trls = take_recipe(arguments)
     file = None if name is None else find_recipe(name)
     recipe = {} if file is None else _read(file, parser, is_trls)
+    trainer = recipe.pop("trainer", parser.trainer)
     requires = recipe.pop("requires", [])
     environment = recipe.pop("env", {})
     os.environ |= {key: str(value) for key, value in environment.items()}
@@ -234,14 +235,17 @@ def parse(parser, arguments: list[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
         as_run.pop(other, None)
     for secret_or_ours in ("hub_token", "dry_run", "preview", "overwrite", "use_peft"):
         as_run.pop(secret_or_ours, None)
+    if trainer != SFT.name:
+        as_run["trainer"] = trainer
     return script, args, model_args, as_run | ({"requires": requires} if requires else {})
 
 
 def _read(file: Path, parser, is_trls: bool) -> dict[str, Any]:
     if is_baseline(file) and (is_shipped(file) or not is_trls):
         raise ValueError(
-            f"`--recipe {file.name}` is a baseline for TRL's own trainer: it sets `use_peft`. `lori-sft` trains LoRI "
-            f"adapters alone. Run it with `trl sft --config {file}`, or pass a file of your own as `--config`."
+            f"`--recipe {file.name}` is a baseline for TRL's own trainer: it sets `use_peft`. `{parser.prog}` trains "
+            f"LoRI adapters alone. Run it with `trl {parser.trainer} --config {file}`, or pass a file of your own as "
+            "`--config`."
         )
     recipe = validate_recipe(file, parser)
     warn_of_foreign_code(file, recipe)
