@@ -9,6 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import yaml
 from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,10 +78,11 @@ def load_tasks(
     with _log_level("lm_eval", logging.ERROR):  # it warns of much that is meant here
         settings: dict[str, Any] = {"paths": {}, "limit": limit}
         manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=settings)
-        members = {
-            name: [name] if entry.cfg else sorted(entry.tags)  # a tag has no file of its own, only members
-            for name, entry in manager.task_index.items()
-        }
+        entries = _task_entries()
+        members = {name: [name] for name in entries}
+        for name, entry in entries.items():
+            for tag in [entry["tag"]] if isinstance(entry["tag"], str) else entry["tag"]:
+                members.setdefault(tag, []).append(name)
         for name in [*names, *(name for name in paths or {} if name is not None)]:
             if name not in members:
                 raise ValueError(
@@ -87,7 +90,7 @@ def load_tasks(
                     "Pass some of these."
                 )
         chosen = list(dict.fromkeys(member for name in names for member in members[name]))
-        unsafe = [name for name in chosen if manager.task_index[name].cfg.get("unsafe_code")]
+        unsafe = [name for name in chosen if entries[name].get("unsafe_code")]
         if unsafe and not allow_code_execution:
             raise ValueError(
                 f"`--tasks {unsafe[0]}` runs code that the model wrote. That is off unless it is allowed, and then "
@@ -95,11 +98,10 @@ def load_tasks(
             )
         if unsafe:
             check_isolation(required=require_isolation)
-        configs = {name: manager.task_index[name].cfg for name in chosen}
         for owner, path in (paths or {}).items():
             folders = {
                 config["dataset_kwargs"]["benchmark"]: config.get("task_alias", task)
-                for task, config in configs.items()
+                for task, config in ((task, entries[task]) for task in chosen)
                 if owner is None or task in members[owner]
             }
             settings["paths"] |= {benchmark: _own_path(path, folders, benchmark) for benchmark in folders}
@@ -301,9 +303,10 @@ def run_samples(samples: Sequence[Sequence[str]], docs: Sequence[Mapping[str, An
     return [[next(passed) for _ in completions] for completions in samples]
 
 
-def score_samples(doc: Mapping[str, Any], results: Sequence[Sequence[bool]]) -> dict[str, float]:
-    """Score the samples of one problem."""
-    n, c = len(results[0]), sum(results[0])
+def score_samples(doc: Mapping[str, Any], results: Sequence[bool] | Sequence[Sequence[bool]]) -> dict[str, float]:
+    """Score the samples of one problem, which lm-eval below 0.5 gives as the one entry of a list."""
+    passed = np.ravel(results)
+    n, c = passed.size, int(passed.sum())
     return {f"pass@{k}": pass_at_k(n, c, k) for k in (1, 5, 10) if k <= n}
 
 
@@ -332,6 +335,23 @@ def _first_line(error: Exception) -> str:
 
 def _hub_name(source: str) -> str | None:
     return None if source.startswith("https://") else source
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """YAML as lm-eval has it: `!function` and a function's name, which stays text here."""
+
+    def construct_function(self, node: yaml.ScalarNode) -> str:
+        return str(self.construct_scalar(node))
+
+
+_TaskLoader.add_constructor("!function", _TaskLoader.construct_function)
+
+
+def _task_entries() -> dict[str, dict[str, Any]]:
+    """Read our task files, since lm-eval lists no tag's members: a task's name -> its entry, without its includes."""
+    files = [file for file in sorted(TASK_FILES.rglob("*.yaml")) if not file.name.startswith("_")]
+    entries = [yaml.load(file.read_text(encoding="utf-8"), _TaskLoader) for file in files]
+    return {entry["task"]: entry for entry in entries}
 
 
 def _import_lm_eval(names: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ def test_samples_are_run_and_scored():
     samples = [[problem["completion"], problem["wrong"]] for problem in PROBLEMS]
     passed = run_samples(samples, PROBLEMS)
     assert passed == [[True, False]] * 2
-    assert score_samples(PROBLEMS[0], [passed[0]]) == {"pass@1": 0.5}
+    assert score_samples(PROBLEMS[0], [passed[0]]) == score_samples(PROBLEMS[0], passed[0]) == {"pass@1": 0.5}
     assert score_samples(PROBLEMS[0], [[True] * 2 + [False] * 8]) == {
         "pass@1": pytest.approx(0.2),
         "pass@5": pass_at_k(10, 2, 5),
