@@ -31,7 +31,14 @@ def run(options: argparse.Namespace) -> None:
     from rich.progress import track
 
     from ..inputs.files import replacing
-    from ..inspection import inspect_adapters, inspection_sections, render_page, render_picture, render_pictures
+    from ..inspection import (
+        inspect_adapters,
+        inspection_sections,
+        render_page,
+        render_picture,
+        render_pictures,
+        verdict,
+    )
 
     to_screen = options.json == "-"
     json_file = Path(options.json) if options.json and not to_screen else None
@@ -73,4 +80,4 @@ def run(options: argparse.Namespace) -> None:
         return
     for section in sections:
         show(section.for_terminal(), "")
-    show(*(f"- {note}" for note in inspection.notes), *(f"written: {file}" for file in files))
+    show(*(f"- {note}" for note in inspection.notes), *(f"written: {file}" for file in files), verdict(inspection))

@@ -2,7 +2,7 @@
 
 from .measure import inspect_adapters
 from .render import render_page, render_picture, render_pictures
-from .sections import inspection_sections
+from .sections import inspection_sections, verdict
 from .statistics import Inspection, Magnitudes
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "render_page",
     "render_picture",
     "render_pictures",
+    "verdict",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from ..adapter.heatmaps import WIDTH, canvas
-from .sections import Drawing, Section
+from .sections import Drawing, Section, verdict
 from .statistics import Inspection
 
 _INK = "#010203"  # stands for the page's own text colour in an SVG
@@ -27,7 +27,10 @@ def render_page(inspection: Inspection, sections: Sequence[Section]) -> str:
     pictures = {section.key: _svg(section.key, section.drawing) for section in sections if section.drawing is not None}
     names = [adapter.name for adapter in inspection.adapters]
     page = environment.get_template("page.html.jinja")
-    return page.render(names=names, notes=inspection.notes, sections=sections, pictures=pictures)
+    seen_first = sorted(sections, key=lambda section: section.drawing is None)
+    return page.render(
+        names=names, verdict=verdict(inspection), notes=inspection.notes, sections=seen_first, pictures=pictures
+    )
 
 
 def render_pictures(sections: Sequence[Section]) -> dict[str, bytes]:

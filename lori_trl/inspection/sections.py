@@ -16,6 +16,7 @@ from .pictures import draw_cosine_by_layer, draw_magnitudes, draw_matrix, matrix
 from .statistics import Cell, Inspection, TaskPair, TaskStatistics
 
 _BARS = "▁▂▃▄▅▆▇█"
+_PAIRS_DRAWN = 10  # of the pairs' heat map by layer; ten adapters have 45
 
 
 @dataclass
@@ -79,6 +80,27 @@ def inspection_sections(inspection: Inspection) -> list[Section]:
     compared = [pair for pair in inspection.pairs if pair.cosine_by_layer]
     sections += [_cosine_by_layer_section(compared)] if compared else []
     return [*sections, _density_section(tasks), _norms_section(tasks), _magnitudes_section(tasks)]
+
+
+def verdict(inspection: Inspection) -> str:
+    """
+    Say whether the tasks interfere, as far as weights tell: by the largest |cosine| between two deltas.
+
+    Source: the bounds, 0.05 and 0.3, are a rule of thumb of this project. Nothing was measured that would give others.
+    """
+    if len(inspection.tasks) < 2:
+        return "There is one task, and nothing that it could interfere with."
+    compared = [(pair.cosine, f"{pair.first} | {pair.second}") for pair in inspection.pairs if pair.cosine is not None]
+    if not compared:
+        return "Whether these tasks interfere can't be read from their weights: no two of them can be compared."
+    cosine, names = max(compared, key=lambda pair: abs(pair[0]))
+    size = abs(cosine)
+    how_far = "don't interfere" if size < 0.05 else "interfere a little" if size < 0.3 else "interfere"
+    why = "" if size < 0.05 else ", in the same direction" if cosine > 0 else ", against each other"
+    return (
+        f"By their weights, these tasks {how_far}: the largest cosine between two deltas is {_signed(cosine)} "
+        f"({names}){why}. What a merge costs is told by held-out rows alone."
+    )
 
 
 def _adapters_section(inspection: Inspection) -> Section:
@@ -185,17 +207,20 @@ def _cosine_by_layer_section(pairs: Sequence[TaskPair]) -> Section:
     grid = [[pair.cosine_by_layer.get(layer, math.nan) for layer in layers] for pair in pairs]
     numbers = [[layer_label(layer), *(_signed(row[i]) for row in grid)] for i, layer in enumerate(layers)]
     title = "Cosine of deltas by layer"
+    largest = [max([0.0, *(abs(value) for value in row if not math.isnan(value))]) for row in grid]
+    drawn = sorted(sorted(range(len(pairs)), key=lambda i: -largest[i])[:_PAIRS_DRAWN])
+    some = f" The picture has the {_PAIRS_DRAWN} pairs with the largest." if len(drawn) < len(pairs) else ""
     return Section(
         "cosine_by_layer",
         title,
-        "The same within each layer, over its projections.",
+        f"The same within each layer, over its projections.{some}",
         Grid(["tasks", "lowest", "highest"], rows),
         numbers=Grid(["layer", *names], numbers),
         drawing=Drawing(
             title,
             "Heat map of the cosine between the deltas of every two tasks, by layer.",
-            0.9 + 0.4 * len(names),
-            partial(draw_cosine_by_layer, pairs, layers, grid),
+            0.9 + 0.4 * len(drawn),
+            partial(draw_cosine_by_layer, [pairs[i] for i in drawn], layers, [grid[i] for i in drawn]),
         ),
     )
 

@@ -10,6 +10,8 @@ import pytest
 from inspection.adapters import HOSTILE, matrices, write
 
 from lori_trl.cli import main
+from lori_trl.inspection import Inspection, inspect_adapters, inspection_sections, render_page, verdict
+from lori_trl.inspection.statistics import TaskPair
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +23,33 @@ def written(tmp_path_factory, two_tasks) -> Path:
     assert main(["inspect", str(two_tasks[0]), str(hostile), *map(str, targets)]) == 0
     assert main(["inspect", str(two_tasks[0]), "--save", str(folder / "pictures")]) == 0
     return folder
+
+
+@pytest.mark.parametrize(
+    ("cosine", "says"),
+    [
+        (None, "can't be read from their weights"),
+        (-0.01, "don't interfere: the largest cosine between two deltas is -0.0100 (a | b). What"),
+        (0.1, "interfere a little: the largest cosine between two deltas is +0.1000 (a | b), in the same direction."),
+        (-0.5, "interfere: the largest cosine between two deltas is -0.5000 (a | b), against each other."),
+    ],
+)
+def test_a_sentence_says_whether_tasks_interfere(cosine, says):
+    pairs = [TaskPair("a", "b", False, cosine=cosine), TaskPair("a", "c", False)]
+    assert says in verdict(Inspection([], [None] * 3, pairs, [], []))
+    assert "one task" in verdict(Inspection([], [None], [], [], []))
+
+
+def test_ten_adapters_stay_readable(tmp_path):
+    """Pictures come first, long tables are closed, and the picture of pairs has ten of the 45."""
+    inspection = inspect_adapters([write(tmp_path / f"task-{i}", matrices(i)) for i in range(10)])
+    sections = inspection_sections(inspection)
+    by_layer = next(section for section in sections if section.key == "cosine_by_layer")
+    assert len(by_layer.table.rows) == 45 and by_layer.drawing.height < 6
+    page = render_page(inspection, sections)
+    assert page.count("<summary>45 rows</summary>") == 2  # the pairs by layer, and those of A
+    assert page.rindex("<svg") < page.index('<section id="adapters"')
+    assert page.index(verdict(inspection)[:40].replace("'", "&#39;")) < page.index("<nav")
 
 
 def test_json_has_its_form(written, two_tasks):
@@ -57,6 +86,7 @@ def test_the_terminal_shows_names_as_they_are(tmp_path, capsys, monkeypatch):
     assert "[red]" in out and "\x1b[31m" not in out
     for title in ("Adapters", "Tasks", "Density by layer", "Norms of the deltas", "Entries by magnitude"):
         assert title in out
+    assert out.endswith("There is one task, and nothing that it could interfere with.\n")
     assert "Overlap" not in out  # one task: nothing to compare
 
 
