@@ -64,7 +64,8 @@ def _add_options(parser: argparse.ArgumentParser, verb: TrainingVerb) -> None:
     )
     foreign = {*condition["then"]["propertyNames"]["not"]["enum"], "env", "requires", "trainer"}
     fields = {name: field for name, field in of_training["properties"].items() if name not in foreign}
-    for name in dict.fromkeys(("recipe", "accelerate_config", "num_processes", "help_all", *fields)):
+    of_sft = ("sequence", "held_out") if verb is SFT else ()
+    for name in dict.fromkeys(("recipe", *of_sft, "accelerate_config", "num_processes", "help_all", *fields)):
         field = fields.get(name, {})
         parser.add_argument(
             f"--{name}", choices=field.get("enum"), help=field.get("description", "").replace("%", "%%")

@@ -12,6 +12,7 @@ from .completion import training_completion_parser
 from .errors import bad_input, take_debug
 from .launching import engine_of, launch, take_launch_options
 from .options import with_underscores
+from .sequence import run_sequence, take_sequence
 from .terminal import printable, show, show_logs_as_text
 from .training_options import is_evaluated, parse, sft_help, training_parser
 from .training_verbs import SFT, TrainingVerb
@@ -48,6 +49,10 @@ def run_training(verb: TrainingVerb, arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         show(sft_help() if verb is SFT else training_parser(verb).format_help())
         return 0
+    sequence, of_stages = take_sequence(arguments)
+    if verb is SFT and sequence is not None:
+        with bad_input(verb.program, debug=debug):
+            return run_sequence(sequence, of_stages, lambda call: run_training(SFT, [*call, *["--debug"] * debug]))
     with bad_input(verb.program, debug=debug):
         rest, options = take_launch_options(arguments)
         if options and not {"--dry_run", "--preview"} & {word.partition("=")[0] for word in rest}:

@@ -64,7 +64,9 @@ SFT = TrainingVerb(
     "lori-sft --recipe code_lori_s.yaml --output_dir code-lori-s --per_device_train_batch_size 8\n"
     "  lori-sft --recipe code_lori_s.yaml --accelerate_config ddp --num_processes 8 --per_device_train_batch_size 4 "
     "\\\n"
-    "      --gradient_accumulation_steps 1 --output_dir code-lori-s     # 8 x 4 rows a step: the paper's 32",
+    "      --gradient_accumulation_steps 1 --output_dir code-lori-s     # 8 x 4 rows a step: the paper's 32\n"
+    "  lori-sft --sequence safety.yaml then_code.yaml --output_dir safety-then-code     # task after task;\n"
+    "      # what is forgotten is measured on each recipe's test rows, or on --held_out NAME=PATH ...",
 )
 _ON_AN_ADAPTER = "--model_name_or_path BASE --adapter_name_or_path code-lori-s --task_name {0} --output_dir {0}-lori-s"
 _REWARDED = f"--reward_funcs my_rewards.is_short {_ON_AN_ADAPTER.format('short')}"
