@@ -142,5 +142,18 @@ def optimizer_steps(args: TrainingArguments, rows: int | None, devices: int, fra
         return args.max_steps
     if rows is None:
         return None
-    batches = math.ceil(max(1, int(Decimal(str(fraction)) * rows)) / (args.per_device_train_batch_size * devices))
+    batches = math.ceil(share_of_rows(rows, fraction) / (args.per_device_train_batch_size * devices))
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+def share_of_rows(rows: int, fraction: float) -> int:
+    """
+    Return how many of so many rows a share of them is: rounded down, and one at least.
+
+    ```python
+    >>> share_of_rows(100, 0.29)  # though 0.29 * 100 is below 29
+    29
+
+    ```
+    """
+    return max(1, int(Decimal(str(fraction)) * rows))

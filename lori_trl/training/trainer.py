@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from decimal import Decimal
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from .card_facts import CardFacts
 from .checkpoints import Found, begin_run, check_same_run, find_run, logged_before, note_run
 from .checks import check_arguments, check_selected, check_selection, check_task, check_trained, is_fresh
 from .config import LoriArguments
+from .counting import share_of_rows
 from .hub_pushes import HubPushes, ready_repository
 from .initial_A import keep_A, make_A
 from .optimizers import (
@@ -145,8 +145,8 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         more = args.calibration_sparsities or ()
         check_selection(self.run.masks, self.run.weights, args.sparsity, args.mask_granularity, more)
         # Now, and not when masks are selected: a run that was killed then has the same backend when it goes on.
-        optimizer = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.args = with_backend(self.args, Engine.of(self.accelerator), self.run.masks, optimizer)
+        self.backend_asked = self.args.sparse_backend
+        self._settle_backend()
         base = self.model.get_base_model()
         rewards = vars(self).get("reward_func_names")  # of GRPO and RLOO
         decisive = what_is_given(base, self.processing_class, reward_funcs=rewards)
@@ -212,6 +212,8 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         """
         run = self.run
         self.card_facts.optimizer = self.optimizer_cls_and_kwargs
+        if self.optimizer_cls_and_kwargs is not self.backend_is_for:  # it was set after the trainer was made
+            self._settle_backend()
         found = find_run(resume_from_checkpoint, self.args, run.task)
         self._take_over(found)
         self._note_run()
@@ -324,8 +326,7 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         args, rows = self.args.for_calibration(), self.train_dataset
         optimizer = phase_optimizer(self.optimizer_cls_and_kwargs, args.learning_rate, self.args.learning_rate)
         if args.calibration_fraction < 1:
-            count = max(1, int(Decimal(str(args.calibration_fraction)) * len(rows)))  # 0.29 * 100 is below 29
-            rows = rows.shuffle(seed=args.seed).select(range(count))
+            rows = rows.shuffle(seed=args.seed).select(range(share_of_rows(len(rows), args.calibration_fraction)))
         if args.calibration_method == "gradient":
             optimizer = GradientAgreement, {}
         with ExitStack() as stack:
@@ -410,6 +411,14 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
                 "or cast since. B and the masks mean nothing on another A. Load it again with `load_lori_adapter`."
             )
         return run
+
+    def _settle_backend(self) -> None:
+        """Choose the backend by the optimizer, and refuse one that LoRI can't train with."""
+        self.backend_is_for = self.optimizer_cls_and_kwargs
+        optimizer = self.backend_is_for or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        args = copy.copy(self.args)
+        args.sparse_backend = self.backend_asked
+        self.args = with_backend(args, Engine.of(self.accelerator), self.run.masks, optimizer)
 
     def _take_masks(self, given: LoriMasks | None) -> None:
         """Take the masks that need no calibration: given ones, the task's own, all of B, or random ones."""

@@ -174,3 +174,47 @@ def test_given_masks_that_know_no_A(make_trainer, tmp_path):
     masks = make_trainer(calibration_method="random").masks
     file = LoriMasks(masks, task="code", sparsity=0.9).save_pretrained(tmp_path / "given")
     assert make_trainer(mask_name_or_path=str(file)).masks == masks
+
+
+# ---- float16's scaler: a stand-in on the CPU, where accelerate makes none ------------------------------------------
+
+
+class Scales(TrainerCallback):
+    """Notes the scale at which each phase begins, and the steps that were skipped."""
+
+    def __init__(self, trainer, scale):
+        self.trainer, self.begun, self.skipped = trainer, [], 0
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1)
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun.append(self.trainer.accelerator.scaler.get_scale())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.skipped += self.trainer.accelerator.optimizer_step_was_skipped
+
+
+def test_the_adaptation_begins_with_a_scale_of_its_own(make_trainer):
+    trainer = make_trainer(max_grad_norm=0.0)
+    scales = Scales(trainer, 2.0**10)
+    trainer.train()
+    assert scales.begun == [2.0**10, 2.0**10] and trainer.accelerator.scaler.get_scale() == 2.0**14
+
+
+@pytest.mark.parametrize("backend", ["packed", "hook"])
+def test_steps_that_the_scaler_skips_are_not_seen(make_trainer, backend):
+    trainer = make_trainer(
+        calibration_method="gradient", calibration_max_steps=12, max_grad_norm=0.0, sparse_backend=backend
+    )
+    scales = Scales(trainer, 2.0**70)
+    trainer.calibrate()
+    assert 0 < scales.skipped < 10
+    assert trainer.run.calibration.steps == 12 - scales.skipped
+    assert trainer.run.calibration.samples == min(4 * trainer.run.calibration.steps, 32)
+
+
+def test_a_calibration_whose_every_step_is_skipped_is_refused(make_trainer):
+    trainer = make_trainer(calibration_method="gradient", calibration_max_steps=2, max_grad_norm=0.0)
+    Scales(trainer, 2.0**127)
+    with pytest.raises(ValueError, match="saw the gradients of 0 batches in 2 steps.*in bfloat16"):
+        trainer.calibrate()

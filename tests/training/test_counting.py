@@ -9,7 +9,7 @@ from tiny import lora_config
 from transformers import LlamaConfig
 
 from lori_trl.recipes.base_configs import KNOWN_CONFIGS
-from lori_trl.training.counting import ParameterCounts, count_parameters
+from lori_trl.training.counting import ParameterCounts, count_parameters, optimizer_steps
 from lori_trl.training.parallel_engines import Engine
 
 LLAMA_3, MISTRAL = "meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1"
@@ -138,3 +138,16 @@ def test_given_masks_say_what_is_selected():
 
 def shown_title(counts) -> str:
     return str(counts.table().title)
+
+
+@pytest.mark.parametrize("fraction", [0.29, 0.57, 0.07, 0.001])
+def test_a_dry_run_rounds_the_calibrations_rows_as_the_trainer_does(make_trainer, rows, fraction):
+    """29 of 100 rows are 8 steps of 4, and the 28 that floating point makes of them are 7."""
+    hundred = rows.select([number % len(rows) for number in range(100)])
+    changes = {"calibration_max_steps": -1, "calibration_num_train_epochs": 1, "save_strategy": "no"}
+    trainer = make_trainer(train_dataset=hundred, calibration_fraction=fraction, **changes)
+    trainer.calibrate()
+    told = optimizer_steps(trainer.args.for_calibration(), 100, 1, fraction)
+    assert trainer.run.calibration.steps == told
+    if fraction == 0.29:
+        assert told == 8

@@ -144,12 +144,30 @@ def test_an_optimizer_with_a_rate_of_its_own_is_refused(make_trainer):
     assert phase_optimizer((torch.optim.SGD, {"momentum": 0.9}), 0.1, 0.5)[1] == {"lr": 0.1, "momentum": 0.9}
 
 
+@pytest.mark.parametrize("backend", ["auto", "hook", "packed"])
+def test_muon_is_refused_by_its_name_before_the_calibration(make_trainer, backend):
+    """Also where it is set after the trainer was made, with an explicit backend."""
+    trainer = make_trainer(sparse_backend=backend)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.Muon, {})
+    with pytest.raises(ValueError, match="The optimizer Muon moves entries that have no gradient"):
+        trainer.train()
+    assert trainer.phase == "new" and trainer.state.global_step == 0
+
+
+def test_an_optimizer_that_is_set_later_decides_the_backend_too(make_trainer):
+    trainer = make_trainer()
+    assert trainer.args.sparse_backend == "packed"
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"params": list(trainer.weights.values())})
+    trainer.train()
+    assert trainer.args.sparse_backend == "hook"
+
+
 def test_an_optimizer_that_moves_frozen_entries_is_named_after_its_first_step(make_trainer):
     class Orthogonal(torch.optim.SGD):
         def step(self, closure=None):
             for group in self.param_groups:
                 for parameter in group["params"]:
-                    parameter.data += 1e-3
+                    parameter.data += 1e-3 * (parameter.numel() > 48)  # more than it is tried on
 
     trainer = make_trainer(sparse_backend="hook", calibration_method="random")
     trainer.optimizer_cls_and_kwargs = (Orthogonal, {})
