@@ -28,6 +28,13 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[
 torch.save(model(torch.arange(12).view(2, 6)).logits, sys.argv[3])
 assert not any(name.startswith("lori_trl") for name in sys.modules)
 """
+MERGED = """
+with torch.no_grad():
+    before = model(torch.arange(12).view(2, 6)).logits
+    after = model.merge_and_unload()(torch.arange(12).view(2, 6)).logits
+torch.testing.assert_close(after, before)
+assert not torch.equal(before, AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.arange(12).view(2, 6)).logits)
+"""
 
 
 @torch.no_grad()
@@ -46,6 +53,23 @@ def test_plain_peft_gives_the_same_logits(make_trainer, model_folder, tmp_path, 
     theirs = torch.load(file, weights_only=True)
     assert torch.equal(theirs, logits(trainer.model))
     assert not torch.equal(theirs, logits(AutoModelForCausalLM.from_pretrained(model_folder)))
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.1"])
+def test_a_peft_too_old_to_train_it_serves_an_adapter(adapter_folder, model_folder, tmp_path, version):
+    old = [f"--target={tmp_path / 'old'}", f"peft=={version}"]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *old]
+    installed = subprocess.run(install, text=True, capture_output=True)
+    if installed.returncode and "CI" not in os.environ:
+        pytest.skip(f"pip reaches no index: {installed.stderr.splitlines()[-1]}")
+    assert installed.returncode == 0, installed.stderr
+    file = tmp_path / "logits.pt"
+    script = f"import peft; assert peft.__version__ == {version!r}\n{PLAIN_PEFT}\n{MERGED}"
+    variables = os.environ | {"PYTHONPATH": str(tmp_path / "old")}
+    subprocess.run([sys.executable, "-c", script, model_folder, adapter_folder, file], env=variables, check=True)
+    own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter_folder)
+    assert torch.equal(torch.load(file, weights_only=True), logits(own))
 
 
 def test_what_is_saved(adapter_folder):
