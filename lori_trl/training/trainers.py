@@ -17,6 +17,7 @@ from trl import (
 
 from ..inputs.help_texts import help_from_docstring
 from .config import LoriArguments
+from .rollouts import RolloutTrainerMixin
 from .trainer import LoriTrainerMixin
 
 
@@ -77,7 +78,7 @@ class LoriGRPOConfig(LoriPolicyArguments, GRPOConfig):
     """Configuration of the [`LoriGRPOTrainer`]: [`LoriPolicyArguments`] and the fields of [`~trl.GRPOConfig`]."""
 
 
-class LoriGRPOTrainer(LoriTrainerMixin, GRPOTrainer):
+class LoriGRPOTrainer(RolloutTrainerMixin, GRPOTrainer):
     """
     Group relative policy optimization of LoRI adapters: [`LoriTrainerMixin`] on TRL's [`~trl.GRPOTrainer`].
 
@@ -93,7 +94,7 @@ class LoriRLOOConfig(LoriPolicyArguments, RLOOConfig):
     """Configuration of the [`LoriRLOOTrainer`]: [`LoriPolicyArguments`] and the fields of [`~trl.RLOOConfig`]."""
 
 
-class LoriRLOOTrainer(LoriTrainerMixin, RLOOTrainer):
+class LoriRLOOTrainer(RolloutTrainerMixin, RLOOTrainer):
     """
     REINFORCE leave-one-out of LoRI adapters: [`LoriTrainerMixin`] on TRL's [`~trl.RLOOTrainer`].
 
