@@ -27,7 +27,7 @@ class Prose:
         text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
         text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
         text = re.sub(r"`[^`]*`", "CODE", text).replace("**", "")
-        paragraphs = re.split(r"\n\s*\n|\n- |\n\d\. ", text)
+        paragraphs = re.split(r"\n\s*\n|^- |^\d\. ", text, flags=re.MULTILINE)
         sentences = [
             part for each in paragraphs for part in re.split(r"(?<=[.!?:])\s+(?=[A-Z])", " ".join(each.split()))
         ]
