@@ -58,6 +58,11 @@ def add_parser(commands) -> None:
     add("--require_isolation", action="store_true", help="refuse to run it on a machine without namespaces")
     add("--output_path", type=Path, help="one more JSON file, with the results of all models and the base")
     add("--overwrite", action="store_true", help="replace the file of --output_path if it exists")
+    add(
+        "--markdown",
+        action="store_true",
+        help="print the table as Markdown, with the paper's figures where it has any",
+    )
     add_allow_modified(evaluation)
     evaluation.set_defaults(func=run)
 
@@ -70,9 +75,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, is_writer: bool) -> None:
+    from ..adapter.folder import open_adapter
     from ..evaluation import models, results
     from ..evaluation.harness import evaluate, load_tasks
     from ..evaluation.loss import measure_loss
+    from ..evaluation.paper_figures import markdown_table, paper_figures
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT and transformers about each other's names
     for name in ("limit", "batch_size", "max_new_tokens", "num_samples"):
@@ -112,7 +119,7 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
             require_isolation=options.require_isolation,
         )
     tokenizers = _tokenizers(options, base_name, held_out)
-    compared, on_file = {}, []
+    compared, on_file, paper = {}, [], {}
 
     def measure(name: str, label: str, model, tokenizer, base: str | None) -> None:
         show(f"{label}:")
@@ -144,6 +151,8 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
         for name in adapters:
             with models.with_adapter(model, name, allow_modified=options.allow_modified):
                 pass  # whatever does not fit fails before hours of work
+            with open_adapter(name, allow_modified=options.allow_modified) as adapter:
+                paper[_label(name, options.models)] = paper_figures(adapter)
         measure(base_name, "base", model, tokenizer, None)
         for name in adapters:
             with models.with_adapter(model, name, allow_modified=options.allow_modified) as (adapted, own):
@@ -151,7 +160,10 @@ def _run(options: argparse.Namespace, is_writer: bool) -> None:
         del model
     for name in whole:
         measure(name, _label(name, options.models), *models.load_model(name, **precision), None)
-    show(results.results_table(compared))
+    if options.markdown:
+        show(markdown_table(compared, paper))
+    else:
+        show(results.results_table(compared))
     elsewhere = [name for name in options.models if name not in folders]
     if elsewhere and options.output_path is None:
         show(f"No file was written for {', '.join(elsewhere)}: `--output_path FILE` writes one for all models.")

@@ -129,12 +129,13 @@ def results_table(results: Mapping[str, Sequence[Result]]) -> Table:
         for key in (key for key in keys if key[0] == task):
             row = [figures.get(key) for figures in cells.values()]
             n = next(result.n for result in row if result is not None)
-            table.add_row(*key, f"{n:,}", *("" if result is None else _cell(result) for result in row))
+            table.add_row(*key, f"{n:,}", *("" if result is None else cell_text(result) for result in row))
         table.add_section()
     return table
 
 
-def _cell(result: Result) -> str:
+def cell_text(result: Result) -> str:
+    """Return a figure as a table shows it, with its standard error."""
     if result.metric.startswith("unparsed"):
         return f"{result.value:.0f}"
     return f"{result.value:.3f}" + (f" \u00b1 {result.stderr:.3f}" if result.stderr is not None else "")
