@@ -112,7 +112,7 @@ def run_command(statement: str, model: str) -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         subprocess.run(["bash", "-euc", statement], check=True, env=os.environ | {"PATH": path})
         return
-    arguments = shlex.split(statement, comments=True)[1:]
+    arguments = shlex.split(statement.replace("\\\n", ""), comments=True)[1:]
     if program == "make":
         subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
     else:
