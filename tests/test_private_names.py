@@ -56,6 +56,7 @@ NAMES = [
     ("transformers", "Trainer._finish_current_push", "", "hub.while_training: one commit after the other"),
     ("transformers", "Trainer._load_best_model", "", "the best checkpoint's B, with A frozen"),
     ("transformers", "Trainer._load_from_checkpoint", "resume_from_checkpoint model", "resuming, with A frozen"),
+    ("transformers", "Trainer._load_optimizer_and_scheduler", "checkpoint", "resuming with the same optimizer"),
     ("transformers", "Trainer._prepare_for_training", "", "masks on FSDP2's shards"),
     ("transformers", "Trainer._push_from_checkpoint", "checkpoint_folder", "hub.while_training: whole commits"),
     ("transformers", "Trainer._save", "output_dir state_dict", "the adapter's folder"),

@@ -14,7 +14,7 @@ from ..method.layers import GRANULARITIES
 from ..method.lora_fields import DECIDE_THE_DELTA, UNSET
 from ..method.projections import Projection
 from .layout import FORMAT_VERSION, MAX_JSON_BYTES, RECORD_NAME, check_task_name, check_version
-from .record_fields import Calibration, Counts, Merge, Scalar, TaskRecord, Training
+from .record_fields import OPTIMIZER_CLASS, Calibration, Counts, Merge, Scalar, TaskRecord, Training
 
 # How far a run is: nothing is trained; all of B is being trained for the mask; the mask is selected and B is set back;
 # B is being, or was, trained on the mask.
@@ -22,7 +22,8 @@ PHASES = ("new", "calibrating", "calibrated", "adapting")
 # Hyperparameters that a run which is resumed in its adaptation need not have in common with the one that began: it may
 # be made longer.
 LENGTH = ("max_steps", "num_train_epochs")
-_ROUNDING = ("activation_checkpointing",)  # what changes no more than the last digits
+# What changes no more than the last digits; and what is compared when the optimizer is there.
+_NOT_COMPARED = ("activation_checkpointing", OPTIMIZER_CLASS)
 VARIANTS = ("LoRI-D", "LoRI-S", "merged")
 
 
@@ -203,7 +204,7 @@ class LoriRecord:
             folder (`str` or `Path`): where, for the message.
         """
         ours, theirs = self.training or Training(base_model=None), earlier.training or Training(base_model=None)
-        names = [name for name in (*_settings(theirs), *_settings(ours)) if name not in _ROUNDING]
+        names = [name for name in (*_settings(theirs), *_settings(ours)) if name not in _NOT_COMPARED]
         if earlier.phase == "adapting":
             names = [name for name in names if name not in LENGTH]
         mine, other = self._identity(names), earlier._identity(names)

@@ -6,6 +6,7 @@ from typing import Any
 from ..inputs.typed_values import left_out, plain, typed
 
 Scalar = bool | int | float | str
+OPTIMIZER_CLASS = "optimizer_class"  # the key in a run's `settings`, of the optimizer that a phase really had
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from trl import is_conversational
 
 from ..adapter.card import hub_id
-from ..adapter.record_fields import BaseModel, Losses, Scalar, Training, TrainingData
+from ..adapter.record_fields import OPTIMIZER_CLASS, BaseModel, Losses, Scalar, Training, TrainingData
 from ..hub.compat import httpx
 from .base_model import quantization
-from .optimizers import OptimizerClass
+from .optimizers import OptimizerClass, optimizer_name
 from .run_settings import hyperparameters, other_settings
 from .training_rows import fingerprint_rows
 
@@ -56,8 +56,10 @@ class CardFacts(TrainerCallback):
             tags=tuple(tag for tag in tags if tag not in ("trl", "lori")),
         )
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.training = replace(self.of_phase(args), device=_device_name(args.device))
+    def on_train_begin(self, args, state, control, optimizer, **kwargs):
+        training = self.of_phase(args)
+        settings = {**(training.settings or {}), OPTIMIZER_CLASS: optimizer_name(optimizer)}
+        self.training = replace(training, settings=settings, device=_device_name(args.device))
         base_model = self.training.base_model
         base_id = base_model.id if base_model is not None else None
         if base_id is not None and self.training.license is None and state.is_world_process_zero:

@@ -17,10 +17,12 @@ from transformers.trainer_callback import TrainerState
 
 from ..adapter.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_JSON_BYTES, RECORD_NAME, RUN_NAME, masks_name
 from ..adapter.record import LENGTH, LoriRecord, read_record
+from ..adapter.record_fields import OPTIMIZER_CLASS
 from ..adapter.safetensors import opened
 from ..inputs.files import read_json, replacing
 from .card_facts import CardFacts
 from .config import LoriArguments
+from .optimizers import optimizer_name
 
 logger = get_logger(__name__)
 
@@ -131,6 +133,23 @@ def check_same_run(
             f"`{longer[0]}` is another than the run began with, and `lr_scheduler_type="
             f"{phase_args.lr_scheduler_type.value}` follows from it: the rates go on as those of a run of the new "
             "length. The adapter will not be that of an undisturbed run."
+        )
+
+
+def check_same_optimizer(folder: Path, optimizer: Any) -> None:
+    """
+    Check, before its state is loaded, that the checkpoint of a phase had an optimizer like this one.
+
+    Raises:
+        `ValueError`: it had one of another class.
+    """
+    training = read_record(folder).training
+    settings = (training.settings if training is not None else None) or {}
+    before, now = settings.get(OPTIMIZER_CLASS), optimizer_name(optimizer)
+    if before not in (None, now):
+        raise ValueError(
+            f"`{folder}` has the state of an {before}, and this run's optimizer is an {now}. A run resumes with the "
+            "optimizer that it began with. Make that one, or start anew in another `output_dir`."
         )
 
 

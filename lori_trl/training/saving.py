@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..method.projections import freeze_projections
 from ..method.sharding import adapter_state, full_shape
 from ..method.sparse import fold_values, refresh_values, values_in_state_dict
 from .card_facts import CardFacts
-from .checkpoints import deepspeed_checkpoints_as_data
+from .checkpoints import check_same_optimizer, deepspeed_checkpoints_as_data
 from .run import LoriRun
 
 if TYPE_CHECKING:  # what the mixin is mixed into
@@ -35,6 +36,7 @@ class AdapterSaves(AnyTrainer):
     """
 
     args: Any
+    optimizer: Any
     run: LoriRun
     card_facts: CardFacts
     recipe: dict[str, Any] | None
@@ -108,6 +110,11 @@ class AdapterSaves(AnyTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._engine_checkpoint():
             super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            check_same_optimizer(Path(checkpoint), self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)

@@ -7,6 +7,7 @@ import torch
 from datasets import concatenate_datasets
 from tiny import Stop, lora_config, make_chat_tokenizer, make_llama, make_rows
 
+from lori_trl import LoriSFTTrainer
 from lori_trl.adapter.record import read_record
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -147,3 +148,20 @@ def test_rows_behind_the_first_hundred_count(make_trainer):
     stop_early(make_trainer, train_dataset=rows)
     with pytest.raises(ValueError, match="was trained with data"):
         resume(make_trainer, train_dataset=rows.select([*range(110), *reversed(range(110, 160))]))
+
+
+class Momentum(LoriSFTTrainer):
+    """Makes its own optimizer, which no argument names."""
+
+    def create_optimizer(self, model=None):
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        groups = [{"params": trained}, {"params": []}]  # as many as the Trainer makes
+        self.optimizer = torch.optim.SGD(groups, lr=self.args.learning_rate, momentum=0.9)
+        return self.optimizer
+
+
+def test_an_optimizer_that_a_subclass_makes_is_compared_before_its_state_is_loaded(make_trainer):
+    stop_early(make_trainer, trainer_class=Momentum)
+    with pytest.raises(ValueError, match="has the state of an SGD, and this run's optimizer is an AdamW"):
+        resume(make_trainer)
+    assert resume(make_trainer, trainer_class=Momentum).state.global_step == 4
