@@ -10,7 +10,8 @@ Tensors of the file, all modules in sorted order of their paths:
     task.<task>.gaps       a task's positions, compressed bytes; "rest" has the entries outside every mask
     task.<task>.counts     positions per module (int64)
     samples                16 entries of A per module, to compare with where another platform draws A
-    tensors.<name>         every other tensor of the adapter as it is; A itself, where it has no seed
+    tensors.<name>         every other tensor of the adapter as it is; A itself, or of an A that was grown the rows,
+                           where it has no seed
     A.<path>, scales.<path>  in their place, where values are int8 and A comes from activations: int8, a scale a row;
                            layers with the same A have it once
 
@@ -34,7 +35,7 @@ from torch import Tensor
 from ..inputs.files import describe_fault, parse_json
 from ..inputs.typed_values import left_out, plain, typed
 from ..method.layers import module_path, tensor_name
-from ..method.projections import CONTRASTIVE, Projection, draw_projection, fingerprint
+from ..method.projections import Block, Projection, draw_projection
 from .adapter_contents import Contents
 from .layout import FORMAT_VERSION, LaterFormatError, check_task_name, check_version
 from .mask_files import MasksMetadata
@@ -68,6 +69,8 @@ class _Header:
     dtypes: dict[str, str]
     projection_drawn: bool
     projection_rounded: dict[str, str] | None = left_out()  # path -> the path whose A it has, where A is int8
+    # whether each block of an A that was grown is left out, to be drawn; unset where all are, or none
+    blocks_drawn: tuple[bool, ...] | None = left_out()
 
     @property
     def sizes(self) -> list[int]:
@@ -77,6 +80,27 @@ class _Header:
     @property
     def names_of_positions(self) -> list[str]:
         return [*(f"task.{task}" for task in self.masks), _REST]
+
+    def blocks(self, projection: Projection, rank: int) -> list[tuple[Block, bool]]:
+        """Return the blocks of a module's A, and whether each is left out, to be drawn."""
+        blocks = projection.as_blocks(rank)
+        return list(zip(blocks, self.blocks_drawn or [self.projection_drawn] * len(blocks), strict=True))
+
+    def check_stored(self, projection: Projection, tensors: Mapping[str, Tensor]) -> None:
+        """Raise `TypeError` unless the rows of A that are not drawn are there."""
+        rounded = self.projection_rounded or {}
+        for path, (_, rank, columns) in self.modules.items():
+            blocks = self.blocks(projection, rank)
+            if sum(block.rank for block, _ in blocks) != rank:
+                raise TypeError(f"blocks of A that are not the rows of {path}")
+            if any(drawn and None in (block.seed, block.init) for block, drawn in blocks):
+                raise TypeError("no seed for an A that is not there")
+            kept = sum(block.rank for block, drawn in blocks if not drawn)
+            stored = f"A.{rounded[path]}" if path in rounded else f"tensors.{tensor_name(path, 'lora_A')}"
+            if kept and tensors[stored].shape != (kept, columns):
+                raise TypeError(f"A of {path} has another shape than its module")
+            if path in rounded and tensors[f"scales.{rounded[path]}"].shape != (kept, 1):
+                raise TypeError(f"scales of another shape than A of {path}")
 
     def dtype(self, part: str) -> torch.dtype:
         """That of all A or all B."""
@@ -118,12 +142,13 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
     """
     state = dict(contents.tensors)
     B = dict(sorted((module_path(name), state.pop(name)) for name in sorted(state) if ".lora_B." in name))
-    A = {module_path(name): tensor for name, tensor in state.items() if ".lora_A." in name}
+    A = {module_path(name): state.pop(name) for name in sorted(state) if ".lora_A." in name}
     projection = contents.record.projection
-    drawn = fingerprint(_draw(projection, A)) == fingerprint(A)
-    rounded = _shared(A) if dtype == torch.int8 and projection.init == CONTRASTIVE and not drawn else None
-    if drawn or rounded is not None:
-        state = {name: tensor for name, tensor in state.items() if ".lora_A." not in name}
+    drawn = _drawn_blocks(projection, A)
+    kept = {path: _rows_not_drawn(weight, projection, drawn) for path, weight in A.items()}
+    rounded = _shared(kept) if dtype == torch.int8 and projection.is_stored and not all(drawn) else None
+    if not all(drawn) and rounded is None:
+        state |= {tensor_name(path, "lora_A"): weight for path, weight in kept.items()}
     positions = {f"task.{task}": [_where(masks[path]) for path in B] for task, (masks, _) in contents.masks.items()}
     known = _unions(positions.values(), len(B))
     positions[_REST] = [
@@ -137,7 +162,7 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
     for name, sets in positions.items():
         tensors |= {f"{name}.gaps": _encode(sets), f"{name}.counts": torch.tensor([len(each) for each in sets])}
     tensors |= _round(values, dtype)
-    tensors |= _round_projections(A, rounded or {})
+    tensors |= _round_projections(kept, rounded or {})
     tensors["samples"] = torch.stack([_sample(A[path]) for path in B])
     header = _Header(
         format_version=FORMAT_VERSION,
@@ -147,17 +172,18 @@ def write_compact(file: Path, contents: Contents, dtype: torch.dtype | None = No
         masks={task: metadata for task, (_, metadata) in contents.masks.items()},
         modules={path: (*weight.shape, A[path].shape[1]) for path, weight in B.items()},
         dtypes={"A": _name_of(next(iter(A.values())).dtype), "B": _name_of(next(iter(B.values())).dtype)},
-        projection_drawn=drawn,
+        projection_drawn=all(drawn),
         projection_rounded=rounded,
+        blocks_drawn=drawn if any(drawn) and not all(drawn) else None,
     )
     record = contents.record
     hashes = {name: hash_tensor(tensor) for name, tensor in contents.tensors.items()}
     if dtype is not None:  # the record says what a reader will see
         hashes |= {name: hash_tensor(weight) for name, weight in _weights(header, tensors, union).items()}
     if rounded is not None:
-        A = _rounded_projections(header, tensors)
+        A = _assembled(header, projection, tensors)
         hashes |= {tensor_name(path, "lora_A"): hash_tensor(weight) for path, weight in A.items()}
-        record, header = _on_rounded_projection(record, header, fingerprint(A))
+        record, header = _on_rounded_projection(record, header, projection.with_fingerprints(A))
     record = record.sealed(contents.adapter_config, hashes)
     metadata = plain(replace(header, lori_config=record.to_dict()))
     metadata["sha256"] = _checksum(metadata, tensors)
@@ -175,18 +201,14 @@ def read_compact(file: Path) -> Contents:
     header, record, tensors, positions = _read(file)
     masks = _masks(header, positions)
     state = {name.removeprefix("tensors."): tensor for name, tensor in tensors.items() if name.startswith("tensors.")}
-    if header.projection_drawn:
-        shapes = {path: torch.empty(rank, columns) for path, (_, rank, columns) in header.modules.items()}
-        A = _draw(record.projection, {path: like.to(header.dtype("A")) for path, like in shapes.items()})
-        drawn = replace(record.projection, fingerprint=fingerprint(A))
-        if drawn != record.projection:
-            _check_samples(file, A, tensors["samples"])
-            masks = _on_projection(masks, record.projection, drawn)
-            record = replace(record, projection=drawn)
-        state |= {tensor_name(path, "lora_A"): weight for path, weight in A.items()}
-    elif header.projection_rounded is not None:
-        rounded = _rounded_projections(header, tensors)
-        state |= {tensor_name(path, "lora_A"): weight for path, weight in rounded.items()}
+    A = _assembled(header, record.projection, tensors)
+    is_drawn = header.projection_drawn or header.blocks_drawn is not None
+    drawn = record.projection.with_fingerprints(A) if is_drawn else record.projection
+    if drawn != record.projection:
+        _check_samples(file, A, tensors["samples"])
+        masks = _on_projection(masks, record.projection, drawn)
+        record = replace(record, projection=drawn)
+    state |= {tensor_name(path, "lora_A"): weight for path, weight in A.items()}
     state |= _weights(header, tensors, _unions(positions.values(), len(header.modules)))
     return Contents(header.adapter_config, record, header.recipe, masks, state)
 
@@ -217,10 +239,7 @@ def _read(file: Path) -> tuple[_Header, LoriRecord, dict[str, Tensor], dict[str,
         count = sum(map(len, _unions(positions.values(), len(header.modules))))
         if tensors["values"].shape != (count,):
             raise TypeError("the values are not as many as the positions")
-        for path, leader in (header.projection_rounded or {}).items():
-            _, rank, columns = header.modules[path]
-            if tensors[f"A.{leader}"].shape != (rank, columns) or tensors[f"scales.{leader}"].shape != (rank, 1):
-                raise TypeError(f"A of {path} has another shape than its module")
+        header.check_stored(record.projection, tensors)
         if tensors["samples"].shape != (len(header.modules), _SAMPLES):
             raise TypeError(f"samples of shape {tuple(tensors['samples'].shape)}")
     except LaterFormatError:
@@ -301,14 +320,48 @@ def _round(values: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
 # ---- A ---------------------------------------------------------------------------------------------------------
 
 
-def _draw(projection: Projection, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    seed, init = projection.seed, projection.init
-    if seed is None or init is None:
-        return {}
-    return {
-        path: draw_projection(path, *weight.shape, seed=seed, init=init).to(weight.dtype)
-        for path, weight in like.items()
-    }
+def _draw(block: Block, path: str, columns: int) -> Tensor | None:
+    """Draw a block's rows of a module's A; `None` where no seed does."""
+    if block.seed is None or block.init is None:
+        return None
+    return draw_projection(path, block.rank, columns, seed=block.seed, init=block.init)
+
+
+def _in_blocks(weight: Tensor, projection: Projection) -> list[tuple[Block, Tensor]]:
+    blocks = projection.as_blocks(len(weight))
+    return list(zip(blocks, weight.split([block.rank for block in blocks]), strict=True))
+
+
+def _drawn_blocks(projection: Projection, A: Mapping[str, Tensor]) -> tuple[bool, ...]:
+    """Say of each block of A whether its seed draws it, in all modules."""
+    same = []
+    for path, weight in A.items():
+        drawn = [(rows, _draw(block, path, rows.shape[1])) for block, rows in _in_blocks(weight, projection)]
+        same.append([other is not None and torch.equal(rows, other.to(rows.dtype)) for rows, other in drawn])
+    return tuple(all(of_block) for of_block in zip(*same, strict=True))
+
+
+def _rows_not_drawn(weight: Tensor, projection: Projection, drawn: Sequence[bool]) -> Tensor:
+    blocks = _in_blocks(weight, projection)
+    return torch.cat([weight[:0], *(rows for (_, rows), left in zip(blocks, drawn, strict=True) if not left)])
+
+
+def _assembled(header: _Header, projection: Projection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put every A together, of the rows that are drawn and those that are stored."""
+    A, rounded = {}, header.projection_rounded or {}
+    for path, (_, rank, columns) in header.modules.items():
+        parts, done = [], 0
+        leader, name = rounded.get(path), f"tensors.{tensor_name(path, 'lora_A')}"
+        if leader is not None:
+            kept = (tensors[f"A.{leader}"].float() * tensors[f"scales.{leader}"]).to(header.dtype("A"))
+        else:
+            kept = tensors.get(name, torch.empty(0, columns))
+        for block, is_drawn in header.blocks(projection, rank):
+            drawn = _draw(block, path, columns) if is_drawn else None
+            parts.append(kept[done : done + block.rank] if drawn is None else drawn.to(header.dtype("A")))
+            done += 0 if is_drawn else block.rank
+        A[path] = torch.cat(parts)
+    return A
 
 
 def _shared(A: Mapping[str, Tensor]) -> dict[str, str]:
@@ -327,16 +380,9 @@ def _round_projections(A: Mapping[str, Tensor], leaders: Mapping[str, str]) -> d
     return tensors
 
 
-def _rounded_projections(header: _Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        path: (tensors[f"A.{leader}"].float() * tensors[f"scales.{leader}"]).to(header.dtype("A"))
-        for path, leader in (header.projection_rounded or {}).items()
-    }
-
-
-def _on_rounded_projection(record: LoriRecord, header: _Header, taken: str) -> tuple[LoriRecord, _Header]:
+def _on_rounded_projection(record: LoriRecord, header: _Header, rounded: Projection) -> tuple[LoriRecord, _Header]:
     """Let record and masks name the A that a reader will see."""
-    stored, rounded = record.projection, replace(record.projection, fingerprint=taken)
+    stored = record.projection
     masks = {
         task: replace(metadata, projection=rounded) if metadata.projection == stored else metadata
         for task, metadata in header.masks.items()

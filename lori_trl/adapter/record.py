@@ -83,6 +83,7 @@ class LoriRecord:
         calibration: Calibration | None,
         counts: Counts,
         selected: Mapping[str, int],
+        columns: tuple[int, ...] | None,
         earlier: Iterable[TaskRecord],
         training: Training,
     ) -> "LoriRecord":
@@ -91,6 +92,7 @@ class LoriRecord:
 
         Args:
             selected (`Mapping[str, int]`): task -> entries that its mask selects, oldest first.
+            columns (`tuple[int, ...]` or `None`): of the run's task; see [`TaskRecord`].
             earlier (`Iterable[TaskRecord]`): what is on record of earlier tasks.
             task, phase, sparsity, granularity, threshold, projection, calibration, counts, training: as above.
         """
@@ -105,7 +107,7 @@ class LoriRecord:
             projection=projection,
             calibration=calibration,
             counts=counts,
-            tasks=tuple(on_record.get(name, TaskRecord(name, count)) for name, count in selected.items()),
+            tasks=tuple(on_record.get(name, TaskRecord(name, count, columns)) for name, count in selected.items()),
             training=training,
             versions=versions_of("lori_trl", "trl", "peft", "transformers", "torch"),
         )
@@ -183,7 +185,7 @@ class LoriRecord:
             threshold=threshold,
             calibration=newest.calibration,
             counts=replace(self.counts, selected=selected),
-            tasks=(*earlier, TaskRecord(newest.task, newest.selected)),
+            tasks=(*earlier, TaskRecord(newest.task, newest.selected, newest.columns)),
             training=newest.training,
         )
 
@@ -246,7 +248,8 @@ class LoriRecord:
             "projection": not self.projection.fingerprint.startswith("sha256:"),
             "counts": not 0 <= (self.counts.selected or 0) <= self.counts.lora_B <= self.counts.lora,
             "tasks": len({record.task for record in self.tasks}) < len(self.tasks)
-            or any(not 0 <= record.selected <= self.counts.lora_B for record in self.tasks),
+            or any(not 0 <= record.selected <= self.counts.lora_B for record in self.tasks)
+            or any(not _is_range(record.columns) for record in self.tasks),
             "adapter_config": not self.adapter_config,
             "tensors": not self.tensors,
         }
@@ -343,6 +346,10 @@ def versions_of(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:  # a source tree that is not installed
             versions[name] = "unknown"
     return versions
+
+
+def _is_range(columns: tuple[int, ...] | None) -> bool:
+    return columns is None or (len(columns) == 2 and 0 <= columns[0] < columns[1])
 
 
 def _checksum(values: Mapping[str, Any]) -> str:

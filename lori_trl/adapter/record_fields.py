@@ -87,6 +87,8 @@ class TaskRecord:
 
     task: str  # its name
     selected: int  # entries that its mask selects
+    # Where its own rows of A and columns of B begin and end, in an adapter that was grown; `None` for all of them
+    columns: tuple[int, ...] | None = left_out()
     calibration: Calibration | None = left_out()  # how that mask was found
     training: Training | None = left_out()  # its run
 

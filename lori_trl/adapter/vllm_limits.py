@@ -16,3 +16,18 @@ def max_lora_rank(rank: int) -> int | None:
     ```
     """
     return next((allowed for allowed in _MAX_RANKS if allowed >= rank), None)
+
+
+def describe_rank(rank: int) -> str:
+    """
+    Say what an adapter's rank means for vLLM, and how to come down from it.
+
+    ```python
+    >>> describe_rank(64)
+    'rank 64: `vllm serve --max-lora-rank 64`, or less after `lori merge ADAPTER --method svd --rank R`'
+
+    ```
+    """
+    needed = max_lora_rank(rank)
+    limit = f"`vllm serve --max-lora-rank {needed}`" if needed else f"more than the {_MAX_RANKS[-1]} that vLLM takes"
+    return f"rank {rank}: {limit}, or less after `lori merge ADAPTER --method svd --rank R`"

@@ -26,6 +26,7 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     from rich.table import Table
 
+    from ..adapter.vllm_limits import describe_rank
     from ..continual import extract_task, read_ledger, remove_task
 
     changed = options.extract or options.remove
@@ -39,15 +40,18 @@ def run(options: argparse.Namespace) -> None:
         change(options.adapter, changed, options.output_dir, allow_modified=options.allow_modified)
     ledger = read_ledger(options.output_dir or options.adapter, allow_modified=options.allow_modified)
     table = Table("task, oldest first", title=f"{options.output_dir or options.adapter}: who owns B")
-    for column in ("trained", "still its own", "of B", "steps", "rows"):
+    for column in ("columns", "trained", "still its own", "of B", "steps", "rows"):
         table.add_column(column, justify="right")
     for task in ledger.tasks:
         run = task.record.training
         known = [run and run.steps, run and run.dataset and run.dataset.rows]
         share = f"{100 * task.owned / ledger.numel:.2f} %"
-        counts = [f"{task.trained:,}", f"{task.owned:,}", share]
+        first, last = task.columns
+        counts = [f"{first + 1} to {last}", f"{task.trained:,}", f"{task.owned:,}", share]
         table.add_row(task.task, *counts, *("" if fact is None else f"{fact:,}" for fact in known))
     table.add_section()
-    table.add_row("free", "", f"{ledger.free:,}", f"{100 * ledger.free / ledger.numel:.2f} %")
+    table.add_row("free", "", "", f"{ledger.free:,}", f"{100 * ledger.free / ledger.numel:.2f} %")
     show(table)
+    if any(task.columns != (0, ledger.rank) for task in ledger.tasks):
+        show(f"It was grown, and has {describe_rank(ledger.rank)}.")
     show(f"{ledger.more_tasks} more disjoint tasks of sparsity {ledger.sparsity:g} fit.")

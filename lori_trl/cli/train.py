@@ -107,9 +107,11 @@ def _dry_run(verb, script, args, model_args, engine=None) -> None:
     from trl import get_peft_config
 
     from ..adapter.masks import LoriMasks
+    from ..adapter.vllm_limits import describe_rank
     from ..recipes.base_configs import KNOWN_CONFIGS
     from ..recipes.data import look_at_training_data
     from ..training.counting import count_parameters, optimizer_steps
+    from ..training.growth import grown_config
     from ..training.parallel_engines import Engine
     from ..training.sparse_backend import choose_backend
     from ..training.training_rows import loss_on_all_turns
@@ -121,6 +123,9 @@ def _dry_run(verb, script, args, model_args, engine=None) -> None:
     if script.adapter_name_or_path is not None:
         peft_config = PeftConfig.from_pretrained(script.adapter_name_or_path)
         _check_task_type(verb, peft_config.task_type, script.adapter_name_or_path)
+        if args.grow is not None:
+            peft_config.r, peft_config.lora_alpha = grown_config(peft_config, args.grow)
+            show(f"the adapter is grown to {describe_rank(peft_config.r)}")
     config = KNOWN_CONFIGS.get(model_args.model_name_or_path) or AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
@@ -134,6 +139,7 @@ def _dry_run(verb, script, args, model_args, engine=None) -> None:
         args.mask_granularity,
         selected=None if masks is None else masks.num_selected,
         calibrated=masks is None and args.calibration_method != "random",
+        columns=args.grow,
     )
     optimizer = Trainer.get_optimizer_cls_and_kwargs(args)
     density = counts.selected / counts.lora_B
@@ -367,10 +373,14 @@ def _check_writable(folder: str) -> None:
 def _print_outcome(trainer, metrics: dict[str, float]) -> None:
     from rich.table import Table
 
+    from ..adapter.vllm_limits import describe_rank
+
     masks, counts = trainer.masks, trainer.record.counts
     table = Table(show_header=False, title=f"{trainer.record.variant} adapter {trainer.task_name!r}")
     table.add_row("plain LoRA would train", f"{counts.lora:,}")
     table.add_row("LoRI trained", f"{counts.selected:,} ({100 * counts.selected / counts.lora:.2f} % of LoRA)")
+    if trainer.projection.blocks:
+        table.add_row("grown to", describe_rank(masks[next(iter(masks))].shape[1]))
     table.add_row("density", f"{masks.num_selected:,} / {masks.numel:,} = {masks.density:.8f}")
     if "eval_loss" in metrics:
         table.add_row("held-out loss, first evaluation", f"{metrics['initial_eval_loss']:.4f}")

@@ -22,6 +22,7 @@ INTERVALS = {
     "gradient_accumulation_steps": "[1, inf)",
     "max_length": "[2, inf)",
     "preview": "[1, inf)",
+    "grow": "[1, inf)",
     "protect_rows": "[1, inf)",
     "protect_epsilon": "(0, inf)",
     "warmup_steps": "[0, inf)",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..adapter.folder import AdapterFolder, may_be_one_base
 from ..adapter.record_fields import Independence
+from ..method.projections import Block
 from ..recipes.find import nearest
 from .methods import ANY_RANKS, METHODS, PRUNING
 
@@ -124,6 +125,11 @@ def check_dtypes(sources: Sequence[AdapterFolder]) -> None:
         )
 
 
+def _blocks(source: AdapterFolder) -> tuple[Block, ...]:
+    """Return what is on record of an adapter's rows of A: several blocks where it was grown."""
+    return source.record.projection.as_blocks(source.rank) if source.record is not None else ()
+
+
 class IndependenceOfA:
     """
     How independent the sources' A are: the mean squared cosine between rows of one and rows of another.
@@ -159,7 +165,14 @@ class IndependenceOfA:
             excess = sum(value * count for value, count in found) / pairs
             names, shared = [sources[number].title for number in pair], self.shared[pair]
             entries.append(Independence(tuple(names), shared, round(excess, 4)))
-            if shared:
+            common = {*_blocks(sources[pair[0]])} & {*_blocks(sources[pair[1]])}
+            if common and not shared:
+                logger.warning(
+                    f"`{names[0]}` and `{names[1]}` have {sum(block.rank for block in common)} rows of A in common: "
+                    "one was grown on the other, or both on one adapter. What both have learnt there counts twice in "
+                    "the merge. Merge what they don't share: `lori tasks ADAPTER --extract TASK` takes a task out."
+                )
+            elif shared:
                 logger.warning(
                     f"`{names[0]}` and `{names[1]}` have the same A. Their deltas lie in one subspace, so nothing "
                     "keeps the two tasks apart: merging adds their B as `linear` would. Train each task with a "

@@ -119,7 +119,7 @@ def merge_lori_adapters(
                 if method == "concat":
                     masks.projection = projection
                 masks.save_pretrained(stage)  # one after the other: four of Llama-3-8B would be 0.7 GB in memory
-                tasks.append(replace(task, selected=masks.num_selected))
+                tasks.append(replace(task, selected=masks.num_selected, columns=None))
             records = [source.record for source in plan.sources]
             record = LoriRecord.merged(
                 projection=projection, counts=_counts(plan), tasks=tasks, sources=records, merge=merge

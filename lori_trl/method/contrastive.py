@@ -26,17 +26,19 @@ def contrastive_projections(
     protected: Rows = (),
     known: Sequence[Mapping[str, LowRank]] = (),
     epsilon: float,
+    rank: int | None = None,
 ) -> dict[str, Tensor]:
     """
     Make every A of an adapter from activations. See [`contrastive_projection`].
 
     Args:
-        model (`PeftModel`): the model with the adapter, whose B is zero; it is left on its device.
+        model (`PeftModel`): the model with the adapter, and what that has learnt so far; it is left on its device.
         adapter_name (`str`): the adapter.
         rows (`Sequence[Sequence[int]]`): token ids of the new task's rows.
         protected (`Sequence[Sequence[int]]`, *optional*): of rows that are to be left alone.
         known (`Sequence[Mapping[str, LowRank]]`, *optional*): the moments of adapters that are to be left alone.
         epsilon (`float`): see [`contrastive_projection`].
+        rank (`int`, *optional*): rows to make; by default as many as each A has.
 
     Returns:
         `dict[str, Tensor]`: module path -> A `(rank, in_features)`, float32, on the CPU.
@@ -50,17 +52,19 @@ def contrastive_projections(
     for by_path in collect_moments(model, layers, kinds):
         shared: dict[tuple[int, int], Tensor] = {}  # layers with one input have one A
         for path, moments in by_path.items():
-            rank, width = full_shape(layers[path].lora_A[adapter_name].weight)
-            if rank > (most := min(moments[0].tokens, width)):
+            own_rank, width = full_shape(layers[path].lora_A[adapter_name].weight)
+            rows_of_A = rank or own_rank
+            if rows_of_A > (most := min(moments[0].tokens, width)):
                 raise ValueError(
-                    f"`projection_init='contrastive'` with r = {rank}, but the input of {path} has {most} directions: "
-                    f"{moments[0].tokens} tokens of the new task in {width} dimensions. Needed are as many as A has "
-                    "rows. Raise `protect_rows`, lower `lora_r`, or leave this layer out of `target_modules`."
+                    f"`projection_init='contrastive'` with r = {rows_of_A}, but the input of {path} has {most} "
+                    f"directions: {moments[0].tokens} tokens of the new task in {width} dimensions. Needed are as "
+                    "many as A has rows. Raise `protect_rows`, lower `lora_r`, or leave this layer out of "
+                    "`target_modules`."
                 )
-            key = id(moments), rank
+            key = id(moments), rows_of_A
             if key not in shared:
                 alone = _with_known(moments[1:], [adapter[path] for adapter in known if path in adapter], width)
-                shared[key] = contrastive_projection(moments[0], alone, rank=rank, epsilon=epsilon)
+                shared[key] = contrastive_projection(moments[0], alone, rank=rows_of_A, epsilon=epsilon)
             made[path] = shared[key]
     return made
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,21 +20,66 @@ CONTRASTIVE = "contrastive"  # the one that comes from activations and not from 
 
 
 @dataclass(frozen=True)
+class Block:
+    """Some rows of every A of an adapter that was grown: those that one of its tasks brought along."""
+
+    rank: int  # how many rows
+    init: str | None  # these and the next three as of a [`Projection`], of these rows alone
+    seed: int | None
+    fingerprint: str
+    protected: tuple[str, ...] | None = left_out()
+
+
+@dataclass(frozen=True)
 class Projection:
     """
     Which A an adapter has: how to draw it again, and how to recognise it.
 
     Args:
-        init (`str` or `None`): one of `PROJECTION_INITS`; unknown where A came with a foreign adapter.
+        init (`str` or `None`):
+            One of `PROJECTION_INITS`; unknown where A came with a foreign adapter, or its blocks have their own.
         seed (`int` or `None`): the projection seed; likewise.
         fingerprint (`str`): see [`fingerprint`].
         protected (`tuple[str, ...]`, *optional*): the data that a contrastive A leaves alone.
+        blocks (`tuple[Block, ...]`, *optional*): the rows of an A that was grown, in their order.
     """
 
     init: str | None
     seed: int | None
     fingerprint: str
     protected: tuple[str, ...] | None = left_out()
+    blocks: tuple[Block, ...] | None = left_out()
+
+    @classmethod
+    def of_blocks(cls, blocks: Iterable[Block], fingerprint: str) -> "Projection":
+        """Return what is known of an A with these rows, one block behind the other."""
+        blocks = tuple(blocks)
+        if len(blocks) > 1:
+            return cls(None, None, fingerprint, blocks=blocks)
+        return cls(blocks[0].init, blocks[0].seed, fingerprint, blocks[0].protected)
+
+    def as_blocks(self, rank: int) -> tuple[Block, ...]:
+        """Return its blocks; an A of `rank` rows that was never grown is one."""
+        return self.blocks or (Block(rank, self.init, self.seed, self.fingerprint, self.protected),)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether rows of it come from activations: no seed draws them again."""
+        return CONTRASTIVE in (self.init, *(block.init for block in self.blocks or ()))
+
+    def with_fingerprints(self, tensors: Mapping[str, Tensor]) -> "Projection":
+        """Return the same with the fingerprints of these A: module path -> `(rank, in_features)`."""
+        blocks, begin = [], 0
+        for block in self.blocks or ():
+            rows = {path: A[begin : begin + block.rank] for path, A in tensors.items()}
+            blocks.append(replace(block, fingerprint=fingerprint(rows)))
+            begin += block.rank
+        return replace(self, fingerprint=fingerprint(tensors), blocks=tuple(blocks) or None)
+
+    def before_its_making(self) -> "Projection":
+        """Return what is known before the newest rows are made. Another machine computes other last digits of them."""
+        blocks = self.blocks and (*self.blocks[:-1], replace(self.blocks[-1], fingerprint=""))
+        return replace(self, fingerprint="", blocks=blocks)
 
     def same_draw(self, other: "Projection") -> bool:
         """Say whether two come from one seed, though one of them may be rounded to bfloat16."""

@@ -26,6 +26,11 @@ def full_shape(weight: nn.Parameter) -> torch.Size:
     return getattr(weight, "ds_shape", weight.shape)  # ZeRO-3's name for it
 
 
+def is_sharded(weight: nn.Parameter) -> bool:
+    """Say whether only a part of a parameter is here."""
+    return isinstance(weight, DTensor) or full_shape(weight) != weight.shape
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return what of a tensor is here: all of it, but for a `DTensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

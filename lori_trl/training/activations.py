@@ -60,8 +60,21 @@ class Activations:
         self.rows = self._tokens(given["train_dataset"], given.get("formatting_func"))
 
     def make_A(self) -> None:
+        """Set A to [`Activations.directions`], and freeze it. Raises as that."""
+        made = self.directions()
+        for path, layer in lora_layers(self.model, self.adapter_name).items():
+            assign(layer.lora_A[self.adapter_name].weight, made[path])
+        freeze_projections(self.model, self.adapter_name)
+
+    def directions(self, rank: int | None = None) -> dict[str, Tensor]:
         """
-        Set A to the directions that the new task's rows use and protected ones do not, and freeze it.
+        Find the directions that the new task's rows use and protected ones do not.
+
+        Args:
+            rank (`int`, *optional*): how many; by default as many as A has rows.
+
+        Returns:
+            `dict[str, Tensor]`: module path -> rows of A `(rank, in_features)`, the same on every process.
 
         Raises:
             `ValueError`: a layer's input has fewer tokens than A has rows, or protected data are no such data.
@@ -80,12 +93,13 @@ class Activations:
                     protected=protected,
                     known=known,
                     epsilon=self.args.protect_epsilon,
+                    rank=rank,
                 )
         for path, layer in lora_layers(self.model, self.adapter_name).items():
-            weight = layer.lora_A[self.adapter_name].weight
-            value = made[path] if path in made else torch.empty(full_shape(weight))
-            assign(weight, broadcast(value.to(self.accelerator.device)))
-        freeze_projections(self.model, self.adapter_name)
+            rows, width = full_shape(layer.lora_A[self.adapter_name].weight)
+            value = made[path] if path in made else torch.empty(rank or rows, width)
+            made[path] = broadcast(value.to(self.accelerator.device))
+        return made
 
     def moments(self) -> dict[str, LowRank] | None:
         """Return the moments that an adapter carries: module path -> those of its input; on the main process alone."""

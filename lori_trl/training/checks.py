@@ -24,6 +24,7 @@ from ..method.projections import CONTRASTIVE
 from ..method.sparsity import num_to_select
 from .compat import check_versions
 from .config import LoriArguments
+from .growth import check_growth
 from .training_rows import check_not_empty, check_text, have_images
 
 logger = get_logger(__name__)
@@ -67,8 +68,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             "`peft_config` is missing. LoRI trains an adapter: pass e.g. `peft_config=LoraConfig(r=32, lora_alpha=64, "
             "target_modules='all-linear')`, or a `PeftModel` as `model` to continue its adapter."
         )
+    fresh = given.get("peft_config") is not None or is_fresh(model)
+    if args.grow is not None:
+        check_growth(args, args.grow, model, fresh=fresh)
     if args.projection_init == CONTRASTIVE or args.save_moments:
-        _check_activations(given)
+        _check_activations(given, fresh=fresh)
     check_not_empty(rows)
     check_versions(given)
     if given.get("formatting_func") is None:
@@ -89,14 +93,13 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         )
 
 
-def _check_activations(given: Mapping[str, Any]) -> None:
+def _check_activations(given: Mapping[str, Any], *, fresh: bool) -> None:
     """Refuse a contrastive A where there is no A to make, and activations where there is no text to take them of."""
     args = given["args"]
-    fresh = given.get("peft_config") is not None or is_fresh(given["model"])
-    if args.projection_init == CONTRASTIVE and not fresh:
+    if args.projection_init == CONTRASTIVE and not fresh and args.grow is None:
         raise ValueError(
             "`projection_init='contrastive'` with an adapter that is continued: it keeps the A that it has. Allowed "
-            "is a fresh adapter. Merge the earlier adapter into the base and pass a `peft_config`, or leave "
+            "are a fresh adapter, and rows of A that it gets for the new task. Pass `grow`, e.g. `grow=32`, or leave "
             "`projection_init` unset."
         )
     if given.get("train_dataset") is not None and have_images(given["train_dataset"]):

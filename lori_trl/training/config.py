@@ -142,6 +142,12 @@ class LoriArguments(CheckpointingFields, Arguments):
             That is the 64 leading directions of each layer's input over `protect_rows` of its rows, in bfloat16, 2
             bytes an entry. They are means over thousands of tokens; still, they tell what the rows are about.
 
+        grow (`int`, *optional*):
+            Rows of A, and columns of B, that an earlier adapter gets for the new task. Its own stay as they are.
+
+            So a further task has an A of its own, by `projection_init`, and trains `1 - sparsity` of the new columns
+            alone. What is saved is plain LoRA of the summed rank. Without it, a further task shares the adapter's A.
+
         > Parameters that control the training
 
         sparse_backend (`str`, *optional*, defaults to `"auto"`):
@@ -177,6 +183,7 @@ class LoriArguments(CheckpointingFields, Arguments):
     protect_rows: int = 48
     protect_epsilon: float = 0.1
     save_moments: bool = False
+    grow: int | None = None
     sparse_backend: str = field(default="auto", metadata={"choices": list(CHOICES_OF_BACKEND)})
 
     def __post_init__(self):

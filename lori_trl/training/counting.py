@@ -32,6 +32,7 @@ class ParameterCounts:
         dense (`int`): what is trained besides B, by LoRA too: `modules_to_save`, `trainable_token_indices`.
         sparsity (`float`): the share of B that stays untouched, a fraction in [0, 1).
         calibrated (`bool`): whether all of B is trained first, to find the mask.
+        own_B (`int`): entries of B that the run's task may have: all, or the columns that the adapter was grown by.
     """
 
     base: int
@@ -41,6 +42,7 @@ class ParameterCounts:
     dense: int
     sparsity: float
     calibrated: bool
+    own_B: int
 
     @property
     def lora(self) -> int:
@@ -58,10 +60,10 @@ class ParameterCounts:
 
         Source: the column "# Params (%)" of Table 1; its shares are of the base and the adapter together.
         """
-        is_sparse = self.selected < self.lora_B
+        is_sparse = self.selected < self.own_B
         sparsity = self.sparsity if is_sparse else DEFAULT_SPARSITY
-        selected = self.selected if is_sparse else num_to_select(DEFAULT_SPARSITY, self.lora_B)
-        of_adapter = {"LoRA": self.lora, "LoRI-D": self.lora_B, f"LoRI-S, s = {sparsity:g}": selected}
+        selected = self.selected if is_sparse else num_to_select(DEFAULT_SPARSITY, self.own_B)
+        of_adapter = {"LoRA": self.lora, "LoRI-D": self.own_B, f"LoRI-S, s = {sparsity:g}": selected}
         columns = {name: trained + self.dense for name, trained in of_adapter.items()}
         title = f"what would be trained; this run is LoRI-{'S' if is_sparse else 'D'}"
         table = Table(title=title, title_justify="left")
@@ -94,6 +96,7 @@ def count_parameters(
     *,
     selected: int | None = None,
     calibrated: bool = True,
+    columns: int | None = None,
 ) -> ParameterCounts:
     """
     Count the parameters of a run from configurations alone: no weights are loaded or allocated.
@@ -105,6 +108,7 @@ def count_parameters(
         granularity (`str`, *optional*, defaults to `"model"`): over what the entries of B compete.
         selected (`int`, *optional*): how many entries given masks select; by default what the sparsity leaves.
         calibrated (`bool`, *optional*, defaults to `True`): whether the mask is to be found by training.
+        columns (`int`, *optional*): columns of B that the adapter was grown by, where it was.
 
     Source: the counts of the paper's Tables 1 and 2.
     """
@@ -118,11 +122,15 @@ def count_parameters(
     layers = lora_layers(model, "default")
     lora_A = sum(layer.lora_A["default"].weight.numel() for layer in layers.values())
     sizes = {path: layer.lora_B["default"].weight.numel() for path, layer in layers.items()}
+    own = sizes
+    if columns is not None:
+        own = {path: len(layer.lora_B["default"].weight) * columns for path, layer in layers.items()}
     if selected is None:
-        of_pools = [sum(sizes[path] for path in paths) for paths in pools(sizes, granularity).values()]
+        of_pools = [sum(own[path] for path in paths) for paths in pools(own, granularity).values()]
         selected = sum(num_to_select(sparsity, size) for size in of_pools)  # rounded down in each of them
     lora_B, dense = sum(sizes.values()), sum(dense_counts(model, "default").values())
-    return ParameterCounts(base, lora_A, lora_B, selected, dense, sparsity, calibrated and selected < lora_B)
+    calibrated = calibrated and selected < sum(own.values())
+    return ParameterCounts(base, lora_A, lora_B, selected, dense, sparsity, calibrated, sum(own.values()))
 
 
 def optimizer_steps(args: TrainingArguments, rows: int | None, devices: int, fraction: float = 1) -> int | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..adapter.masks import LoriMasks
 from ..adapter.record_fields import Calibration, TaskRecord
 from ..continual import feasible_entries, tasks_that_fit
+from ..method.growth import columns_of
 from ..method.moments import LowRank
 from ..method.projections import Fingerprint, Projection
 from ..method.sharding import gather
@@ -34,6 +35,8 @@ class LoriRun:
     trainer_attributes: frozenset[str]  # what TRL's trainer made; see [`counters_set_back`]
     masks: LoriMasks | None = None  # M, the entries of B that this task trains; `None` until they are selected
     projection: Projection = field(default_factory=lambda: Projection(None, None, ""))  # which A the adapter has
+    # Where the task's own columns of B begin and end, in an adapter that was grown; `None` for all of them
+    columns: tuple[int, ...] | None = None
     # The entries that no earlier task has; `None` where all are free, or may be shared
     feasible: LoriMasks | None = None
     phase: str = "new"  # how far the run is: one of `lori_trl.adapter.record.PHASES`
@@ -63,6 +66,18 @@ class LoriRun:
     def trained_masks(self) -> LoriMasks | None:
         """The entries that the phase trains; `None` for all of B."""
         return self.feasible if self.phase == "calibrating" else self.masks
+
+    @property
+    def own_weights(self) -> dict[str, Tensor]:
+        """B's columns that the task may train: module path -> `(out_features, columns)`."""
+        return columns_of(self.weights, self.columns)
+
+    def rename_A(self, projection: Projection) -> None:
+        """Note what is known of A, also with the earlier masks that were calibrated on it."""
+        for task, masks in self.earlier_masks.items():
+            if masks.projection == self.projection:
+                self.earlier_masks[task] = LoriMasks(masks, **vars(masks.metadata) | {"projection": projection})
+        self.projection = projection
 
     def fingerprint(self, dtype: torch.dtype = torch.float32) -> str:
         """Fingerprint A, rounded to the type in which an engine holds it."""

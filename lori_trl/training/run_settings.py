@@ -22,7 +22,7 @@ _HYPERPARAMETERS = """
     top_k epsilon entropy_coef scale_rewards desirable_weight undesirable_weight
     sparsity mask_granularity disjoint_masks calibration_method calibration_learning_rate
     calibration_num_train_epochs calibration_max_steps calibration_fraction calibration_lr_scheduler_type
-    calibration_warmup_steps projection_init protect_rows protect_epsilon sparse_backend
+    calibration_warmup_steps projection_init protect_rows protect_epsilon grow sparse_backend
 """.split()
 # What does not decide it beyond rounding, or is compared by what comes of it: masks, A, tokenizer, the model's type.
 _FREE = """

@@ -62,6 +62,7 @@ class AdapterSaves(AnyTrainer):
                 dense_counts(self.model, run.adapter_name) or None,
             ),
             selected={task: masks.num_selected for task, masks in run.all_masks.items()},
+            columns=run.columns,
             earlier=run.earlier_tasks,
             training=replace(self.card_facts.training, run=run.id),
         )

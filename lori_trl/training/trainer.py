@@ -5,7 +5,6 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from ..adapter.masks import LoriMasks
 from ..adapter.memory import remember, remembered
 from ..adapter.record_fields import Calibration, TaskRecord
 from ..method.dense_parameters import dense_parameters, set_back, show_bias_of_tied_head
+from ..method.growth import columns_of, widened
 from ..method.layers import VALUES, lora_layers
 from ..method.lora_options import check_variants, for_language_part
-from ..method.projections import CONTRASTIVE, Projection, derive_projection_seed
+from ..method.projections import Projection, derive_projection_seed
 from ..method.saliency import GradientAgreement, random_saliency
 from ..method.sharding import assign, change, engine_dtype, mask_shards, to_cpu
 from ..method.sparse import fold_values, sparse_training
@@ -36,6 +36,7 @@ from .checkpoints import Found, begin_run, check_same_run, find_run, logged_befo
 from .checks import check_arguments, check_selected, check_selection, check_task, check_trained, is_fresh
 from .config import LoriArguments
 from .counting import share_of_rows
+from .growth import grow_adapter
 from .hub_pushes import HubPushes, ready_repository
 from .initial_A import keep_A, make_A
 from .optimizers import (
@@ -122,28 +123,22 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         self.run = self._begin_with_adapter(task)
         self.recipe = None
         # Algorithm 1, lines 1 to 5: A is drawn once, for both phases, and B is zero; a continued adapter keeps both.
-        self.run.projection = (
-            make_A(
-                self.model,
-                self.run,
-                args,
-                given_masks,
-                accelerator=self.accelerator,
-                processing_class=self.processing_class,
-                given=given,
-            )
-            if fresh
-            else keep_A(self.model, self.run, self.accelerator)
-        )
+        # So it does where it is grown, and gets new rows and columns beside its own.
+        engine = {"accelerator": self.accelerator, "processing_class": self.processing_class}
+        if args.grow is not None:
+            self.run = grow_adapter(self.model, self.run, args, **engine, given=given)
+        elif fresh:
+            self.run.projection = make_A(self.model, self.run, args, given_masks, **engine, given=given)
+        else:
+            self.run.projection = keep_A(self.model, self.run, self.accelerator)
         if args.save_moments:
-            engine = {"accelerator": self.accelerator, "processing_class": self.processing_class}
             self.run.moments = Activations(self.model, self.run.adapter_name, given, args, **engine).moments()
         check_trained(self.model, self.run.adapter_name, self.run.weights, args)
-        if args.disjoint_masks:
+        if args.disjoint_masks and args.grow is None:  # new columns are disjoint from all that was there
             self.run.keep_disjoint(args.sparsity, args.mask_granularity)
         self._take_masks(given_masks)
         more = args.calibration_sparsities or ()
-        check_selection(self.run.masks, self.run.weights, args.sparsity, args.mask_granularity, more)
+        check_selection(self.run.masks, self.run.own_weights, args.sparsity, args.mask_granularity, more)
         # Now, and not when masks are selected: a run that was killed then has the same backend when it goes on.
         self.backend_asked = self.args.sparse_backend
         self._settle_backend()
@@ -300,12 +295,16 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         return {path: change(weight, before[path], with_deepspeed=engine) for path, weight in self.weights.items()}
 
     def _select(self, saliency: dict[str, Tensor], sparsity: float, task: str) -> LoriMasks:
-        """Select the entries of largest saliency, of those that are feasible."""
-        taken = None if self.run.feasible is None else ~self.run.feasible
-        granularity = self.args.mask_granularity
-        masks = LoriMasks.select(saliency, sparsity, granularity, taken, task=task, projection=self.run.projection)
+        """Select the entries of largest saliency, of those that are feasible: of the task's own columns of B."""
+        columns, granularity = self.run.columns, self.args.mask_granularity
+        taken = None if self.run.feasible is None else columns_of(~self.run.feasible, columns)
+        own = columns_of(saliency, columns)
+        masks = LoriMasks.select(own, sparsity, granularity, taken, task=task, projection=self.run.projection)
         check_selected(masks, sparsity, granularity)
-        return LoriMasks({path: mask.cpu() for path, mask in masks.items()}, **vars(masks.metadata))  # as from a file
+        entries = {path: mask.cpu() for path, mask in masks.items()}  # as from a file
+        if columns is not None:
+            entries = widened(entries, columns[1], start=columns[0])
+        return LoriMasks(entries, **vars(masks.metadata))
 
     def _save_calibration(self, saliency: dict[str, Tensor]) -> None:
         """Save masks, record and log where [`find_run`] looks for them, and masks of more sparsities if asked for."""
@@ -402,6 +401,7 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             layers,
             earlier_masks={name: masks[name] for name in masks if name != task},
             earlier_tasks=[each for each in tasks if each.task in masks and each.task != task],
+            columns=next((each.columns for each in tasks if each.task == task), None),
             trainer_attributes=frozenset(vars(self)),
             masks=masks.get(task),
         )
@@ -429,7 +429,8 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             logger.info(f"The adapter has task {run.task!r} already: it goes on with its own masks.")
         elif args.sparsity == 0:
             everything = {path: torch.ones(weight.shape, dtype=torch.bool) for path, weight in run.weights.items()}
-            run.masks = LoriMasks(everything, task=run.task, sparsity=0.0, projection=run.projection)
+            new = run.feasible if args.grow is not None else None
+            run.masks = LoriMasks(new or everything, task=run.task, sparsity=0.0, projection=run.projection)
         elif args.calibration_method == "random":
             seed = derive_projection_seed(args.seed, run.task)
             run.calibration = Calibration(method="random", seed=seed)
@@ -443,10 +444,10 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         run = self.run
         if found.record is None or found.folder is None:
             return
-        own = replace(run.projection, fingerprint=found.record.projection.fingerprint)
-        if own.init == CONTRASTIVE and own == found.record.projection:  # no seed draws this A again
-            take_over_projection(self.model, run.adapter_name, found.folder)
-            run.projection = own
+        on_record = found.record.projection
+        if run.projection.is_stored and run.projection.before_its_making() == on_record.before_its_making():
+            take_over_projection(self.model, run.adapter_name, found.folder)  # no seed draws this A again
+            run.rename_A(on_record)
         adapter_config = self.model.peft_config[run.adapter_name]
         check_same_run(found.folder, found.record, self.record, self.args, self.card_facts, adapter_config)
         run.id = found.record.training.run if found.record.training is not None else None

@@ -86,7 +86,9 @@ def test_memory_of_llama_3_8b_in_bytes():
 
 
 def test_the_peak_is_the_higher_phases():
-    counts = ParameterCounts(base=0, lora_A=1e9, lora_B=1e9, selected=1e8, dense=0, sparsity=0.9, calibrated=True)
+    counts = ParameterCounts(
+        base=0, lora_A=1e9, lora_B=1e9, selected=1e8, dense=0, sparsity=0.9, calibrated=True, own_B=1e9
+    )
     assert (
         shown(Engine("one device", 1).table(counts, 0.0, "packed"))["at the peak, in the calibration"][0] == "20.000"
     )
