@@ -334,7 +334,7 @@ def test_the_command_line_grows_an_adapter(tmp_path, model_folder, rows, capsys)
     call = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
     assert sft([*call, "--task_name", "first", "--output_dir", str(tmp_path / "first")]) == 0
     more = [*call, "--task_name", "next", "--adapter_name_or_path", str(tmp_path / "first"), "--grow", "4"]
-    assert sft([*more, "--output_dir", str(tmp_path / "two"), "--dry-run"]) == 0
+    assert sft([*more, "--output_dir", str(tmp_path / "two"), "--dry_run"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "the adapter is grown to rank 8: `vllm serve --max-lora-rank 8`" in shown
     assert sft([*more, "--output_dir", str(tmp_path / "two")]) == 0
