@@ -93,6 +93,7 @@ def sole_writer(output: Path, *, seconds: float = 0, beside: bool = False) -> It
     lock = FileLock(file, is_singleton=True)  # one a path: who holds it may write within
     outermost = not lock.is_locked
     try:
+        file.touch()  # where no file can be made, `acquire` would take that for another writer
         lock.acquire(timeout=seconds)
     except Timeout:
         raise FileExistsError(
