@@ -59,6 +59,7 @@ NAMES = [
     ("transformers", "Trainer._load_optimizer_and_scheduler", "checkpoint", "resuming with the same optimizer"),
     ("transformers", "Trainer._prepare_for_training", "", "masks on FSDP2's shards"),
     ("transformers", "Trainer._push_from_checkpoint", "checkpoint_folder", "hub.while_training: whole commits"),
+    ("transformers", "Trainer._run_epoch", "", "a phase that has all its steps takes no further one"),
     ("transformers", "Trainer._save", "output_dir state_dict", "the adapter's folder"),
     ("transformers", "Trainer._save_optimizer_and_scheduler", "output_dir", "an engine's checkpoint has the values"),
     ("transformers", "Trainer.get_decay_parameter_names", "model", "no weight decay on B"),

@@ -371,6 +371,13 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
             log[:0] = self.run.calibration_log
         return prepared
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Take no further step where a phase that is resumed has all of its steps: the Trainer would take one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Exempt B from weight decay: it would pull the entries outside the mask towards zero."""
         names = super().get_decay_parameter_names(model)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import concatenate_datasets
 from tiny import Stop, lora_config, make_chat_tokenizer, make_llama, make_rows
+from transformers import TrainerCallback
 
 from lori_trl import LoriSFTTrainer
 from lori_trl.adapter.record import read_record
@@ -165,3 +166,27 @@ def test_an_optimizer_that_a_subclass_makes_is_compared_before_its_state_is_load
     with pytest.raises(ValueError, match="has the state of an SGD, and this run's optimizer is an AdamW"):
         resume(make_trainer)
     assert resume(make_trainer, trainer_class=Momentum).state.global_step == 4
+
+
+class StopAtLastSave(TrainerCallback):
+    """Interrupts a phase once its last checkpoint is there, before the phase has ended."""
+
+    def __init__(self, phase):
+        self.phase = phase
+
+    def on_save(self, args, state, control, **kwargs):
+        phase = "calibrating" if args.output_dir.endswith("calibration") else "adapting"
+        if phase == self.phase and state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("phase", ["calibrating", "adapting"])
+def test_a_phase_that_has_all_its_steps_gets_no_further_one(make_trainer, tmp_path, phase):
+    whole = make_trainer(output_dir=tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(callbacks=[StopAtLastSave(phase)], **SAVING).train()
+    resumed = make_trainer(**SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and resumed.masks == whole.masks
+    assert all(torch.equal(weight, whole.weights[path]) for path, weight in resumed.weights.items())
