@@ -228,7 +228,8 @@ def main() -> None:
     Console().print(table)
     parameters = sum(weight.numel() for weight in base.parameters())
     first = [seed_loss(seed) for seed in seeds]
-    report("laboratory", {"parameters": parameters, "first task before": first, "arms": results})
+    scope = "It screens ideas, and decides nothing about the paper."
+    report("laboratory", {"scope": scope, "parameters": parameters, "first task before": first, "arms": results})
 
 
 def seed_loss(seed: Seed) -> float:
