@@ -1,7 +1,7 @@
 """
 Install the wheel with pip alone at one point of what `pyproject.toml` allows, and do there what people do.
 
-    python tests/points.py lowest|newest|PIN...        e.g. PYTHON=python3.12 python tests/points.py trl==1.14.2 peft==0.21.0
+    PYTHON=python3.12 python tests/points.py lowest|newest|PIN...     e.g. trl==1.10.0 transformers==5.16.1
 
 A run on the quickstart's rows, the same resumed, a second task, DPO, a merge, a push to a server on this machine and
 plain PEFT on what was pushed. The environment is deleted at the end. What was seen is a row of `docs/installing.md`.
