@@ -1,6 +1,6 @@
 """An adapter into a base of Llama-3-8B's shapes in bfloat16, and a merge by `svd`: time and memory.
 
-    python benchmarks/into_base.py --layers 6
+    python benchmarks/into_base.py
 
 Peers: PEFT's `merge_and_unload` and `save_pretrained` on the loaded base; and PEFT's `add_weighted_adapter` by `svd`,
 which decomposes the whole delta, of one module. Every run into the base is a process of its own; time starts after its
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from common import interleaved, report, summary
-from merging import RANK, SHAPES
+from llama_3_8b import RANK, SHAPES, config, write_adapter
 from rich.progress import track
 
 SHARD = "2GB"
@@ -28,45 +28,15 @@ DTYPE = torch.bfloat16
 
 
 def write_base(folder: Path, layers: int) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        dtype="bfloat16",
-    )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(DTYPE)
+        model = LlamaForCausalLM(config(layers, dtype="bfloat16")).to(DTYPE)
     model.to_empty(device="cpu")
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.copy_((0.02 * torch.randn(parameter.shape, generator=draw)).to(DTYPE))
     model.save_pretrained(folder, max_shard_size=SHARD)
-
-
-def write_adapter(folder: Path, base: Path, layers: int) -> None:
-    from peft import LoraConfig
-
-    from lori_trl.adapter.safetensors import SafetensorsWriter
-
-    shapes = {}
-    for layer in range(layers):
-        for name, (rows, columns) in SHAPES.items():
-            path = f"base_model.model.model.layers.{layer}.{name}"
-            shapes |= {f"{path}.lora_A.weight": (RANK, columns), f"{path}.lora_B.weight": (rows, RANK)}
-    folder.mkdir()
-    draw = torch.Generator().manual_seed(1)
-    with SafetensorsWriter(folder / "adapter_model.safetensors", shapes, {"format": "pt"}) as writer:
-        for name, shape in shapes.items():
-            writer.write(name, 0.01 * torch.randn(shape, generator=draw))
-    targets = [name.rpartition(".")[2] for name in SHAPES]
-    LoraConfig(r=RANK, lora_alpha=64, target_modules=targets, base_model_name_or_path=str(base)).save_pretrained(
-        folder
-    )
 
 
 def lori(base: Path, adapter: Path, output: Path) -> None:
@@ -139,11 +109,11 @@ def largest_difference(first: Path, second: Path) -> float:
 
 
 def svd_of_one_module(rounds: int) -> dict:
-    """Two adapters of rank 32 on a matrix of 14336 x 4096, brought down to 32."""
+    """Two adapters of rank 32 on a matrix of 4096 x 4096, brought down to 32. PEFT's way takes minutes on larger ones."""
     from lori_trl.merging.methods import Factors, svd
 
     draw = torch.Generator().manual_seed(0)
-    rows, columns = SHAPES["mlp.gate_proj"]
+    rows, columns = SHAPES["self_attn.o_proj"]
     factors = [
         Factors(torch.randn(RANK, columns, generator=draw), torch.randn(rows, RANK, generator=draw), 0.5, 1.0)
         for _ in range(2)
@@ -160,7 +130,7 @@ def svd_of_one_module(rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     runs: dict[str, list[dict]] = {name: [] for name in CONTESTANTS}
@@ -177,7 +147,7 @@ def main() -> None:
         difference = largest_difference(folder / "lori", folder / "peft")
     seconds = {name: summary([entry["seconds"] for entry in entries]) for name, entries in runs.items()}
     peaks = {name: max(entry["peak_bytes"] for entry in entries) for name, entries in runs.items()}
-    module = svd_of_one_module(options.rounds)
+    module = svd_of_one_module(rounds=1)
     results = {
         "layers": options.layers,
         "base bytes": sum(shards),
@@ -197,7 +167,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["write"]:
         write_base(Path(sys.argv[2], "base"), int(sys.argv[3]))
-        write_adapter(Path(sys.argv[2], "adapter"), Path(sys.argv[2], "base"), int(sys.argv[3]))
+        write_adapter(Path(sys.argv[2], "adapter"), str(Path(sys.argv[2], "base")), 1, int(sys.argv[3]))
     elif sys.argv[1:2] and sys.argv[1] in CONTESTANTS:
         run(*sys.argv[1:])
     else:

@@ -17,43 +17,16 @@ from pathlib import Path
 
 import torch
 from common import report, summary
+from llama_3_8b import FILE, RANK, config, write_adapter
 from rich.progress import track
 
-from lori_trl.adapter.safetensors import SafetensorsWriter
-
-ADAPTERS, RANK, LAYERS, ROUNDS, WEIGHT = 4, 32, 32, 5, 0.3
-SHAPES = {  # (out_features, in_features)
-    "self_attn.q_proj": (4096, 4096),
-    "self_attn.k_proj": (1024, 4096),
-    "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096),
-    "mlp.gate_proj": (14336, 4096),
-    "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
-}
-FILE, CHUNK = "adapter_model.safetensors", 1 << 24
+ADAPTERS, ROUNDS, WEIGHT = 4, 5, 0.3
+CHUNK = 1 << 24
 
 
 def write_adapters(folder: Path) -> None:
-    """Write plain LoRA adapters of random numbers."""
-    from peft import LoraConfig
-
-    shapes = {}
-    for layer in range(LAYERS):
-        for name, (rows, columns) in SHAPES.items():
-            path = f"base_model.model.model.layers.{layer}.{name}"
-            shapes |= {f"{path}.lora_A.weight": (RANK, columns), f"{path}.lora_B.weight": (rows, RANK)}
     for number in range(ADAPTERS):
-        adapter = folder / f"task{number}"
-        adapter.mkdir()
-        draw = torch.Generator().manual_seed(number)
-        with SafetensorsWriter(adapter / FILE, shapes, {"format": "pt"}) as writer:
-            for name, shape in shapes.items():
-                writer.write(name, 0.01 * torch.randn(shape, generator=draw))
-        targets = [name.rpartition(".")[2] for name in SHAPES]
-        base = "meta-llama/Meta-Llama-3-8B"
-        config = LoraConfig(r=RANK, lora_alpha=64, target_modules=targets, base_model_name_or_path=base)
-        config.save_pretrained(adapter)
+        write_adapter(folder / f"task{number}", "meta-llama/Meta-Llama-3-8B", number)
 
 
 def read_and_write(inputs: list[Path], output: Path) -> float:
@@ -84,19 +57,11 @@ def peft(inputs: list[Path], output: Path) -> float:
     """Merge through PEFT. A base whose weights are on the meta device would take the merged adapter there, too, and
     lose it; so its linear layers have a weight on the CPU, of a single number that stands for all."""
     from peft import PeftModel
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
     start = time.perf_counter()
     with torch.device("meta"):
-        base = LlamaForCausalLM(config)
+        base = LlamaForCausalLM(config())
     for module in base.modules():
         if isinstance(module, torch.nn.Linear):
             weight = torch.zeros(1).expand(module.out_features, module.in_features)
