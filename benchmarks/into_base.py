@@ -109,7 +109,7 @@ def largest_difference(first: Path, second: Path) -> float:
 
 
 def svd_of_one_module(rounds: int) -> dict:
-    """Two adapters of rank 32 on a matrix of 4096 x 4096, brought down to 32. PEFT's way takes minutes on larger ones."""
+    """Two adapters of rank 32 on a matrix of 4096 x 4096, brought down to 32. PEFT takes minutes for larger ones."""
     from lori_trl.merging.methods import Factors, svd
 
     draw = torch.Generator().manual_seed(0)

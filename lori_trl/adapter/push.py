@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import CommitInfo, HfApi
 
-from ..hub.commit import push_files, refuse_tokens
+from ..hub.commit import full_name, push_files, refuse_tokens
 from ..inputs.files import room_for
 from .compact_file import write_compact
 from .folder import AdapterFolder, base_name
@@ -101,6 +101,7 @@ def push_lori_to_hub(
         folder, is_main = Path(source.args.output_dir), source.is_world_process_zero()
     if not is_main:
         return None
+    repo_id = full_name(repo_id, token)  # the card names it
     with adapter_files(folder, repo_id, include, allow_modified=allow_modified) as files:
         record = read_record(folder, allow_modified=allow_modified)
         return push_files(

@@ -15,7 +15,10 @@ def add_parser(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     push.add_argument("folder", type=Path, help="the adapter's folder")
-    push.add_argument("repo", help="the repository on the Hub, namespace/name; made if it is missing")
+    push.add_argument(
+        "repo",
+        help="the repository on the Hub, namespace/name, or a name of yours; made if it is missing",
+    )
     push.add_argument("--private", action="store_true", default=None, help="make a private repository")
     push.add_argument("--revision", help="the branch; made if it is missing")
     push.add_argument("--create_pr", action="store_true", help="open a pull request instead")
@@ -31,13 +34,13 @@ def run(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from ..adapter.push import adapter_files, push_lori_to_hub
+    from ..hub.commit import full_name
 
     _check_repo(options.repo)
     if options.dry_run:
-        with adapter_files(
-            options.folder, options.repo, options.include, allow_modified=options.allow_modified
-        ) as files:
-            table = Table("file", "bytes", title=f"{options.folder} -> {options.repo}")
+        repo = full_name(options.repo)
+        with adapter_files(options.folder, repo, options.include, allow_modified=options.allow_modified) as files:
+            table = Table("file", "bytes", title=f"{options.folder} -> {repo}{', private' if options.private else ''}")
             for name, file in files.items():
                 table.add_row(name, f"{file.stat().st_size:,}")
             table.add_row("together", f"{sum(file.stat().st_size for file in files.values()):,}")

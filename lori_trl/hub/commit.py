@@ -55,6 +55,21 @@ def make_repo(repo_id: str, *, private: bool | None = None, token: str | None = 
 
 
 @limited_silence()
+def full_name(repo_id: str, token: str | None = None) -> str:
+    """
+    Complete a repository's name with the namespace of the user, where it has none; else the Hub is not asked.
+
+    Raises: as [`push_lori_to_hub`].
+    """
+    if "/" in repo_id:
+        return repo_id
+    try:
+        return f"{patiently(HfApi(token=token).whoami)['name']}/{repo_id}"
+    except _FAILURES as error:
+        raise _explained(repo_id, token, error, "Nothing was sent.") from None
+
+
+@limited_silence()
 def push_files(
     files: Mapping[str, Path],
     repo_id: str,

@@ -871,3 +871,20 @@ def test_continual_learning_from_the_hub_in_one_line(hub, folder, tmp_path):
     trained = load_lori_adapter(make_llama(), out)
     assert list(trained.lori_masks) == ["code", "second"]
     assert trained.lori_masks["second"] == other
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run", "--private"]])
+def test_a_name_without_its_namespace_is_the_user_s(hub, folder, capsys, more):
+    assert cli.main(["push", str(folder), "code-lori-s", *more]) == 0
+    if more:
+        assert f"-> {REPO}, private" in capsys.readouterr().out.replace("\n", " ")
+        assert REPO not in hub.repos
+    else:
+        assert f'"{REPO}"' in contents(hub)["README.md"].decode()
+
+
+def test_a_name_without_its_namespace_and_without_a_user_is_refused(hub, folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", REVOKED_TOKEN)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["push", str(folder), "code-lori-s", "--dry_run"])
+    assert end.value.code == 2 and "token" in capsys.readouterr().err
