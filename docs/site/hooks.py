@@ -23,17 +23,18 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Let links mean the site where it has the file, and the repository where it has not."""
     raw = config.repo_url.replace("github.com", "raw.githubusercontent.com") + "/main/"
+    blob = f"{config.repo_url}/blob/main/"
     at_top = page.file.src_uri in _FROM_ELSEWHERE.values()
 
     def target(match: re.Match) -> str:
-        link, anchor = match[1].removeprefix(raw), match[2] or ""
+        link, anchor = match[1].removeprefix(raw).removeprefix(blob), match[2] or ""
         if not at_top and not link.startswith("../") and link == match[1]:
             return match[0]
         path = link.removeprefix("../")
         inside = _FROM_ELSEWHERE.get(path, path.removeprefix("docs/"))
         if files.get_file_from_path(inside) is not None:
             return f"]({inside}{anchor})"
-        return f"]({config.repo_url}/blob/main/{path}{anchor})" if (ROOT / path).exists() else match[0]
+        return f"]({blob}{path}{anchor})" if (ROOT / path).exists() else match[0]
 
     return re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", target, markdown)
 
