@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _DENSE = 2048  # rows up to which all eigenvectors are taken; beyond, the leading ones by iteration
+_ROUNDING = 1e-7  # of a response beside the largest: sums in float32 tell no less from nothing
 _MAX_ITERATIONS, _TOLERANCE = 500, 1e-9
 
 
@@ -44,7 +45,7 @@ def contrastive_projections(
         `dict[str, Tensor]`: module path -> A `(rank, in_features)`, float32, on the CPU.
 
     Raises:
-        `ValueError`: a layer's input has fewer tokens or dimensions than A has rows.
+        `ValueError`: a layer's input has fewer tokens, dimensions or directions than A has rows.
     """
     layers = lora_layers(model, adapter_name)
     kinds: Sequence[Rows] = [rows, protected] if protected else [rows]
@@ -65,6 +66,12 @@ def contrastive_projections(
             if key not in shared:
                 alone = _with_known(moments[1:], [adapter[path] for adapter in known if path in adapter], width)
                 shared[key] = contrastive_projection(moments[0], alone, rank=rows_of_A, epsilon=epsilon)
+                if not shared[key].isfinite().all():
+                    raise ValueError(
+                        f"`projection_init='contrastive'`: the {moments[0].tokens} tokens of the new task's rows "
+                        f"reach {path} in fewer than {rows_of_A} directions: most of them are the same token. Needed are as "
+                        "many as A has rows. Check that the tokenizer knows the words of the rows, or lower the rank."
+                    )
             made[path] = shared[key]
     return made
 
@@ -94,7 +101,7 @@ def contrastive_projection(new: Moments, protected: Moments | None = None, *, ra
         epsilon (`float`): eps in units of C1's mean eigenvalue.
 
     Returns:
-        `Tensor`: `(rank, dimensions)`, float32.
+        `Tensor`: `(rank, dimensions)`, float32; NaN in rows for which the new task's tokens have no direction left.
 
     Source: ours. Related: OSRM (arXiv 2505.22934) and LoRA-Null (2503.02659) take the directions that earlier inputs
     use least, InfLoRA (CVPR 2024) the new task's within their complement; GuardSpace (2510.14301).
@@ -118,6 +125,7 @@ def contrastive_projection(new: Moments, protected: Moments | None = None, *, ra
     A = V.T.contiguous()
     responses = (F2 @ V).square().sum(0) if F2 is not None else (V * (new.matrix @ V)).sum(0)
     A *= (energy / responses).sqrt()[:, None]
+    A[responses <= _ROUNDING * responses.max()] = torch.nan  # a direction that no token has
     largest = A.gather(1, A.abs().argmax(1, keepdim=True))
     return (A * largest.sign()).float()
 

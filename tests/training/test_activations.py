@@ -181,6 +181,13 @@ def test_rows_are_spread_over_the_data():
     assert [row["number"] for row in spread(data.to_iterable_dataset(), 3)] == [0, 1, 2]
 
 
+def test_rows_of_one_token_make_no_A(make):
+    """As a tokenizer that knows none of the words gives them."""
+    rows = Dataset.from_list([{"prompt": "unknown words here", "completion": " and there"}] * 8)
+    with pytest.raises(ValueError, match="in fewer than 4 directions: most of them are the same token"):
+        make(train_dataset=rows)
+
+
 def test_what_it_is_not_for_is_refused(make, tmp_path, protected):
     with pytest.raises(ValueError, match="`protect=.*has no effect with `projection_init='gaussian'`"):
         make(projection_init="gaussian")
