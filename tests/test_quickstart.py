@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lori_trl import LoriMasks, load_lori_adapter
+from lori_trl import LoriMasks, LoriSFTConfig, LoriSFTTrainer, load_lori_adapter
 from lori_trl.cli import sft
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.py"
@@ -56,3 +59,50 @@ def test_a_real_model_learns(quickstart, tmp_path, capsys):
     assert metrics["eval_loss"] < metrics["initial_eval_loss"] - 0.3
     model = load_lori_adapter(AutoModelForCausalLM.from_pretrained(folder), out)
     assert sum(int(B.count_nonzero()) for name, B in model.named_parameters() if "lora_B" in name) == 497_664
+
+
+@pytest.mark.release
+def test_a_contrastive_A_is_what_plain_hooks_and_float64_give(quickstart, tmp_path):
+    """From the same rows, with nothing of ours: the largest angle between the two subspaces is below 1e-3."""
+    layers = [f"model.layers.{layer}.{name}" for layer in (3, 20) for name in ("self_attn.q_proj", "mlp.down_proj")]
+    lines = quickstart.QUESTIONS.with_name("train.jsonl").read_text(encoding="utf-8").splitlines()[:16]
+    rows = [{key: json.loads(line)[key] for key in ("prompt", "completion")} for line in lines]
+    page = (EXAMPLE.parents[1] / "docs" / "method.md").read_text(encoding="utf-8").split("\n\n")
+    texts = [{"text": paragraph} for paragraph in page if len(paragraph) > 200][:16]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
+    folder = quickstart.smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    settings = {"projection_init": "contrastive", "protect": [str(tmp_path / "texts.jsonl")], "protect_rows": 16}
+    trainer = LoriSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        LoriSFTConfig(str(tmp_path), task_name="style", sparsity=0.0, use_cpu=True, report_to="none", **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=layers),
+    )
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for path in layers:
+        keep = inputs.setdefault(path, [])
+        model.get_submodule(path).register_forward_pre_hook(lambda _, x, keep=keep: keep.append(x[0][0].double()))
+
+    def moments(texts: list[str]) -> dict[str, torch.Tensor]:
+        for kept in inputs.values():
+            kept.clear()
+        with torch.no_grad():
+            for text in texts:
+                model(torch.tensor([tokenizer(text)["input_ids"]]))
+        tokens = {path: torch.cat(kept) for path, kept in inputs.items()}
+        return {path: each.T @ each / len(each) for path, each in tokens.items()}
+
+    new = moments([row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows])
+    protected = moments([row["text"] + tokenizer.eos_token for row in texts])
+    for path in layers:
+        C1 = protected[path] + 0.1 * protected[path].trace() / len(protected[path]) * torch.eye(len(protected[path]))
+        values, vectors = torch.linalg.eigh(C1)
+        root = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+        expected = torch.linalg.qr(root @ torch.linalg.eigh(root @ new[path] @ root).eigenvectors[:, -32:]).Q
+        A = torch.linalg.qr(trainer.lora_layers[path].lora_A["default"].weight.double().T).Q
+        sine = torch.linalg.matrix_norm(A - expected @ (expected.T @ A), ord=2).item()
+        assert sine < 1e-3, (path, sine)
