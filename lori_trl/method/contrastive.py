@@ -70,8 +70,8 @@ def contrastive_projections(
                     raise ValueError(
                         f"`projection_init='contrastive'`: the {moments[0].tokens} tokens of the new task's rows "
                         f"reach {path} in fewer than {rows_of_A} directions: most of them are the same token. Needed "
-                        "are as many as A has rows. Check that the tokenizer knows the words of the rows, or lower the "
-                        "rank."
+                        "are as many as A has rows. Check that the tokenizer knows the words of the rows, or lower "
+                        "the rank."
                     )
             made[path] = shared[key]
     return made
