@@ -8,15 +8,21 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from ..adapter.masks import LoriMasks
+from ..adapter.memory import remembered
 from ..adapter.record_fields import Calibration, TaskRecord
 from ..continual import feasible_entries, tasks_that_fit
+from ..method.dense_parameters import show_bias_of_tied_head
 from ..method.growth import columns_of
+from ..method.layers import lora_layers
+from ..method.lora_options import check_variants
 from ..method.moments import LowRank
 from ..method.projections import Fingerprint, Projection
 from ..method.sharding import gather
 from ..method.sparsity import num_to_select
+from .base_model import keep_4bit_layers
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from peft.tuners.lora.layer import LoraLayer
     from torch.utils.hooks import RemovableHandle
 
@@ -139,3 +145,40 @@ class LoriRun:
                 "leave `projection_seed` unset, which takes the masks' own A."
             )
         self.masks = LoriMasks(masks, **vars(masks.metadata) | {"task": self.task})
+
+
+def begin_with_adapter(model: "PeftModel", task: str, *, trainer_attributes: frozenset[str]) -> LoriRun:
+    """
+    Take stock of the adapter that is trained: its layers, its B0, and the tasks that it has.
+
+    Args:
+        model (`PeftModel`): the model that TRL's trainer has made ready.
+        task (`str`): the task that is trained.
+        trainer_attributes (`frozenset[str]`): what TRL's trainer made.
+
+    Raises:
+        `ValueError`: its layers are no plain LoRA, or A is not the one that its tasks were trained on.
+    """
+    adapter_name = model.active_adapters[0]
+    layers = lora_layers(model, adapter_name)
+    check_variants(layers, adapter_name)
+    keep_4bit_layers(model)
+    show_bias_of_tied_head(model)
+    masks, noted, fingerprint = remembered(model, adapter_name)
+    tasks = [TaskRecord.from_dict(each) for each in noted]
+    run = LoriRun(
+        task,
+        adapter_name,
+        layers,
+        earlier_masks={name: masks[name] for name in masks if name != task},
+        earlier_tasks=[each for each in tasks if each.task in masks and each.task != task],
+        columns=next((each.columns for each in tasks if each.task == task), None),
+        trainer_attributes=trainer_attributes,
+        masks=masks.get(task),
+    )
+    if fingerprint not in (None, run.fingerprint()):
+        raise ValueError(
+            f"Adapter {adapter_name!r} has another A than the one that its tasks were trained on: it was changed "
+            "or cast since. B and the masks mean nothing on another A. Load it again with `load_lori_adapter`."
+        )
+    return run

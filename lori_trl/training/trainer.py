@@ -18,18 +18,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..adapter.masks import LoriMasks
-from ..adapter.memory import remember, remembered
-from ..adapter.record_fields import Calibration, TaskRecord
-from ..method.dense_parameters import dense_parameters, set_back, show_bias_of_tied_head
+from ..adapter.memory import remember
+from ..adapter.record_fields import Calibration
+from ..method.dense_parameters import dense_parameters, set_back
 from ..method.growth import columns_of, widened
-from ..method.layers import VALUES, lora_layers
-from ..method.lora_options import check_variants, for_language_part
+from ..method.layers import VALUES
+from ..method.lora_options import for_language_part
 from ..method.projections import Projection, derive_projection_seed
 from ..method.saliency import GradientAgreement, random_saliency
 from ..method.sharding import assign, change, engine_dtype, mask_shards, to_cpu
 from ..method.sparse import fold_values, sparse_training
 from .activations import Activations, take_over_projection
-from .base_model import keep_4bit_layers
 from .callbacks import PhaseCallback, calibration_callbacks, calibration_figures, counters_set_back, swapped
 from .card_facts import CardFacts
 from .checkpoints import Found, begin_run, check_same_run, find_run, logged_before, note_run
@@ -46,7 +45,7 @@ from .optimizers import (
     phase_optimizer,
 )
 from .parallel_engines import Engine, check_engine
-from .run import LoriRun
+from .run import begin_with_adapter
 from .run_settings import what_is_given
 from .saving import AdapterSaves
 from .seen import rows_seen, steps_seen
@@ -118,9 +117,8 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
 
         super().__init__(**given)
 
-        adapter_name = self.model.active_adapters[0]
-        undo_cast(self.model, adapter_name, before, to_float32=not self.is_deepspeed_enabled)
-        self.run = self._begin_with_adapter(task)
+        undo_cast(self.model, self.model.active_adapters[0], before, to_float32=not self.is_deepspeed_enabled)
+        self.run = begin_with_adapter(self.model, task, trainer_attributes=frozenset(vars(self)))
         self.recipe = None
         # Algorithm 1, lines 1 to 5: A is drawn once, for both phases, and B is zero; a continued adapter keeps both.
         # So it does where it is grown, and gets new rows and columns beside its own.
@@ -392,32 +390,6 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         check_frozen_entries(self.run, self.optimizer, engine_dtype(self.accelerator))
 
     # ---- the adapter: its tasks, A and masks -------------------------------------------------------------------
-
-    def _begin_with_adapter(self, task: str) -> LoriRun:
-        """Take stock of the adapter that is trained: its layers, its B0, and the tasks that it has."""
-        adapter_name = self.model.active_adapters[0]
-        layers = lora_layers(self.model, adapter_name)
-        check_variants(layers, adapter_name)
-        keep_4bit_layers(self.model)
-        show_bias_of_tied_head(self.model)
-        masks, noted, fingerprint = remembered(self.model, adapter_name)
-        tasks = [TaskRecord.from_dict(each) for each in noted]
-        run = LoriRun(
-            task,
-            adapter_name,
-            layers,
-            earlier_masks={name: masks[name] for name in masks if name != task},
-            earlier_tasks=[each for each in tasks if each.task in masks and each.task != task],
-            columns=next((each.columns for each in tasks if each.task == task), None),
-            trainer_attributes=frozenset(vars(self)),
-            masks=masks.get(task),
-        )
-        if fingerprint not in (None, run.fingerprint()):
-            raise ValueError(
-                f"Adapter {adapter_name!r} has another A than the one that its tasks were trained on: it was changed "
-                "or cast since. B and the masks mean nothing on another A. Load it again with `load_lori_adapter`."
-            )
-        return run
 
     def _settle_backend(self) -> None:
         """Choose the backend by the optimizer, and refuse one that LoRI can't train with."""
