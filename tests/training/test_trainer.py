@@ -214,13 +214,18 @@ def test_entries_outside_the_mask_never_change(make_trainer, llama, optim, backe
 
 def test_an_optimizer_that_moves_frozen_entries_is_found_out(make_trainer, llama):
     class Drifting(torch.optim.SGD):
+        """It is tried before a run begins, by three steps, so it drifts after them."""
+
+        steps = 0
+
         def step(self, closure=None):
             super().step(closure)
-            for group in self.param_groups:
+            self.steps += 1
+            for group in self.param_groups if self.steps > 3 else ():
                 for parameter in group["params"]:
                     parameter.data += 1e-3
 
-    trainer = make_trainer(sparse_backend="hook")
+    trainer = make_trainer(sparse_backend="hook", max_steps=5)
     trainer.optimizer_cls_and_kwargs = (Drifting, {})
     with pytest.raises(RuntimeError, match="Drifting moved frozen entries of model.layers.0"):
         trainer.train()
