@@ -1,4 +1,4 @@
-"""The command line: `lori`, one file a verb or (`train`) a kind of verbs, and `lori-sft`. All that prints is here."""
+"""The command line: `lori`, one file a verb or (`sft`) a kind of verbs, and `lori-sft`. All that prints is here."""
 
 import argparse
 import os
@@ -8,8 +8,8 @@ from . import eval, expand, export, inspect, merge, push, recipes, tasks
 from .completion import add_print_completion
 from .errors import bad_input, take_debug
 from .options import with_underscores
+from .sft import run_training, sft
 from .terminal import printable, show, show_logs_as_text
-from .train import run_training, sft
 from .training_verbs import VERBS
 from .version import ShowVersion
 

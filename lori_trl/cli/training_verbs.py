@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # it takes seconds to import
 
 @dataclass(frozen=True)
 class TrainingVerb:
-    """What one of them has of its own. All else they share: [`~lori_trl.cli.train`]."""
+    """What one of them has of its own. All else they share: [`~lori_trl.cli.sft`]."""
 
     name: str  # the word after `lori`, and a recipe's `trainer`
     pair: str  # what its trainer and configuration are called, between Lori and Trainer or Config
