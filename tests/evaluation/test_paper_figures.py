@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +66,8 @@ def test_the_page_has_the_figures_of_the_file():
 def test_eval_prints_markdown(adapter_folder, model_folder, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "w1 w2", "completion": " w3"}\n')
-    call = ["eval", str(adapter_folder), "--base_model", str(model_folder), "--metrics", "loss"]
+    adapter = shutil.copytree(adapter_folder, tmp_path / "adapter")  # its results stay in its folder
+    call = ["eval", str(adapter), "--base_model", str(model_folder), "--metrics", "loss"]
     assert main([*call, "--dataset_path", str(rows), "--output_path", str(tmp_path / "all.json"), "--markdown"]) == 0
     out = capsys.readouterr().out
     assert "| --- | --- | ---: | ---: | ---: |" in out and "| rows | loss |" in out and "paper" not in out
