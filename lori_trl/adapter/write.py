@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..inputs.files import read_json, room_for, sole_writer
+from ..inputs.files import read_json, remove_left_over, room_for, sole_writer
 from ..method.layers import lora_layers, tensor_name
 from ..method.moments import LowRank
 from .adapter_contents import Contents
@@ -146,8 +145,7 @@ def staged(folder: str | Path, *, seconds: float = 0) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with sole_writer(folder, seconds=seconds), room_for(folder):
-            for left_by_a_killed_save in folder.glob(".saving-*"):
-                shutil.rmtree(left_by_a_killed_save, ignore_errors=True)
+            remove_left_over(folder, ".saving-", r"\w+")
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder, ignore_cleanup_errors=True) as stage:
                 yield Path(stage)
                 _replace(folder, Path(stage))

@@ -129,8 +129,9 @@ def count_parameters(
         of_pools = [sum(own[path] for path in paths) for paths in pools(own, granularity).values()]
         selected = sum(num_to_select(sparsity, size) for size in of_pools)  # rounded down in each of them
     lora_B, dense = sum(sizes.values()), sum(dense_counts(model, "default").values())
-    calibrated = calibrated and selected < sum(own.values())
-    return ParameterCounts(base, lora_A, lora_B, selected, dense, sparsity, calibrated, sum(own.values()))
+    own_B = sum(own.values())
+    calibrated = calibrated and selected < own_B
+    return ParameterCounts(base, lora_A, lora_B, selected, dense, sparsity, calibrated, own_B)
 
 
 def optimizer_steps(args: TrainingArguments, rows: int | None, devices: int, fraction: float = 1) -> int | None:

@@ -35,7 +35,7 @@ def ready_repository(args: TrainingArguments, *, token: str | None = None, priva
         `PermissionError`: there is no token, or one that may not write there.
         `ValueError`: the repository's name is none.
     """
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    name = _asked_name(args)
     try:
         return make_repo(
             name,
@@ -45,6 +45,11 @@ def ready_repository(args: TrainingArguments, *, token: str | None = None, priva
     except RuntimeError as error:  # it may answer when the adapter is there
         logger.error(f"The repository for the adapter could not be made, training goes on: {error}")
         return name
+
+
+def _asked_name(args: TrainingArguments) -> str:
+    """Return the repository's name as the run asks for it: by default that of the output's folder."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
 class HubPushes(AnyTrainer):
@@ -62,7 +67,7 @@ class HubPushes(AnyTrainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository before training begins: see [`ready_repository`]."""
         self.push_in_progress = None
-        self.hub_model_id = self.repository or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        self.hub_model_id = self.repository or _asked_name(self.args)
         if self.repository is None and self.is_world_process_zero():
             self.hub_model_id = ready_repository(self.args, token=token, private=private)
 
@@ -94,7 +99,7 @@ class HubPushes(AnyTrainer):
         with logged("The push failed; the adapter is saved, and `lori push` can push it later"):
             return push_lori_to_hub(
                 self,
-                self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                self.hub_model_id or _asked_name(self.args),
                 private=self.args.hub_private_repo if private is None else private,
                 revision=revision or self.args.hub_revision,
                 commit_message=commit_message,

@@ -1,6 +1,5 @@
 """Which backend trains B: packed where it is possible and saves memory, hook elsewhere."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +17,9 @@ logger = get_logger(__name__)
 Optimizer = tuple[Any, Mapping[str, Any]]  # its class, and what it is made with besides parameters
 
 
-def with_backend(args: LoriArguments, engine: Engine, masks: LoriMasks | None, optimizer: Optimizer) -> LoriArguments:
+def settled_backend(args: LoriArguments, engine: Engine, masks: LoriMasks | None, optimizer: Optimizer) -> str:
     """
-    Return a copy of a run's arguments whose `sparse_backend` is `"packed"` or `"hook"`, and log why.
+    Return which backend a run has, `"packed"` or `"hook"`, and log why.
 
     Args:
         args ([`LoriArguments`]): the run's.
@@ -31,11 +30,10 @@ def with_backend(args: LoriArguments, engine: Engine, masks: LoriMasks | None, o
     Raises:
         `ValueError`: the optimizer moves entries that have no gradient, or vLLM would be sent packed values.
     """
-    args = copy.copy(args)
     density = 1 - args.sparsity if masks is None else masks.density
-    args.sparse_backend, why = choose_backend(args, engine, density, calibrate=masks is None, optimizer=optimizer)
-    logger.info(f"`sparse_backend` is {args.sparse_backend!r}: {why}.")
-    return args
+    backend, why = choose_backend(args, engine, density, calibrate=masks is None, optimizer=optimizer)
+    logger.info(f"`sparse_backend` is {backend!r}: {why}.")
+    return backend
 
 
 def choose_backend(

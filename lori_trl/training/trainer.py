@@ -49,7 +49,7 @@ from .run import begin_with_adapter
 from .run_settings import what_is_given
 from .saving import AdapterSaves
 from .seen import rows_seen, steps_seen
-from .sparse_backend import with_backend
+from .sparse_backend import settled_backend
 from .trackers import Trackers
 from .trained_values import trained_values, undo_cast
 from .training_rows import have_images, name_of_data
@@ -395,9 +395,9 @@ class LoriTrainerMixin(AdapterSaves, HubPushes):
         """Choose the backend by the optimizer, and refuse one that LoRI can't train with."""
         self.backend_is_for = self.optimizer_cls_and_kwargs
         optimizer = self.backend_is_for or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        args = copy.copy(self.args)
+        args, masks = self.args, self.run.masks  # the constructor's copy
         args.sparse_backend = self.backend_asked
-        self.args = with_backend(args, Engine.of(self.accelerator), self.run.masks, optimizer)
+        args.sparse_backend = settled_backend(args, Engine.of(self.accelerator), masks, optimizer)
 
     def _take_masks(self, given: LoriMasks | None) -> None:
         """Take the masks that need no calibration: given ones, the task's own, all of B, or random ones."""
